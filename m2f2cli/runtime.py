@@ -1,0 +1,111 @@
+"""The machine: devices, dtypes, seeds, threads and the environment variables. Imports torch only when called."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from typing import TYPE_CHECKING
+
+from m2f2cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+
+
+def debug() -> bool:
+    """Whether ``M2F2_DEBUG`` asks for tracebacks."""
+    return os.environ.get("M2F2_DEBUG", "") not in ("", "0")
+
+
+def cure_torchvision() -> None:
+    """Let ``import torchvision`` succeed beside a torch that its compiled extension does not fit.
+
+    timm, open_clip and transformers import torchvision, whose Python code refers to two operators
+    that only its extension defines. When that extension cannot be loaded, their schemas are
+    declared here; nothing in m2f2 calls them. Call this before importing any of those packages.
+    """
+    if "torchvision" in sys.modules:
+        return
+    import importlib.util
+    from pathlib import Path
+
+    import torch
+
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations:
+        return
+    extension = next(iter(Path(next(iter(spec.submodule_search_locations))).glob("_C*.so")), None)
+    if extension is not None:
+        try:
+            torch.ops.load_library(str(extension))
+            return
+        except OSError:
+            pass
+    for name in ("nms", "qnms"):
+        if not _operator_exists(f"torchvision::{name}"):
+            torch.library.define(f"torchvision::{name}", _NMS_SCHEMA)
+
+
+def _operator_exists(qualified: str) -> bool:
+    import torch
+
+    namespace, name = qualified.split("::")
+    return hasattr(getattr(torch.ops, namespace), name)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Resolve ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` to a usable device.
+
+    Raises:
+        UsageError: The name is unknown or this machine has no such device.
+    """
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"Unknown device '{name}'.", "Use auto, cpu, cuda, cuda:N or mps.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"Device '{name}' was asked for, but torch sees {torch.cuda.device_count()} CUDA devices.",
+                         "Use --device cpu, or install a CUDA build of torch.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("Device 'mps' was asked for, but this torch has no Metal support.", "Use --device cpu.")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Resolve a dtype name; ``auto`` is bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        UsageError: The name is not one of ``DTYPES``.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UsageError(f"Unknown dtype '{name}'.", f"Use one of: {', '.join(DTYPES)}.")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)  # noqa: S101 - narrows the type for mypy
+    return dtype
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
