@@ -1,0 +1,176 @@
+"""The ``m2f2`` application: the table of commands and the one funnel every error goes through."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, NamedTuple
+
+import typer
+
+from m2f2cli import __version__
+from m2f2cli.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Output
+from m2f2cli.errors import M2F2Error
+from m2f2cli.runtime import debug
+
+
+class Entry(NamedTuple):
+    """One row of the command table.
+
+    Attributes:
+        name: What the user types.
+        target: ``module:function``; the function is plain, its docstring is the help text
+            (re-wrapped). The module may have ``EXAMPLES: dict[name, tuple of command lines]``.
+        panel: The heading it stands under in ``m2f2 --help``.
+    """
+
+    name: str
+    target: str
+    panel: str
+
+
+COMMANDS = (
+    Entry("detect", "m2f2cli.cli.infer:detect", "Judge pictures"),
+    Entry("train-detector", "m2f2cli.cli.train:train_detector", "Train"),
+    Entry("import", "m2f2cli.cli.weights:import_checkpoint", "Checkpoints"),
+    Entry("info", "m2f2cli.cli.info:info", "Checkpoints"),
+)
+
+
+def build() -> typer.Typer:
+    """Attach every command of the table to a new application. Imports no torch."""
+    app = typer.Typer(
+        name="m2f2",
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True, help=_paragraphs(_root.__doc__))(_root)
+    for entry in COMMANDS:
+        module_name, function = entry.target.split(":")
+        try:
+            module = import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name != module_name:
+                raise
+            continue
+        examples = getattr(module, "EXAMPLES", {}).get(entry.name, ())
+        body = getattr(module, function)
+        app.command(
+            entry.name,
+            rich_help_panel=entry.panel,
+            help=_paragraphs(body.__doc__),
+            epilog=_epilog(examples),
+        )(body)
+    return app
+
+
+def _paragraphs(docstring: str | None) -> str:
+    """A docstring as help text: lines joined to paragraphs, brackets kept from being markup."""
+    blocks = inspect.cleandoc(docstring or "").split("\n\n")
+    return "\n\n".join(" ".join(block.split()) for block in blocks).replace("[", "\\[")
+
+
+def _epilog(examples: Sequence[str]) -> str | None:
+    if not examples:
+        return None
+    lines = "\n\n".join("  " + line.replace("[", "\\[") for line in examples)
+    return f"[bold]Examples[/bold]\n\n{lines}"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        Output().text(f"m2f2 {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, metavar="", help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Tell whether a face picture is forged and show where.
+
+    A flag can also be given as M2F2_<FLAG> in the environment or in a --config FILE.yaml:
+    flags win over the environment, the environment over the file.
+    """
+    if context.invoked_subcommand is None:
+        Output().text(context.get_help())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; nothing is raised, whatever happens.
+
+    Args:
+        arguments: What stands after ``m2f2``.
+
+    Returns:
+        0 done, 1 failed, 2 wrong usage, 3 finished but some items failed, 4 a gate tripped, 130
+        interrupted.
+    """
+    try:
+        code = build()(list(arguments), prog_name="m2f2", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        Output().error("Interrupted.")
+        return EXIT_INTERRUPTED
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else EXIT_FAILED
+    except BrokenPipeError:
+        _silence_stdout()
+        return EXIT_FAILED
+    except Exception as error:  # noqa: BLE001 - the one funnel
+        if debug():
+            import traceback
+
+            traceback.print_exc()
+        return _explain(error)
+    return code if isinstance(code, int) else 0
+
+
+def _explain(error: Exception) -> int:
+    output = Output()
+    if isinstance(error, M2F2Error):
+        output.error(error.message, error.hint)
+        return error.exit_code
+    if hasattr(error, "format_message"):  # the command line's own parser
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "m2f2"
+        output.error(str(error.format_message()), f"See '{where} --help'.")
+        return EXIT_USAGE
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" while writing '{error.filename}'" if error.filename else ""
+        output.error(f"The disk is full{where}.", "Free some space and run the command again.")
+        return EXIT_FAILED
+    if isinstance(error, OSError) and error.strerror:
+        where = f"'{error.filename}': " if error.filename else ""
+        output.error(f"{where}{error.strerror}.")
+        return EXIT_FAILED
+    sentence = " ".join(str(error).split()) or "no further words"
+    output.error(
+        f"Unexpected {type(error).__name__}: {sentence[:300]}",
+        "A bug, or a broken installation: M2F2_DEBUG=1 before the command shows the traceback.",
+    )
+    return EXIT_FAILED
+
+
+def _silence_stdout() -> None:
+    """The reader of our standard output is gone: let the interpreter's last flush go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main() -> None:
+    """Entry point of the ``m2f2`` script."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(run(sys.argv[1:]))

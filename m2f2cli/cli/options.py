@@ -1,0 +1,146 @@
+"""Every flag, spelled and explained once.
+
+A flag ``--batch-size`` also answers to the environment variable ``M2F2_BATCH_SIZE`` and to the key
+``batch-size`` of a ``--config`` file. Flags win over the environment, the environment over the
+file, the file over the default.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from m2f2cli.errors import ConfigError
+
+
+def flag(name: str, help: str, **extra: Any) -> Any:
+    """Describe the option ``--name`` for use inside ``Annotated``.
+
+    Args:
+        name: The long flag without its dashes.
+        help: One sentence for the user.
+        **extra: For ``typer.Option``; ``short="-m"`` adds a short spelling, ``switch=True``
+            marks a flag without a value.
+    """
+    spellings = [f"--{name}"]
+    if short := extra.pop("short", None):
+        spellings.append(short)
+    if extra.pop("switch", False):
+        extra["metavar"] = ""
+    variable = "M2F2_" + name.upper().replace("-", "_")
+    return typer.Option(*spellings, help=help, envvar=variable, show_envvar=False, **extra)
+
+
+def _flags_from_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Make a YAML file's values the defaults of the running command's flags."""
+    if path is None or context.resilient_parsing:
+        return path
+    by_flag: dict[str, str] = {}
+    for parameter in context.command.params:
+        if parameter.name is None or parameter.name in ("config", "help"):
+            continue
+        for spelling in parameter.opts:
+            if spelling.startswith("--"):
+                by_flag[spelling.removeprefix("--")] = parameter.name
+    defaults = dict(context.default_map or {})
+    for key, value in read_mapping(path).items():
+        name = key.replace("_", "-")
+        if name not in by_flag:
+            raise unknown_key(key, sorted(by_flag), f"'{path}'")
+        defaults[by_flag[name]] = value
+    context.default_map = defaults
+    return path
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file whose top level is a mapping with string keys.
+
+    Raises:
+        ConfigError: The file is missing, is no YAML or holds something else.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no configuration file '{path}'.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file '{path}' cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        sentence = " ".join(str(error).split())
+        raise ConfigError(f"'{path}' is not valid YAML: {sentence}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"'{path}' must hold 'flag: value' lines.", "For example: batch-size: 16")
+    return content
+
+
+def unknown_key(key: str, known: list[str], where: str) -> ConfigError:
+    """The error for a name nobody reads, with the nearest one that somebody does."""
+    near = get_close_matches(key.replace("_", "-"), known, n=1)
+    hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(known)}."
+    return ConfigError(f"{where} sets '{key}', which this command does not know.", hint)
+
+
+_INPUT, _MODEL, _VERDICT, _RESULT = "Input", "Model", "Verdict", "Output"
+
+Config = Annotated[
+    Path | None,
+    flag(
+        "config",
+        "YAML file with values for the flags of this command.",
+        is_eager=True,
+        callback=_flags_from_file,
+        metavar="FILE.yaml",
+    ),
+]
+Model = Annotated[
+    str,
+    flag(
+        "model",
+        "The detector: 'lite' (bundled), a checkpoint folder, or a hub id.",
+        short="-m",
+        metavar="lite|DIR|HUB-ID",
+        rich_help_panel=_MODEL,
+    ),
+]
+Device = Annotated[
+    str, flag("device", "auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_MODEL, metavar="NAME")
+]
+Dtype = Annotated[
+    str,
+    flag("dtype", "auto, float32, bfloat16 or float16.", rich_help_panel=_MODEL, metavar="NAME"),
+]
+BatchSize = Annotated[
+    int,
+    flag("batch-size", "Crops judged at a time.", min=1, rich_help_panel=_MODEL, metavar="N"),
+]
+Seed = Annotated[int, flag("seed", "Seed of every random choice.", min=0, metavar="N")]
+OutputFile = Annotated[
+    Path | None,
+    flag(
+        "output",
+        "Write one record an item; run again to resume a .jsonl file.",
+        short="-o",
+        metavar="FILE.jsonl|FILE.csv",
+        rich_help_panel=_RESULT,
+    ),
+]
+OutputFolder = Annotated[
+    Path, flag("output", "Folder to write; it must not exist yet.", short="-o", metavar="DIR")
+]
+Overwrite = Annotated[
+    bool, flag("overwrite", "Replace what is there.", switch=True, rich_help_panel=_RESULT)
+]
+Json = Annotated[
+    bool,
+    flag("json", "Print one JSON object and nothing else.", switch=True, rich_help_panel=_RESULT),
+]
+Quiet = Annotated[
+    bool,
+    flag("quiet", "No progress and no notes.", short="-q", switch=True, rich_help_panel=_RESULT),
+]

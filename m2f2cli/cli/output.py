@@ -1,0 +1,148 @@
+"""The only printer: results go to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_SOME_FAILED = 3
+EXIT_GATE = 4
+EXIT_INTERRUPTED = 130
+
+_WIDE = 400  # columns for a reader that is no terminal: never wrap, never cut
+
+
+def printable(text: str) -> str:
+    """Spell out control characters, so that a file's name cannot drive the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in text
+    )
+
+
+@dataclass(frozen=True)
+class Output:
+    """Prints for one command.
+
+    Attributes:
+        as_json: The command's result is one JSON object; tables and texts are left out.
+        quiet: No progress and no notes; results, warnings and errors still appear.
+    """
+
+    as_json: bool = False
+    quiet: bool = False
+
+    def json(self, value: Mapping[str, Any]) -> None:
+        """Print the result as one JSON object, whatever ``as_json`` says."""
+        text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
+        sys.stdout.write(text + "\n")
+
+    def text(self, line: str) -> None:
+        """Print one line of the result."""
+        sys.stdout.write(line.rstrip("\n") + "\n")
+
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[object]],
+        *,
+        title: str | None = None,
+        styles: Callable[[Sequence[object]], str | None] | None = None,
+    ) -> None:
+        """Print a table of the result.
+
+        Args:
+            columns: Headings; one that ends in ``>`` is aligned to the right.
+            rows: Cells; anything but a string is shown by ``str``.
+            title: Heading over the table.
+            styles: Gives the Rich style of a row, such as ``"red"``.
+        """
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for column in columns:
+            right = column.endswith(">")
+            table.add_column(
+                column.removesuffix(">"), justify="right" if right else "left", overflow="fold"
+            )
+        for row in rows:
+            style = styles(row) if styles else None
+            table.add_row(*(Text(printable(str(cell))) for cell in row), style=style)
+        _console(sys.stdout).print(table)
+
+    def fields(self, values: Mapping[str, object]) -> None:
+        """Print name and value pairs of the result, one a line."""
+        width = max((len(name) for name in values), default=0)
+        for name, value in values.items():
+            self.text(f"{name:<{width}}  {printable(str(value))}")
+
+    def note(self, line: str) -> None:
+        """Say something about the run on standard error, unless quiet."""
+        if not self.quiet:
+            sys.stderr.write(printable(line) + "\n")
+
+    def warning(self, line: str) -> None:
+        """Warn on standard error."""
+        self._labelled("warning", "yellow", line)
+
+    def error(self, message: str, hint: str | None = None) -> None:
+        """Report a failure on standard error, with the way out."""
+        self._labelled("error", "red", message)
+        if hint:
+            self._labelled("hint", "cyan", hint)
+
+    def _labelled(self, label: str, colour: str, line: str) -> None:
+        if sys.stderr.isatty():
+            _console(sys.stderr).print(f"[bold {colour}]{label}:[/]", end=" ")
+        else:
+            sys.stderr.write(f"{label}: ")
+        sys.stderr.write("\n".join(printable(part) for part in line.splitlines()) + "\n")
+
+    @contextmanager
+    def progress(self, description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+        """Show a progress bar on standard error, only where that is a terminal and not quiet.
+
+        Yields:
+            ``advance(steps=1, note="")``: moves the bar and sets the words beside it.
+        """
+        if self.quiet or not sys.stderr.isatty():
+            yield lambda steps=1, note="": None
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Remaining(),
+            TextColumn("{task.fields[note]}"),
+            console=_console(sys.stderr),
+            transient=True,
+        )
+        with bar:
+            task = bar.add_task(description, total=total, note="")
+
+            def advance(steps: int = 1, note: str = "") -> None:
+                bar.update(task, advance=steps, note=note)
+
+            yield advance
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    width = None if stream.isatty() else _WIDE
+    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
