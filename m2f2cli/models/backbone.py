@@ -1,0 +1,74 @@
+"""The CNN backbone: any timm network by name, asked for its channels and stages.
+
+Source: timm (https://github.com/huggingface/pytorch-image-models). The published detectors use
+``densenet121`` (B) and ``efficientnet_b4`` (A), which are torchvision's networks under timm's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from m2f2cli.errors import ConfigError
+
+
+class Backbone(nn.Module):
+    """A timm network without its classifier.
+
+    DenseNet ends in a normalisation whose activation timm adds and the published detector does
+    not have; it is taken out here.
+
+    Args:
+        name: A timm architecture, for example ``densenet121``.
+        kwargs: Further arguments of ``timm.create_model``.
+        stages: Feature stages (one per stride, finest first, negative from the end) whose maps
+            ``forward`` returns beside the pooled features.
+
+    Raises:
+        ConfigError: timm has no such architecture, or not all of the ``stages``.
+    """
+
+    def __init__(
+        self, name: str, kwargs: dict[str, Any] | None = None, *, stages: Sequence[int] = ()
+    ) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+            raise ConfigError(
+                f"timm has no backbone named '{name}'.",
+                f"Near names: {', '.join(near)}." if near else "See timm.list_models().",
+            )
+        self.net = timm.create_model(
+            name, pretrained=False, num_classes=0, global_pool="", **(kwargs or {})
+        )
+        features = getattr(self.net, "features", None)
+        if features is not None and hasattr(features, "norm5"):
+            features.norm5.act = nn.Identity()
+        self.channels: int = self.net.num_features
+        channels = self.net.feature_info.channels() if stages else []
+        if any(not -len(channels) <= stage < len(channels) for stage in stages):
+            raise ConfigError(
+                f"Backbone '{name}' has {len(channels)} feature stages; {list(stages)} were asked for."
+            )
+        self._stages = [stage % len(channels) for stage in stages]
+        self.stage_channels: list[int] = [channels[stage] for stage in self._stages]
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Compute pooled features and the maps of the chosen stages.
+
+        Args:
+            pixel_values: (B, 3, S, S), normalised RGB.
+
+        Returns:
+            pooled: (B, C), the spatial mean of the last feature map.
+            maps: (B, c_i, s_i, s_i) of the stages asked for, in that order.
+        """
+        if not self._stages:
+            return self.net.forward_features(pixel_values).mean(dim=(2, 3)), []
+        wanted = sorted(set(self._stages))
+        last, maps = self.net.forward_intermediates(pixel_values, indices=wanted)
+        return last.mean(dim=(2, 3)), [maps[wanted.index(stage)] for stage in self._stages]
