@@ -1,0 +1,154 @@
+"""A file of records that a killed run leaves whole and a later run resumes.
+
+JSON Lines. Items are told apart by ``path`` alone, as the record spells it: a resumed run judges no
+path twice, so a file that changed in between keeps its first record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from m2f2cli.errors import M2F2Error, UsageError
+from m2f2cli.records import SCHEMA_VERSION, Detection, Settings, plain, to_line
+
+
+class RecordFile:
+    """A JSON Lines file that records are appended to, and that a later run can resume.
+
+    A record is one ``write`` of one line, so a killed process leaves whole lines and at most one
+    cut one, which the next opening removes. A write that fails half-way is taken back.
+
+    Args:
+        path: The file; it and its folder are made when missing.
+        settings: Of this run. A file written under other settings is refused.
+        overwrite: Start anew instead of resuming.
+
+    Raises:
+        UsageError: The file holds something else, or records of other settings.
+        M2F2Error: It cannot be opened or another process is writing it.
+    """
+
+    def __init__(self, path: Path, settings: Settings, *, overwrite: bool = False) -> None:
+        self.path = path
+        self.done: set[str] = set()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        try:
+            _lock(self._handle, path)
+            self._size = 0 if overwrite else self._read_existing(settings)
+            os.ftruncate(self._handle, self._size)
+            os.lseek(self._handle, self._size, os.SEEK_SET)
+        except BaseException:
+            os.close(self._handle)
+            raise
+
+    def _read_existing(self, settings: Settings) -> int:
+        """Collect the paths done; returns where the whole lines end."""
+        wanted = plain(settings)
+        size = 0
+        with os.fdopen(os.dup(self._handle), "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    self._check_cut(line, number)
+                    break
+                self.done.add(self._path_of(line, number, wanted))
+                size += len(line)
+        return size
+
+    def _check_cut(self, line: bytes, number: int) -> None:
+        start = b'{"schema_version": '
+        if number == 1 and not (line.startswith(start) or start.startswith(line)):
+            raise self._foreign(number)
+
+    def _path_of(self, line: bytes, number: int, wanted: Mapping[str, Any]) -> str:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise self._foreign(number) from None
+        if not isinstance(row, dict) or not isinstance(row.get("path"), str):
+            raise self._foreign(number)
+        if row.get("schema_version") != SCHEMA_VERSION:
+            raise self._other("schema_version", row.get("schema_version"), SCHEMA_VERSION)
+        for name, value in wanted.items():
+            if name != "model" and row.get(name) != value:
+                raise self._other(name, row.get(name), value)
+        return str(row["path"])
+
+    def _foreign(self, number: int) -> UsageError:
+        return UsageError(
+            f"'{self.path}' is not a record file of m2f2 (line {number}).",
+            "Choose another --output, or add --overwrite to replace it.",
+        )
+
+    def _other(self, name: str, found: Any, wanted: Any) -> UsageError:
+        return UsageError(
+            f"'{self.path}' was made with {name} {found}, this run has {wanted}.",
+            "Choose another --output, repeat the old settings, or add --overwrite to start anew.",
+        )
+
+    def append(self, record: Detection) -> None:
+        """Write one record.
+
+        Raises:
+            M2F2Error: It cannot be written whole; the file then ends with the record before it.
+        """
+        line = to_line(record.to_dict())
+        try:
+            written = os.write(self._handle, line)
+            while written < len(line):
+                written += os.write(self._handle, line[written:])
+        except OSError as error:
+            os.ftruncate(self._handle, self._size)
+            raise _cannot_write(self.path, error) from error
+        self._size += len(line)
+        self.done.add(record.path)
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        try:
+            os.fsync(self._handle)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        finally:
+            os.close(self._handle)
+
+    def __enter__(self) -> RecordFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise M2F2Error(
+            f"Another process is writing '{path}'.", "Wait for it, or choose another --output."
+        ) from error
+    except OSError:  # a file system without locks
+        return
+
+
+def _cannot_write(path: Path, error: OSError) -> M2F2Error:
+    return M2F2Error(
+        f"Cannot write '{path}': {error.strerror or error}.",
+        "Check its folder and the free space; the same command resumes where it stopped.",
+    )

@@ -1,0 +1,257 @@
+"""The rows that verbs write and read: one JSON object an item. Standard library only."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from m2f2cli.errors import InputError
+
+SCHEMA_VERSION = 1
+
+STATUSES: Mapping[str, str] = {
+    "ok": "judged",
+    "no_face": "read, but no face was found in it",
+    "missing": "there is no such file",
+    "unreadable": "the file cannot be opened or decoded",
+    "empty": "the file has no bytes",
+    "not_an_image": "the content is of no supported picture format",
+    "truncated": "the file ends too early",
+    "too_large": "more pixels than are decoded",
+    "no_frames": "a video without a single decodable frame",
+}
+VERDICTS = ("real", "fake", "uncertain")
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class FaceScore:
+    """One judged crop of a picture.
+
+    Attributes:
+        box: (x0, y0, x1, y1) of the face as found, pixels of the upright picture; None when the
+            whole picture was taken as the crop. It may reach beyond the picture.
+        crop: (x0, y0, x1, y1) of what was judged, same pixels.
+        fake_probability: In [0, 1].
+        verdict: One of ``VERDICTS``.
+        reason: Why the verdict is uncertain; None otherwise.
+        in_domain: Whether the crop resembles the training crops; None where the model has no check.
+        domain_distance: What ``in_domain`` was decided by, about 1 inside; None as above.
+        finder_score: The face finder's confidence; None without a box.
+    """
+
+    box: Box | None
+    crop: Box
+    fake_probability: float
+    verdict: str
+    reason: str | None = None
+    in_domain: bool | None = None
+    domain_distance: float | None = None
+    finder_score: float | None = None
+
+
+@dataclass(frozen=True)
+class FrameScore:
+    """One sampled frame of a video, represented by the face that decides it.
+
+    Attributes:
+        index: Number of the frame, from 0.
+        time: Seconds from the start.
+        faces_found: Faces in the frame.
+        fake_probability: In [0, 1]; None when the frame shows no face.
+        crop: (x0, y0, x1, y1) judged; None as above.
+        in_domain: As in ``FaceScore``; None also without a face.
+        domain_distance: As in ``FaceScore``; None also without a face.
+    """
+
+    index: int
+    time: float
+    faces_found: int
+    fake_probability: float | None = None
+    crop: Box | None = None
+    in_domain: bool | None = None
+    domain_distance: float | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run's verdicts depend on besides the inputs; part of every record.
+
+    Attributes:
+        model: The model as the user named it.
+        model_fingerprint: ``sha256:…`` of its configuration and tensors.
+        dtype: Arithmetic of the network, such as ``float32``.
+        threshold: Fake probability from which the verdict is fake, in [0, 1].
+        uncertain: (low, high): probabilities in it give the verdict uncertain; None for no band.
+        temperature: What the logits were divided by.
+        faces_mode: ``auto``, ``all``, ``largest`` or ``none``.
+        crop_detector: The face finder; None with ``faces_mode`` none.
+        crop_margin: Share of the face box's side added around it; None as above.
+        frames_asked: Frames sampled from each video.
+    """
+
+    model: str
+    model_fingerprint: str | None
+    dtype: str
+    threshold: float
+    uncertain: tuple[float, float] | None
+    temperature: float
+    faces_mode: str
+    crop_detector: str | None
+    crop_margin: float | None
+    frames_asked: int
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The record of one item, a picture or a video. See ``docs/detect.md`` for every key.
+
+    Attributes:
+        path: As given, or found under the given folder.
+        kind: ``image`` or ``video``.
+        status: A key of ``STATUSES``.
+        settings: Written flat into the record.
+        message: Why there is no verdict; None when ``status`` is ok.
+        sha256: Of the file's bytes; None when they could not be read.
+        width: Of the upright picture or frame, pixels; None when not decoded.
+        height: As ``width``.
+        verdict: One of ``VERDICTS``; None unless ``status`` is ok.
+        fake_probability: In [0, 1]: of the face that decides, for a video the mean over frames with
+            a face; None as above.
+        reason: Why the verdict is uncertain; None otherwise.
+        in_domain: Of the face that decides; for a video, of at least half the frames.
+        domain_distance: Of the face that decides; for a video the mean.
+        crop: Of the face that decides; None for videos.
+        crop_source: ``face`` (found) or ``picture`` (taken whole); None for videos.
+        faces_found: Faces found in the picture; in a video, in the frame that has most.
+        faces: Judged crops, the one that decides first; empty for videos.
+        frames: Sampled frames in order; empty for pictures.
+        heatmap: File the forgery map was drawn into, if any.
+        annotated: File the boxes were drawn into, if any.
+    """
+
+    path: str
+    kind: str
+    status: str
+    settings: Settings
+    message: str | None = None
+    sha256: str | None = None
+    width: int | None = None
+    height: int | None = None
+    verdict: str | None = None
+    fake_probability: float | None = None
+    reason: str | None = None
+    in_domain: bool | None = None
+    domain_distance: float | None = None
+    crop: Box | None = None
+    crop_source: str | None = None
+    faces_found: int | None = None
+    faces: tuple[FaceScore, ...] = ()
+    frames: tuple[FrameScore, ...] = ()
+    heatmap: str | None = None
+    annotated: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON values, ``settings`` flattened, every key always present."""
+        row: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name == "settings":
+                row |= plain(value)
+            elif item.name in ("faces", "frames"):
+                row[item.name] = [plain(part) for part in value]
+            else:
+                row[item.name] = list(value) if isinstance(value, tuple) else value
+        return row
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Detection:
+        """Read a record back.
+
+        Raises:
+            InputError: It has another schema version, lacks a key or has an unknown one.
+        """
+        if row.get("schema_version") != SCHEMA_VERSION:
+            raise InputError(
+                f"A record has schema version {row.get('schema_version')}, not {SCHEMA_VERSION}.",
+                hint="Read it with the m2f2 version that wrote it.",
+            )
+        own = {k: v for k, v in row.items() if k != "schema_version"}
+        settings = {f.name: own.pop(f.name, None) for f in fields(Settings)}
+        try:
+            own["settings"] = Settings(**{k: _tuple(v) for k, v in settings.items()})
+            own["faces"] = tuple(_part(FaceScore, part) for part in own.get("faces", ()))
+            own["frames"] = tuple(_part(FrameScore, part) for part in own.get("frames", ()))
+            own["crop"] = _tuple(own.get("crop"))
+            return cls(**own)
+        except (TypeError, AttributeError) as error:
+            raise InputError(f"A record is malformed: {error}.") from error
+
+
+def plain(part: Any) -> dict[str, Any]:
+    """The fields of one of the classes above as JSON values."""
+    values = {item.name: getattr(part, item.name) for item in fields(part)}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _part(kind: type[Any], row: Mapping[str, Any]) -> Any:
+    return kind(**{k: _tuple(v) for k, v in row.items()})
+
+
+def to_line(row: Mapping[str, Any]) -> bytes:
+    """One JSON line; names that are no valid Unicode are escaped, so any path survives."""
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(row, allow_nan=False).encode() + b"\n"
+
+
+CSV_COLUMNS = (
+    "path",
+    "kind",
+    "status",
+    "verdict",
+    "fake_probability",
+    "reason",
+    "message",
+    "in_domain",
+    "domain_distance",
+    "faces_found",
+    "crop",
+    "crop_source",
+    "width",
+    "height",
+    "sha256",
+    "threshold",
+    "model",
+    "model_fingerprint",
+    "schema_version",
+)
+
+
+def to_csv(records: Iterable[Detection]) -> str:
+    """One row an item, columns ``CSV_COLUMNS``, RFC 4180.
+
+    A path that a spreadsheet would read as a formula gets ``./`` in front, the same file.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    for record in records:
+        row = record.to_dict()
+        if row["path"].startswith(("=", "+", "-", "@", "\t", "\r")):
+            row["path"] = "./" + row["path"]
+        if row["crop"] is not None:
+            row["crop"] = " ".join(map(str, row["crop"]))
+        writer.writerow(row)
+    return text.getvalue()
