@@ -14,7 +14,7 @@ _LAZY = {
     "DetectorConfig": "m2f2cli.models.detector",
     "detect": "m2f2cli.inference.detect",
 }
-__all__ = ["Detector", "DetectorConfig", "__version__", "detect"]  # noqa: F822
+__all__ = ["Detector", "DetectorConfig", "__version__", "detect"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class M2F2Error(Exception):
-    """An expected failure. The command line prints it without a traceback and exits with ``exit_code``.
+    """An expected failure: printed without a traceback, then the program exits with ``exit_code``.
 
     Args:
         message: One sentence that names the thing at fault.
@@ -34,7 +34,7 @@ class InputError(M2F2Error):
 
     Args:
         message: One sentence that names the thing at fault.
-        status: The machine-readable word written to a record's ``status`` (see ``records.STATUSES``).
+        status: The word written to a record's ``status`` (see ``records.STATUSES``).
         hint: What to type or change to get past it.
     """
 

@@ -1,4 +1,4 @@
-"""The machine: devices, dtypes, seeds, threads and the environment variables. Imports torch only when called."""
+"""The machine: devices, dtypes, seeds and the debug switch. Imports torch only when called."""
 
 from __future__ import annotations
 
@@ -75,12 +75,19 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"Unknown device '{name}'.", "Use auto, cpu, cuda, cuda:N or mps.") from error
+        raise UsageError(
+            f"Unknown device '{name}'.", "Use auto, cpu, cuda, cuda:N or mps."
+        ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"Device '{name}' was asked for, but torch sees {torch.cuda.device_count()} CUDA devices.",
-                         "Use --device cpu, or install a CUDA build of torch.")
+        raise UsageError(
+            f"Device '{name}' was asked for; torch sees {torch.cuda.device_count()} CUDA devices.",
+            "Use --device cpu, or install a CUDA build of torch.",
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("Device 'mps' was asked for, but this torch has no Metal support.", "Use --device cpu.")
+        raise UsageError(
+            "Device 'mps' was asked for, but this torch has no Metal support.",
+            "Use --device cpu.",
+        )
     return device
 
 
@@ -96,8 +103,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
         raise UsageError(f"Unknown dtype '{name}'.", f"Use one of: {', '.join(DTYPES)}.")
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)  # noqa: S101 - narrows the type for mypy
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 

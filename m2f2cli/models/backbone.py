@@ -1,7 +1,7 @@
-"""The CNN backbone: any timm network by name, asked for its channels and stages.
+"""The backbone: any timm network by name, asked for its channels and stages.
 
 Source: timm (https://github.com/huggingface/pytorch-image-models). The published detectors use
-``densenet121`` (B) and ``efficientnet_b4`` (A), which are torchvision's networks under timm's names.
+``densenet121`` (B) and ``efficientnet_b4`` (A): torchvision's networks under timm's names.
 """
 
 from __future__ import annotations
@@ -42,17 +42,15 @@ class Backbone(nn.Module):
                 f"timm has no backbone named '{name}'.",
                 f"Near names: {', '.join(near)}." if near else "See timm.list_models().",
             )
-        self.net = timm.create_model(
-            name, pretrained=False, num_classes=0, global_pool="", **(kwargs or {})
-        )
+        self.net = timm.create_model(name, pretrained=False, num_classes=0, **(kwargs or {}))
         features = getattr(self.net, "features", None)
         if features is not None and hasattr(features, "norm5"):
             features.norm5.act = nn.Identity()
-        self.channels: int = self.net.num_features
-        channels = self.net.feature_info.channels() if stages else []
+        self.channels: int = getattr(self.net, "head_hidden_size", self.net.num_features)
+        channels = [stage["num_chs"] for stage in self.net.feature_info]
         if any(not -len(channels) <= stage < len(channels) for stage in stages):
             raise ConfigError(
-                f"Backbone '{name}' has {len(channels)} feature stages; {list(stages)} were asked for."
+                f"Backbone '{name}' has {len(channels)} feature stages, not {list(stages)}."
             )
         self._stages = [stage % len(channels) for stage in stages]
         self.stage_channels: list[int] = [channels[stage] for stage in self._stages]
@@ -64,11 +62,11 @@ class Backbone(nn.Module):
             pixel_values: (B, 3, S, S), normalised RGB.
 
         Returns:
-            pooled: (B, C), the spatial mean of the last feature map.
+            pooled: (B, C), the features timm would hand to its classifier.
             maps: (B, c_i, s_i, s_i) of the stages asked for, in that order.
         """
         if not self._stages:
-            return self.net.forward_features(pixel_values).mean(dim=(2, 3)), []
+            return self.net(pixel_values), []
         wanted = sorted(set(self._stages))
         last, maps = self.net.forward_intermediates(pixel_values, indices=wanted)
-        return last.mean(dim=(2, 3)), [maps[wanted.index(stage)] for stage in self._stages]
+        return self.net.forward_head(last), [maps[wanted.index(stage)] for stage in self._stages]

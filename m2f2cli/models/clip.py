@@ -168,7 +168,9 @@ class OpenClipTextPart(nn.Module):
         """Encode token embeddings (N, T, width) into the last position's feature (N, width)."""
         length = tokens.shape[1]
         mask = torch.full((length, length), float("-inf"), dtype=tokens.dtype, device=tokens.device)
-        hidden = self.transformer(tokens + self.positional_embedding[:length], attn_mask=mask.triu(1))
+        hidden = self.transformer(
+            tokens + self.positional_embedding[:length], attn_mask=mask.triu(1)
+        )
         return self.ln_final(hidden)[:, -1]
 
 
@@ -203,7 +205,9 @@ class ClipTower(nn.Module):
             self.vision = VisionPart(vision, self.block)
             if text:
                 # No word ids are used, so special tokens may lie outside a small vocabulary.
-                words = CLIPTextConfig(**{"bos_token_id": None, "eos_token_id": None, **spec["text"]})
+                words = CLIPTextConfig(
+                    **{"bos_token_id": None, "eos_token_id": None, **spec["text"]}
+                )
                 words._attn_implementation = "sdpa"
                 self.text = TextPart(words)
         else:
@@ -281,14 +285,16 @@ def load_clip(source: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return spec, tensors
 
 
-_VISION_FIELDS = (
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size "
-    "patch_size hidden_act layer_norm_eps"
-).split()
-_TEXT_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "max_position_embeddings hidden_act layer_norm_eps"
-).split()
+_SHARED_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
+)
+_VISION_FIELDS = (*_SHARED_FIELDS, "num_channels", "image_size", "patch_size")
+_TEXT_FIELDS = (*_SHARED_FIELDS, "vocab_size", "max_position_embeddings")
 
 
 def _plain(config: CLIPVisionConfig | CLIPTextConfig) -> dict[str, Any]:

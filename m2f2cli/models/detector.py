@@ -15,9 +15,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from m2f2cli.errors import ConfigError
 from m2f2cli.models.backbone import Backbone
 from m2f2cli.models.bridge import Bridge
-from m2f2cli.models.clip import ClipTower, OpenClipTextPart, TextPart
+from m2f2cli.models.clip import ClipTower
 from m2f2cli.models.domain import DomainCheck, describe
 from m2f2cli.models.forgery_prompt import ForgeryPrompt, forgery_map
 
@@ -43,13 +44,13 @@ class DetectorConfig(PretrainedConfig):
         crop: The face-crop recipe the training pictures were made with.
         threshold: Fake probability from which the verdict is fake, in [0, 1].
         uncertain: ``[low, high]``: probabilities between give the verdict uncertain; or None.
-        temperature: Divides the logits before the softmax; above 0.
+        score_temperature: Divides the logits before the softmax; above 0.
         domain: ``{"stage", "components", "limit"}`` of the domain check, or None.
     """
 
     model_type = "m2f2_detector"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a configuration is its fields
         self,
         *,
         backbone: str = "densenet121",
@@ -66,7 +67,7 @@ class DetectorConfig(PretrainedConfig):
         crop: dict[str, Any] | None = None,
         threshold: float = 0.5,
         uncertain: list[float] | None = None,
-        temperature: float = 1.0,
+        score_temperature: float = 1.0,
         domain: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -84,7 +85,7 @@ class DetectorConfig(PretrainedConfig):
         self.crop = dict(crop or {"detector": "dlib", "margin": 0.3})
         self.threshold = threshold
         self.uncertain = list(uncertain) if uncertain else None
-        self.temperature = temperature
+        self.score_temperature = score_temperature
         self.domain = dict(domain) if domain else None
         super().__init__(**kwargs)
 
@@ -200,14 +201,14 @@ class Detector(PreTrainedModel):
         Without gradients it is computed once and reused until one of its weights changes.
         """
         prompt, text = self.forgery_prompt, self.clip.text
-        assert prompt is not None  # noqa: S101 - callers check; narrows the type
-        assert isinstance(text, (TextPart, OpenClipTextPart))  # noqa: S101
+        if prompt is None or text is None:
+            raise ConfigError("This detector has no forgery prompt.")
         if torch.is_grad_enabled():
             projected: torch.Tensor = self.text_proj(prompt(text))
             return projected
         weights = [*prompt.parameters(), *text.parameters(), *self.text_proj.parameters()]
         if any(w.is_inference() for w in weights):
-            return self.text_proj(prompt(text))  # type: ignore[no-any-return]
+            return self.text_proj(prompt(text))
         key = tuple(n for w in weights for n in (w.data_ptr(), w._version))
         if self._text_cache is None or self._text_cache[0] != key:
             self._text_cache = (key, self.text_proj(prompt(text)))
@@ -257,7 +258,7 @@ class Detector(PreTrainedModel):
 
     def fake_probability(self, logits: torch.Tensor) -> torch.Tensor:
         """Softmax over (real, fake) at the stored temperature: (B, 2) logits to (B,) float32."""
-        return (logits.float() / self.config.temperature).softmax(dim=-1)[:, 1]
+        return (logits.float() / self.config.score_temperature).softmax(dim=-1)[:, 1]
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

@@ -66,9 +66,9 @@ def load_detector(name: str = "lite", *, device: str = "auto", dtype: str = "aut
             f"See what it is with: m2f2 info {folder}",
         )
     config = DetectorConfig.from_dict(fields)
-    tensors = store.read_tensors(folder)
+    tensors = store.read_tensors(folder, finite=True)
     model = build_empty(config)
-    check_tensors(model.state_dict(), tensors, folder)
+    store.check_names_and_shapes(tensors, model.state_dict(), what=f"The detector '{folder}'")
     cast = {k: t.to(where, kind if t.is_floating_point() else t.dtype) for k, t in tensors.items()}
     model.load_state_dict(cast, assign=True)
     model.requires_grad_(False)
@@ -81,39 +81,5 @@ def build_empty(config: DetectorConfig) -> Detector:
     with torch.device("meta"):
         model = Detector(config)
     kept = set(model.state_dict())
-    loose = [n for n, b in model.named_buffers() if n not in kept]
-    return Detector(config) if loose else model
-
-
-def check_tensors(
-    wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor], folder: Path
-) -> None:
-    """Compare a checkpoint's tensors with the model's.
-
-    Raises:
-        CheckpointError: Naming the missing, unexpected, misshapen or non-finite ones.
-    """
-    problems = []
-    for word, keys in (("missing", wanted.keys() - found), ("unexpected", found.keys() - wanted)):
-        if keys:
-            problems.append(f"{word}: {_few(sorted(keys))}")
-    misshapen = [
-        f"{k} is {list(found[k].shape)}, should be {list(wanted[k].shape)}"
-        for k in sorted(wanted.keys() & found.keys())
-        if found[k].shape != wanted[k].shape
-    ]
-    if misshapen:
-        problems.append(f"wrong shape: {_few(misshapen)}")
-    broken = [k for k, t in found.items() if t.is_floating_point() and not t.isfinite().all()]
-    if broken:
-        problems.append(f"not finite: {_few(sorted(broken))}")
-    if problems:
-        raise CheckpointError(
-            f"The checkpoint '{folder}' does not hold a whole detector ({'; '.join(problems)}).",
-            "Download or export it again; partial checkpoints are not loaded.",
-        )
-
-
-def _few(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    unsaved = any(name not in kept for name, _ in model.named_buffers())
+    return Detector(config) if unsaved else model
