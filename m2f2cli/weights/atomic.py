@@ -57,7 +57,7 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: The folder exists, or cannot be written.
     """
     path = path.resolve()
-    _refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite)
     _remove_stale(path)
     partial = _partial_name(path)
     try:
@@ -106,7 +106,12 @@ def _partial_name(path: Path) -> Path:
     return path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
 
 
-def _refuse_existing(path: Path, overwrite: bool) -> None:
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Refuse a folder that is not empty, unless it is a checkpoint and may be replaced.
+
+    Raises:
+        CheckpointError: The folder is to be kept.
+    """
     if not path.exists():
         return
     if not path.is_dir():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,11 @@ __all__ = [
     "check_names_and_shapes",
     "fingerprint",
     "json_bytes",
+    "name_some",
     "open_tensors",
+    "preprocessor_config",
     "read_config",
+    "read_json",
     "read_stage",
     "read_tensors",
     "write_checkpoint",
@@ -95,6 +98,30 @@ def write_checkpoint(
 def json_bytes(value: Mapping[str, Any]) -> bytes:
     """Indented UTF-8 JSON that ends in a newline; keys keep their order."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def preprocessor_config(size: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """The content of ``preprocessor_config.json``, as transformers' CLIP image processor reads it.
+
+    Args:
+        size: Side of the model's input in pixels.
+        mean: Per channel, in [0, 1].
+        std: Per channel, in [0, 1].
+    """
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
 
 
 def read_config(folder: Path) -> dict[str, Any]:
