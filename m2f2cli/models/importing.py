@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -37,9 +36,23 @@ class Imported:
         """Rows (file, how many keys, what became of them, reason or destination)."""
         rows = []
         for path, fates in self.fates.items():
-            counts = Counter((f.action, f.why or f"{(f.to or '').split('.')[0]}.*") for f in fates)
-            rows += [(Path(path).name, n, action, why) for (action, why), n in counts.items()]
+            groups: dict[tuple[str, str], list[Fate]] = {}
+            for fate in fates:
+                groups.setdefault((fate.action, fate.why or _branch(fate.to or "")), []).append(
+                    fate
+                )
+            for (action, where), members in groups.items():
+                alone = members[0].to if len(members) == 1 else None
+                rows.append((Path(path).name, len(members), action, alone or where))
         return rows
+
+    def listing(self) -> list[tuple[str, str, str, str]]:
+        """Rows (file, key, what became of it, destination or reason), one a key."""
+        return [
+            (Path(path).name, fate.key, fate.action, fate.to or fate.why)
+            for path, fates in self.fates.items()
+            for fate in fates
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """The whole account as plain data."""
@@ -106,3 +119,9 @@ def import_detector(
     )
     total = sum(tensor.numel() for tensor in made.tensors.values())
     return Imported(output, made.kind, mark, total, made.fates)
+
+
+def _branch(name: str) -> str:
+    """The part of the model a tensor belongs to, for example ``clip.vision.*``."""
+    first, second, *_ = f"{name}.".split(".")
+    return f"{first}.{second}.*" if first == "clip" else f"{first}.*"

@@ -270,6 +270,8 @@ def _builders() -> Iterator[tuple[tuple[str, str], Any]]:
         yield (module, "set"), _Builder(lambda values=(): list(values))
         yield (module, "frozenset"), _Builder(lambda values=(): list(values))
         yield (module, "complex"), _Builder(complex)
+        yield (module, "dict"), _Builder(_plain_dict)
+        yield (module, "list"), _Builder(lambda values=(): list(values))
         yield (module, "slice"), _Builder(slice)
     for core in ("numpy.core.multiarray", "numpy._core.multiarray"):
         yield (core, "scalar"), _Builder(_numpy_scalar)

@@ -1,0 +1,134 @@
+"""The installation: versions, extras and devices, without importing what need not be imported."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
+
+from m2f2cli import __version__
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "timm",
+    "open_clip_torch",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "dlib-bin",
+    "av",
+    "h5py",
+    "typer",
+)
+_REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9._-]+)(?:\[([^\]]*)\])?.*?(?:;(.*))?$")
+_EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, extras, devices and dtypes of this installation, as plain data.
+
+    Imports torch, for the devices, and nothing else that is heavy; a torch that cannot be imported
+    is reported, not raised.
+    """
+    return {
+        "m2f2cli": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "extras": describe_extras(),
+        **_devices(),
+    }
+
+
+def describe_extras() -> list[dict[str, Any]]:
+    """For each extra its packages' versions, whether it is complete, and how to install it."""
+    extras = []
+    for extra, names in sorted(_extra_packages(_requirements()).items()):
+        versions = {name: _version(name) for name in names}
+        extras.append(
+            {
+                "name": extra,
+                "present": all(versions.values()),
+                "packages": versions,
+                "install": f"pip install 'm2f2cli[{extra}]'",
+            }
+        )
+    return extras
+
+
+def _requirements() -> list[str]:
+    try:
+        return requires("m2f2cli") or []
+    except PackageNotFoundError:
+        return []
+
+
+def _extra_packages(requirements: Iterable[str]) -> dict[str, list[str]]:
+    """Extra -> packages; an extra that only joins others (``m2f2cli[train]``) is left out."""
+    extras: dict[str, list[str]] = {}
+    for line in requirements:
+        match = _REQUIREMENT.match(line)
+        marker = _EXTRA.search(match.group(3) or "") if match else None
+        if match and marker and match.group(1).lower() != "m2f2cli":
+            extras.setdefault(marker.group(1), []).append(match.group(1))
+    return extras
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, Any]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        return {"devices": [], "torch_error": f"torch cannot be imported: {first}"}
+    devices = [
+        {
+            "name": "cpu",
+            "description": f"{_processor()}, {torch.get_num_threads()} threads, "
+            f"{torch.backends.cpu.get_cpu_capability()}",
+            "dtypes": ["float32", "bfloat16", "float16"],
+        }
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        half = ["bfloat16"] if properties.major >= 8 else []
+        devices.append(
+            {
+                "name": f"cuda:{index}",
+                "description": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
+                "dtypes": ["float32", *half, "float16"],
+            }
+        )
+    if torch.backends.mps.is_available():
+        devices.append(
+            {
+                "name": "mps",
+                "description": "Apple GPU",
+                "dtypes": ["float32", "bfloat16", "float16"],
+            }
+        )
+    return {"devices": devices}
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        try:
+            with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    if line.startswith("model name"):
+                        return line.partition(":")[2].strip()
+        except OSError:
+            pass
+    return platform.processor() or platform.machine()

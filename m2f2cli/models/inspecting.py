@@ -1,0 +1,44 @@
+"""What a checkpoint is and, for a detector, which tensors it lacks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from m2f2cli.errors import M2F2Error
+from m2f2cli.weights import describe
+from m2f2cli.weights.describe import Description
+from m2f2cli.weights.store import check_names_and_shapes
+
+
+def inspect_checkpoint(name: str, *, verify: bool = False) -> Description:
+    """Describe a checkpoint; compare a detector of ours with the model its config describes.
+
+    Args:
+        name: A folder, a weights file, or ``lite`` for the bundled detector.
+        verify: Also read every value: refuse NaN, and check the stored fingerprint.
+
+    Raises:
+        CheckpointError: Nothing is there, or it is damaged.
+    """
+    path = Path(name).expanduser()
+    if name == "lite" and not path.exists():
+        from m2f2cli.models.loading import resolve_checkpoint
+
+        path = resolve_checkpoint(name)
+    found = describe.describe(path, verify=verify)
+    if found.kind != describe.DETECTOR or not found.config or not found.tensors:
+        return found
+    try:
+        _compare(found)
+    except M2F2Error as error:
+        return replace(found, missing=(*found.missing, error.message.rstrip(".")))
+    return found
+
+
+def _compare(found: Description) -> None:
+    from m2f2cli.models.detector import DetectorConfig
+    from m2f2cli.models.loading import build_empty
+
+    expected = build_empty(DetectorConfig.from_dict(found.config)).state_dict()
+    check_names_and_shapes(found.tensors, expected, what="The folder")
