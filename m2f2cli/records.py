@@ -117,6 +117,7 @@ class Detection:
         status: A key of ``STATUSES``.
         settings: Written flat into the record.
         message: Why there is no verdict; None when ``status`` is ok.
+        note: What to know about how the file was read; None mostly.
         sha256: Of the file's bytes; None when they could not be read.
         width: Of the upright picture or frame, pixels; None when not decoded.
         height: As ``width``.
@@ -140,6 +141,7 @@ class Detection:
     status: str
     settings: Settings
     message: str | None = None
+    note: str | None = None
     sha256: str | None = None
     width: int | None = None
     height: int | None = None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import errno
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, NamedTuple
@@ -107,22 +110,22 @@ def _root(
         Output().text(context.get_help())
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str], *, app: typer.Typer | None = None) -> int:
     """Run one command line and return its exit code; nothing is raised, whatever happens.
 
     Args:
         arguments: What stands after ``m2f2``.
+        app: The application; the whole of ``COMMANDS`` by default.
 
     Returns:
         0 done, 1 failed, 2 wrong usage, 3 finished but some items failed, 4 a gate tripped, 130
         interrupted.
     """
     try:
-        code = build()(list(arguments), prog_name="m2f2", standalone_mode=False)
+        code = (app or build())(list(arguments), prog_name="m2f2", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        Output().error("Interrupted.")
-        return EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else EXIT_FAILED
     except BrokenPipeError:
@@ -134,6 +137,8 @@ def run(arguments: Sequence[str]) -> int:
 
             traceback.print_exc()
         return _explain(error)
+    if code == EXIT_INTERRUPTED:
+        Output().error("Interrupted.")
     return code if isinstance(code, int) else 0
 
 
@@ -173,4 +178,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if "torch" in sys.modules and threading.active_count() == 1:
+        # Taking torch and transformers apart costs a second that nobody needs: everything is
+        # written, so run the exit hooks, flush, and leave.
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

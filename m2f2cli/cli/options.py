@@ -130,6 +130,94 @@ OutputFile = Annotated[
         rich_help_panel=_RESULT,
     ),
 ]
+Paths = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Pictures, videos, folders, globs, @LIST.txt, or - for a list on standard input.",
+        metavar="PATH...",
+        show_default=False,
+    ),
+]
+Recursive = Annotated[
+    bool,
+    flag(
+        "recursive",
+        "Enter the sub-folders of folders.",
+        short="-r",
+        switch=True,
+        rich_help_panel=_INPUT,
+    ),
+]
+Faces = Annotated[
+    str,
+    flag(
+        "faces",
+        "auto: every face found, a small square picture without one counts as a crop; all; "
+        "largest; none: pictures are crops.",
+        metavar="auto|all|largest|none",
+        rich_help_panel=_INPUT,
+    ),
+]
+Frames = Annotated[
+    int,
+    flag(
+        "frames",
+        "Frames looked at in a video, evenly spaced.",
+        min=1,
+        max=1000,
+        metavar="N",
+        rich_help_panel=_INPUT,
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    flag(
+        "threshold",
+        "Probability from which the verdict is fake. Default: the model's.",
+        metavar="0..1",
+        rich_help_panel=_VERDICT,
+        show_default=False,
+    ),
+]
+Uncertain = Annotated[
+    str | None,
+    flag(
+        "uncertain",
+        "Probabilities in this band give the verdict uncertain. Default: the model's.",
+        metavar="LOW:HIGH|none",
+        rich_help_panel=_VERDICT,
+        show_default=False,
+    ),
+]
+FailOn = Annotated[
+    list[str] | None,
+    flag(
+        "fail-on",
+        "Leave with exit code 4 if there is a fake item, a fake or uncertain one, or one without "
+        "a verdict. May be repeated.",
+        metavar="fake|uncertain|error",
+        rich_help_panel=_VERDICT,
+        show_default=False,
+    ),
+]
+Heatmap = Annotated[
+    Path | None,
+    flag(
+        "heatmap",
+        "Draw the forgery map over each picture, into this folder.",
+        metavar="DIR",
+        rich_help_panel=_RESULT,
+    ),
+]
+Annotate = Annotated[
+    Path | None,
+    flag(
+        "annotate",
+        "Draw boxes and scores into copies of the pictures, in this folder.",
+        metavar="DIR",
+        rich_help_panel=_RESULT,
+    ),
+]
 OutputFolder = Annotated[
     Path, flag("output", "Folder to write; it must not exist yet.", short="-o", metavar="DIR")
 ]
@@ -143,4 +231,43 @@ Json = Annotated[
 Quiet = Annotated[
     bool,
     flag("quiet", "No progress and no notes.", short="-q", switch=True, rich_help_panel=_RESULT),
+]
+WeightFiles = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Published weights: .pth, .pt, .bin or .safetensors.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
+ImportFolder = Annotated[
+    Path,
+    flag(
+        "output", "Checkpoint folder to make.", short="-o", metavar="DIR", rich_help_panel=_RESULT
+    ),
+]
+ClipConfig = Annotated[
+    Path | None,
+    flag(
+        "clip-config",
+        "config.json of the CLIP model, for towers that are none of OpenAI's.",
+        metavar="FILE.json",
+        rich_help_panel=_INPUT,
+    ),
+]
+Checkpoint = Annotated[
+    str | None,
+    typer.Argument(help="A checkpoint folder, a weights file or 'lite'.", metavar="[PATH]"),
+]
+Verbose = Annotated[
+    bool, flag("verbose", "List every tensor.", short="-v", switch=True, rich_help_panel=_RESULT)
+]
+Verify = Annotated[
+    bool,
+    flag(
+        "verify",
+        "Read every value: refuse NaN and check the stored fingerprint.",
+        switch=True,
+        rich_help_panel=_INPUT,
+    ),
 ]

@@ -108,7 +108,7 @@ class Output:
             _console(sys.stderr).print(f"[bold {colour}]{label}:[/]", end=" ")
         else:
             sys.stderr.write(f"{label}: ")
-        sys.stderr.write("\n".join(printable(part) for part in line.splitlines()) + "\n")
+        sys.stderr.write("\n".join(printable(part) for part in line.split("\n")) + "\n")
 
     @contextmanager
     def progress(self, description: str, total: int | None = None) -> Iterator[Callable[..., None]]:

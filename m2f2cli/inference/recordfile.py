@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,26 +17,35 @@ from typing import Any
 from m2f2cli.errors import M2F2Error, UsageError
 from m2f2cli.records import SCHEMA_VERSION, Detection, Settings, plain, to_line
 
+_START = b'{"schema_version": '
+
 
 class RecordFile:
     """A JSON Lines file that records are appended to, and that a later run can resume.
 
-    A record is one ``write`` of one line, so a killed process leaves whole lines and at most one
-    cut one, which the next opening removes. A write that fails half-way is taken back.
+    Opening it reads what is there and changes nothing; ``bind`` compares the settings and makes it
+    writable. A record is one ``write`` of one line, so a killed process leaves whole lines and at
+    most one cut one, which ``bind`` removes. A write that fails half-way is taken back.
 
     Args:
         path: The file; it and its folder are made when missing.
-        settings: Of this run. A file written under other settings is refused.
-        overwrite: Start anew instead of resuming.
+        overwrite: Start anew instead of resuming; what is there is removed by ``bind``.
+
+    Attributes:
+        done: Path to (status, verdict) of every record in the file.
 
     Raises:
-        UsageError: The file holds something else, or records of other settings.
+        UsageError: The file holds something else than records.
         M2F2Error: It cannot be opened or another process is writing it.
     """
 
-    def __init__(self, path: Path, settings: Settings, *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self.path = path
-        self.done: set[str] = set()
+        self.done: dict[str, tuple[str, str | None]] = {}
+        self._made_with: dict[str, Any] = {}
+        self._size = 0
+        self._bound = False
+        self._is_new = not path.exists()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
@@ -43,32 +53,23 @@ class RecordFile:
             raise _cannot_write(path, error) from error
         try:
             _lock(self._handle, path)
-            self._size = 0 if overwrite else self._read_existing(settings)
-            os.ftruncate(self._handle, self._size)
-            os.lseek(self._handle, self._size, os.SEEK_SET)
+            if not overwrite:
+                self._read_existing()
         except BaseException:
             os.close(self._handle)
             raise
 
-    def _read_existing(self, settings: Settings) -> int:
-        """Collect the paths done; returns where the whole lines end."""
-        wanted = plain(settings)
-        size = 0
+    def _read_existing(self) -> None:
         with os.fdopen(os.dup(self._handle), "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
-                    self._check_cut(line, number)
-                    break
-                self.done.add(self._path_of(line, number, wanted))
-                size += len(line)
-        return size
+                    if number == 1 and not (line.startswith(_START) or _START.startswith(line)):
+                        raise self._foreign(number)
+                    return
+                self._take(line, number)
+                self._size += len(line)
 
-    def _check_cut(self, line: bytes, number: int) -> None:
-        start = b'{"schema_version": '
-        if number == 1 and not (line.startswith(start) or start.startswith(line)):
-            raise self._foreign(number)
-
-    def _path_of(self, line: bytes, number: int, wanted: Mapping[str, Any]) -> str:
+    def _take(self, line: bytes, number: int) -> None:
         try:
             row = json.loads(line)
         except ValueError:
@@ -77,10 +78,32 @@ class RecordFile:
             raise self._foreign(number)
         if row.get("schema_version") != SCHEMA_VERSION:
             raise self._other("schema_version", row.get("schema_version"), SCHEMA_VERSION)
+        made_with = {item.name: row.get(item.name) for item in fields(Settings)}
+        self._made_with = self._made_with or made_with
+        self._compare(made_with, self._made_with)
+        self.done[row["path"]] = (str(row.get("status")), row.get("verdict"))
+
+    def _compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         for name, value in wanted.items():
-            if name != "model" and row.get(name) != value:
-                raise self._other(name, row.get(name), value)
-        return str(row["path"])
+            if name != "model" and found[name] != value:
+                raise self._other(name, found[name], value)
+
+    def bind(self, settings: Settings) -> None:
+        """Make the file writable for a run.
+
+        Args:
+            settings: Of this run.
+
+        Raises:
+            UsageError: The records in the file were made with other settings.
+        """
+        if self._bound:
+            return
+        if self._made_with:
+            self._compare(self._made_with, plain(settings))
+        os.ftruncate(self._handle, self._size)
+        os.lseek(self._handle, self._size, os.SEEK_SET)
+        self._bound = True
 
     def _foreign(self, number: int) -> UsageError:
         return UsageError(
@@ -95,11 +118,12 @@ class RecordFile:
         )
 
     def append(self, record: Detection) -> None:
-        """Write one record.
+        """Write one record; the first one binds the file to its settings.
 
         Raises:
             M2F2Error: It cannot be written whole; the file then ends with the record before it.
         """
+        self.bind(record.settings)
         line = to_line(record.to_dict())
         try:
             written = os.write(self._handle, line)
@@ -107,14 +131,17 @@ class RecordFile:
                 written += os.write(self._handle, line[written:])
         except OSError as error:
             os.ftruncate(self._handle, self._size)
+            os.lseek(self._handle, self._size, os.SEEK_SET)
             raise _cannot_write(self.path, error) from error
         self._size += len(line)
-        self.done.add(record.path)
+        self.done[record.path] = (record.status, record.verdict)
 
     def close(self) -> None:
-        """Flush to the disk and close."""
+        """Flush to the disk and close; a new file that was never bound is removed."""
         try:
             os.fsync(self._handle)
+            if self._is_new and not self._bound:
+                self.path.unlink(missing_ok=True)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         finally:

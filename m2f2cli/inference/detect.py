@@ -1,0 +1,245 @@
+"""Judge pictures and videos: decoding and face search in threads, crops in batches across items."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from m2f2cli.errors import UsageError
+from m2f2cli.inference.assemble import assemble
+from m2f2cli.inference.prepare import FACES_MODES, Crop, Prepared, Recipe, prepare
+from m2f2cli.inference.render import Renderer
+from m2f2cli.inference.scoring import Judge, Score, Scorer
+from m2f2cli.inference.sources import Source, expand
+from m2f2cli.inference.verdict import Rule
+from m2f2cli.records import Detection, Settings
+
+_MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class DetectOptions:
+    """How to judge.
+
+    Attributes:
+        faces: ``auto``: every face, and a small square picture without one is taken as a crop;
+            ``all``: every face; ``largest``: the largest; ``none``: every picture is a crop.
+        threshold: Fake probability from which the verdict is fake; None takes the checkpoint's.
+        uncertain: (low, high) gives the verdict uncertain; None for no band; ``checkpoint`` takes
+            the checkpoint's.
+        batch_size: Crops judged at a time; it changes no verdict.
+        frames: Frames sampled from each video, evenly spaced.
+        heatmap: Folder for pictures with the forgery map drawn over them.
+        annotate: Folder for pictures with the face boxes and scores drawn in.
+        device: Where a model given by name runs; see ``runtime.pick_device``.
+        dtype: Its arithmetic; see ``runtime.pick_dtype``.
+    """
+
+    faces: str = "auto"
+    threshold: float | None = None
+    uncertain: tuple[float, float] | Literal["checkpoint"] | None = "checkpoint"
+    batch_size: int = 16
+    frames: int = 16
+    heatmap: Path | None = None
+    annotate: Path | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.faces not in FACES_MODES:
+            raise UsageError(
+                f"Unknown faces mode '{self.faces}'.", f"Use one of: {', '.join(FACES_MODES)}."
+            )
+        if self.batch_size < 1 or self.frames < 1:
+            raise UsageError("The batch size and the number of frames must be at least 1.")
+        self.rule(None, None, None)  # complains about impossible numbers before any work
+
+    def rule(
+        self,
+        threshold: float | None,
+        uncertain: Sequence[float] | None,
+        domain_limit: float | None,
+    ) -> Rule:
+        """The verdict rule, with a checkpoint's values where none are set here."""
+        if self.uncertain != "checkpoint":
+            band = self.uncertain
+        else:
+            band = (float(uncertain[0]), float(uncertain[1])) if uncertain else None
+        chosen = self.threshold if self.threshold is not None else threshold
+        return Rule(0.5 if chosen is None else float(chosen), band, domain_limit)
+
+
+def detect(
+    paths: Sequence[str],
+    *,
+    model: str | Judge = "lite",
+    options: DetectOptions | None = None,
+    recursive: bool = False,
+) -> Iterator[Detection]:
+    """Judge files, folders, globs, lists and videos.
+
+    Args:
+        paths: See ``sources.expand``.
+        model: A checkpoint's name (see ``models.loading.load_detector``), loaded while the first
+            pictures are decoded; or a detector.
+        options: How to judge.
+        recursive: Enter sub-folders.
+
+    Yields:
+        One record an item, in order. A bad item is a record with another status than ``ok``.
+
+    Raises:
+        M2F2Error: Nothing to judge, a wrong option, or an unusable model.
+    """
+    sources = expand(paths, recursive=recursive)
+    yield from judge_sources(sources, model=model, options=options or DetectOptions())
+
+
+def judge_sources(
+    sources: Sequence[Source],
+    *,
+    model: str | Judge,
+    options: DetectOptions,
+) -> Iterator[Detection]:
+    """``detect`` for sources already listed; arguments and records as there."""
+    workers = min(_MOST_WORKERS, _processors())
+    recipe: Future[Recipe] = Future()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="m2f2-decode")
+    queue: deque[Future[Prepared]] = deque()
+    left = iter(sources)
+
+    def fill(size: int) -> None:
+        while len(queue) < size and (source := next(left, None)) is not None:
+            queue.append(
+                pool.submit(
+                    prepare, source, faces=options.faces, frames=options.frames, recipe=recipe
+                )
+            )
+
+    try:
+        fill(workers)
+        judge = load(model, options)
+        run = _Run(judge, settings_of(model, judge, options), options, sources)
+        recipe.set_result(Recipe.of(judge.config, finds_faces=options.faces != "none"))
+        window = 2 * workers + options.batch_size
+        fill(window)
+        while queue:
+            prepared = queue.popleft().result()
+            fill(window)
+            yield from run.take(prepared)
+        yield from run.finish()
+    finally:
+        recipe.cancel()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def load(model: str | Judge, options: DetectOptions) -> Judge:
+    """The detector behind a name, or the detector itself."""
+    if not isinstance(model, str):
+        return model
+    from m2f2cli.models.loading import load_detector
+
+    judge: Judge = load_detector(model, device=options.device, dtype=options.dtype)
+    return judge
+
+
+def settings_of(model: str | Judge, judge: Judge, options: DetectOptions) -> Settings:
+    """What the verdicts of a run depend on, as every record tells it.
+
+    Args:
+        model: As the user named or gave it.
+        judge: The same, loaded.
+        options: How to judge.
+    """
+    rule = _rule(judge, options)
+    finds = options.faces != "none"
+    recipe = Recipe.of(judge.config, finds_faces=finds)
+    return Settings(
+        model=model if isinstance(model, str) else type(judge).__name__,
+        model_fingerprint=judge.fingerprint,
+        dtype=str(judge.dtype).removeprefix("torch."),
+        threshold=rule.threshold,
+        uncertain=rule.uncertain,
+        temperature=float(judge.config.temperature),
+        faces_mode=options.faces,
+        crop_detector="dlib" if finds else None,
+        crop_margin=recipe.margin if finds else None,
+        frames_asked=options.frames,
+    )
+
+
+def _rule(model: Judge, options: DetectOptions) -> Rule:
+    config = model.config
+    limit = float(config.domain["limit"]) if config.domain else None
+    return options.rule(config.threshold, config.uncertain, limit)
+
+
+@dataclass
+class _Item:
+    """A prepared source whose crops are being scored."""
+
+    prepared: Prepared
+    scores: dict[bytes, Score] = field(default_factory=dict)
+    open: set[bytes] = field(default_factory=set)
+
+
+class _Run:
+    """Groups the crops of successive items into batches and gives items back in order."""
+
+    def __init__(
+        self, model: Judge, settings: Settings, options: DetectOptions, sources: Sequence[Source]
+    ) -> None:
+        self.settings = settings
+        self.rule = _rule(model, options)
+        self.batch_size = options.batch_size
+        self.renderer = Renderer(options.heatmap, options.annotate, sources)
+        self.renderer.check(model.config)
+        self.scorer = Scorer(model, maps=options.heatmap is not None)
+        self.items: deque[_Item] = deque()
+        self.batch: dict[bytes, Crop] = {}
+
+    def take(self, prepared: Prepared) -> Iterator[Detection]:
+        item = _Item(prepared)
+        self.items.append(item)
+        for view in prepared.views:
+            for crop in view.crops:
+                known = self.scorer.known(crop)
+                if known is not None:
+                    item.scores[crop.digest] = known
+                else:
+                    item.open.add(crop.digest)
+                    self.batch[crop.digest] = crop
+                    if len(self.batch) >= self.batch_size:
+                        self._flush()
+        yield from self._completed()
+
+    def finish(self) -> Iterator[Detection]:
+        self._flush()
+        yield from self._completed()
+
+    def _flush(self) -> None:
+        if not self.batch:
+            return
+        scores = dict(zip(self.batch, self.scorer.score(list(self.batch.values())), strict=True))
+        self.batch = {}
+        for item in self.items:
+            for digest in item.open & scores.keys():
+                item.scores[digest] = scores[digest]
+            item.open -= scores.keys()
+
+    def _completed(self) -> Iterator[Detection]:
+        while self.items and not self.items[0].open:
+            item = self.items.popleft()
+            record = assemble(item.prepared, item.scores, self.rule, self.settings)
+            yield self.renderer.draw(item.prepared, item.scores, record)
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,155 @@
+"""One ``m2f2 detect``: list the items, judge those that no record exists of, keep the records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from m2f2cli.errors import UsageError
+from m2f2cli.inference.recordfile import RecordFile
+from m2f2cli.inference.sources import expand
+from m2f2cli.records import VERDICTS, Detection, to_csv
+
+if TYPE_CHECKING:
+    from m2f2cli.inference.detect import DetectOptions
+    from m2f2cli.inference.scoring import Judge
+
+
+@dataclass
+class Tally:
+    """How many items of a run came out how, those of an earlier, resumed run included.
+
+    Attributes:
+        real: Items with that verdict.
+        fake: Items with that verdict.
+        uncertain: Items with that verdict.
+        failed: Items without a verdict, whatever the status.
+        earlier: Of all these, how many an earlier run had recorded.
+    """
+
+    real: int = 0
+    fake: int = 0
+    uncertain: int = 0
+    failed: int = 0
+    earlier: int = 0
+
+    def count(self, verdict: str | None) -> None:
+        """Add one item."""
+        name = verdict if verdict in VERDICTS else "failed"
+        setattr(self, name, getattr(self, name) + 1)
+
+    def sentence(self) -> str:
+        """The counts in words."""
+        judged = self.real + self.fake + self.uncertain
+        words = f"{judged} judged: {self.fake} fake, {self.real} real, {self.uncertain} uncertain"
+        if self.failed:
+            words += f"; {self.failed} without a verdict"
+        if self.earlier:
+            words += f" ({self.earlier} of them recorded earlier)"
+        return words + "."
+
+
+class Job:
+    """Everything one run of ``detect`` does, as an iterator of records.
+
+    Args:
+        paths: See ``sources.expand``.
+        options: How to judge.
+        model: A checkpoint's name, or a detector.
+        recursive: Enter sub-folders.
+        output: A ``.jsonl`` file, which is resumed, or a ``.csv`` file, which is written at the
+            end; or None.
+        overwrite: Replace ``output`` instead.
+
+    Attributes:
+        sources: Every item.
+        tally: What came out so far.
+
+    Raises:
+        M2F2Error: Nothing to judge, or ``output`` cannot be used.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        options: DetectOptions,
+        model: str | Judge = "lite",
+        recursive: bool = False,
+        output: Path | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.sources = expand(paths, recursive=recursive)
+        self.options = options
+        self.model = model
+        self.tally = Tally()
+        self._table: Path | None = None
+        self._log: RecordFile | None = None
+        if output is None:
+            return
+        if any(
+            os.path.realpath(source.path) == os.path.realpath(output) for source in self.sources
+        ):
+            raise UsageError(f"'{output}' is one of the inputs.", "Choose another --output.")
+        if output.suffix.lower() == ".jsonl":
+            self._log = RecordFile(output, overwrite=overwrite)
+        elif output.suffix.lower() == ".csv":
+            self._table = _table(output, overwrite)
+        else:
+            raise UsageError(
+                f"--output must end in .jsonl or .csv, not '{output.name}'.",
+                "For example: --output verdicts.jsonl",
+            )
+
+    def run(self) -> Iterator[Detection]:
+        """Judge, record and yield every item that had no record yet, in order."""
+        from m2f2cli.inference.detect import judge_sources, load, settings_of
+
+        done = self._log.done if self._log else {}
+        left = [source for source in self.sources if source.path not in done]
+        for source in self.sources:
+            if source.path in done:
+                self.tally.earlier += 1
+                self.tally.count(done[source.path][1])
+        written: list[Detection] = []
+        with ExitStack() as stack:
+            if self._log is not None:
+                stack.enter_context(self._log)
+            if not left and self._log is not None:
+                judge = load(self.model, self.options)
+                self._log.bind(settings_of(self.model, judge, self.options))
+            records = judge_sources(left, model=self.model, options=self.options) if left else ()
+            for record in records:
+                if self._log is not None:
+                    self._log.append(record)
+                if self._table is not None:
+                    written.append(record)
+                self.tally.count(record.verdict)
+                yield record
+        if self._table is not None:
+            from m2f2cli.weights.atomic import atomic_write
+
+            atomic_write(self._table, to_csv(written).encode("utf-8", "surrogateescape"))
+
+    def summary(self) -> dict[str, Any]:
+        """The tally as a JSON object."""
+        return vars(self.tally).copy()
+
+
+def _table(path: Path, overwrite: bool) -> Path:
+    """Check, before the work, that a CSV file can be written after it."""
+    if path.exists() and not overwrite:
+        raise UsageError(
+            f"'{path}' exists; a table is written whole and cannot be resumed.",
+            "Add --overwrite, or record into a .jsonl file, which can be resumed.",
+        )
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"Cannot write into the folder '{folder}'.", "Choose another --output.")
+    return path

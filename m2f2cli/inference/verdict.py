@@ -1,0 +1,115 @@
+"""How scores become verdicts: threshold, uncertain band, domain check, items of several parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from m2f2cli.errors import UsageError
+from m2f2cli.records import FaceScore, FrameScore
+
+DIGITS = 6  # probabilities are rounded to this before anything is decided by them
+_SEVERITY = {"fake": 2, "uncertain": 1, "real": 0}
+
+
+class Judgement(NamedTuple):
+    """A verdict with its reasons.
+
+    Attributes:
+        verdict: ``real``, ``fake`` or ``uncertain``.
+        reason: Why it is uncertain; None otherwise.
+        in_domain: Whether the input resembles the training crops; None without a check.
+    """
+
+    verdict: str
+    reason: str | None
+    in_domain: bool | None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Turns a fake probability into a verdict.
+
+    Attributes:
+        threshold: Probability from which the verdict is fake, in [0, 1].
+        uncertain: (low, high), both ends included, or None.
+        domain_limit: Largest domain distance the model answers for, or None.
+    """
+
+    threshold: float
+    uncertain: tuple[float, float] | None = None
+    domain_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise UsageError(f"The threshold must lie in [0, 1], not {self.threshold}.")
+        if self.uncertain and not 0 <= self.uncertain[0] <= self.uncertain[1] <= 1:
+            raise UsageError(
+                f"The uncertain band must be LOW:HIGH with 0 <= LOW <= HIGH <= 1, "
+                f"not {self.uncertain[0]}:{self.uncertain[1]}.",
+                "For example: --uncertain 0.4:0.6, or --uncertain none.",
+            )
+
+    def judge(self, fake_probability: float, domain_distance: float | None) -> Judgement:
+        """Decide about one crop.
+
+        Args:
+            fake_probability: In [0, 1].
+            domain_distance: 0 or more; None when the model measures none.
+        """
+        in_domain = None
+        if self.domain_limit is not None and domain_distance is not None:
+            in_domain = domain_distance <= self.domain_limit
+            if not in_domain:
+                return Judgement(
+                    "uncertain",
+                    f"unlike the pictures the model was trained on "
+                    f"(distance {domain_distance:.2f}, limit {self.domain_limit:.2f})",
+                    in_domain,
+                )
+        return self._by_score(fake_probability, in_domain)
+
+    def judge_frames(self, frames: Sequence[FrameScore]) -> tuple[float, float | None, Judgement]:
+        """Decide about a video by the mean over its frames that show a face.
+
+        Args:
+            frames: At least one with a ``fake_probability``.
+
+        Returns:
+            The mean probability, the mean domain distance (None without one), and the judgement;
+            the video is in the domain when at least half of those frames are.
+        """
+        judged = [frame for frame in frames if frame.fake_probability is not None]
+        scores = [frame.fake_probability or 0.0 for frame in judged]
+        mean = round(math.fsum(scores) / len(scores), DIGITS)
+        distances = [f.domain_distance for f in judged if f.domain_distance is not None]
+        distance = round(math.fsum(distances) / len(distances), DIGITS) if distances else None
+        known = [frame.in_domain for frame in judged if frame.in_domain is not None]
+        if not known:
+            return mean, distance, self._by_score(mean, None)
+        outside = len(known) - sum(known)
+        if 2 * outside > len(known):
+            reason = (
+                f"{outside} of {len(known)} frames are unlike the pictures the model was trained on"
+            )
+            return mean, distance, Judgement("uncertain", reason, False)
+        return mean, distance, self._by_score(mean, True)
+
+    def _by_score(self, score: float, in_domain: bool | None) -> Judgement:
+        if self.uncertain and self.uncertain[0] <= score <= self.uncertain[1]:
+            low, high = self.uncertain
+            return Judgement(
+                "uncertain", f"the score lies in the uncertain band {low:g} to {high:g}", in_domain
+            )
+        return Judgement("fake" if score >= self.threshold else "real", None, in_domain)
+
+
+def deciding_first(faces: Sequence[FaceScore]) -> list[FaceScore]:
+    """Order a picture's faces: the one that decides about the picture first.
+
+    A fake face outranks an uncertain one and that a real one; among equals the higher fake
+    probability leads, then the order found.
+    """
+    return sorted(faces, key=lambda face: (-_SEVERITY[face.verdict], -face.fake_probability))

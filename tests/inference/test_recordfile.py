@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from m2f2cli.errors import M2F2Error, UsageError
+from m2f2cli.inference.recordfile import RecordFile
+from m2f2cli.records import Detection
+
+
+def paths_in(file: Path) -> list[str]:
+    return [json.loads(line)["path"] for line in file.read_bytes().splitlines()]
+
+
+def fill(file: Path, record: Detection, names: list[str]) -> None:
+    with RecordFile(file) as log:
+        for name in names:
+            if name not in log.done:
+                log.append(replace(record, path=name))
+
+
+def test_a_second_run_adds_only_what_is_missing(tmp_path: Path, record: Detection) -> None:
+    file = tmp_path / "deep" / "out.jsonl"
+    fill(file, record, ["a", "b"])
+    fill(file, record, ["a", "b", "c"])
+    assert paths_in(file) == ["a", "b", "c"]
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_resuming_after_a_cut_anywhere_gives_each_item_once(
+    tmp_path_factory: pytest.TempPathFactory, record: Detection, data: st.DataObject
+) -> None:
+    file = tmp_path_factory.mktemp("cut") / "out.jsonl"
+    names = ["a", "b", "ü", "d"]
+    fill(file, record, names)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    fill(file, record, names)
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "content", ["hello\n", "[1]\n", '{"a": 1}\n', "no newline", '{"path": 3}\n']
+)
+def test_a_foreign_file_is_left_alone(tmp_path: Path, record: Detection, content: str) -> None:
+    file = tmp_path / "notes.jsonl"
+    file.write_text(content)
+    with pytest.raises(UsageError, match="not a record file"):
+        RecordFile(file)
+    assert file.read_text() == content
+
+
+@pytest.mark.parametrize(
+    "change", [{"threshold": 0.9}, {"model_fingerprint": "sha256:other"}, {"faces_mode": "none"}]
+)
+def test_other_settings_are_refused_and_nothing_is_touched(
+    tmp_path: Path, record: Detection, change: dict[str, object]
+) -> None:
+    file = tmp_path / "out.jsonl"
+    fill(file, record, ["a"])
+    with file.open("ab") as cut:
+        cut.write(b'{"schema_version": 1, "pa')
+    before = file.read_bytes()
+    other = replace(record, path="b", settings=replace(record.settings, **change))
+    with pytest.raises(UsageError, match=next(iter(change))), RecordFile(file) as log:
+        log.append(other)
+    assert file.read_bytes() == before
+
+
+def test_another_name_for_the_same_model_resumes(tmp_path: Path, record: Detection) -> None:
+    file = tmp_path / "out.jsonl"
+    fill(file, record, ["a"])
+    fill(file, replace(record, settings=replace(record.settings, model="./lite")), ["b"])
+    assert paths_in(file) == ["a", "b"]
+
+
+def test_overwrite_waits_for_the_first_record(tmp_path: Path, record: Detection) -> None:
+    file = tmp_path / "out.jsonl"
+    fill(file, record, ["a"])
+    RecordFile(file, overwrite=True).close()
+    assert paths_in(file) == ["a"]
+    with RecordFile(file, overwrite=True) as log:
+        log.append(replace(record, path="b"))
+    assert paths_in(file) == ["b"]
+
+
+def test_a_file_nothing_was_written_to_does_not_appear(tmp_path: Path) -> None:
+    RecordFile(tmp_path / "out.jsonl").close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers_do_not_mix(tmp_path: Path, record: Detection) -> None:
+    with RecordFile(tmp_path / "out.jsonl"), pytest.raises(M2F2Error, match="Another process"):
+        RecordFile(tmp_path / "out.jsonl")
+
+
+def test_a_write_that_fails_half_way_is_taken_back(tmp_path: Path, record: Detection) -> None:
+    """The file-size limit cuts the second line short, as a full disk does."""
+    file = tmp_path / "out.jsonl"
+    line = len(json.dumps(record.to_dict())) + 1
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with RecordFile(file) as log:
+            log.append(record)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (line + line // 2, old[1]))
+            with pytest.raises(M2F2Error, match="Cannot write"):
+                log.append(replace(record, path="b"))
+            assert file.read_bytes().endswith(b"}\n")
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+            log.append(replace(record, path="c"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert paths_in(file) == [record.path, "c"]
+
+
+def test_an_unwritable_place_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(M2F2Error, match="Cannot write"):
+        RecordFile(tmp_path / "file" / "out.jsonl")
+    os.mkdir(tmp_path / "out.jsonl")
+    with pytest.raises(M2F2Error, match="Cannot write"):
+        RecordFile(tmp_path / "out.jsonl")
