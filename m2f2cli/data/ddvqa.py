@@ -1,0 +1,112 @@
+"""DD-VQA face crops: which manipulation and who from their names, what people saw from annotations.
+
+Source: DD-VQA (ECCV 2024) over FaceForensics++ crops, as the published system lays them out:
+``images/c40/{train,test}/<manipulation>_<video>.jpg`` and ``annotations/<part>/<kind>/*.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m2f2cli.data.folder import list_pictures, people_in
+from m2f2cli.data.samples import REAL, Sample, SampleSet
+from m2f2cli.errors import InputError
+
+MANIPULATIONS = {
+    "0": "Deepfakes",
+    "1": "Face2Face",
+    "2": "FaceShifter",
+    "3": "FaceSwap",
+    "5": REAL,
+    "6": "NeuralTextures",
+}
+REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
+
+_NAME = re.compile(r"([01236])_\d{3}_\d{3}|5_\d{3}")
+_CROPS = Path("images", "c40")
+
+
+def looks_like_ddvqa(root: Path) -> bool:
+    """Whether a folder is a DD-VQA data set, or directly holds crops named as its crops are."""
+    if (root / _CROPS / "train").is_dir():
+        return True
+    if (root / "real").is_dir() or (root / "fake").is_dir():
+        return False
+    first = next((path for path in list_pictures(root) if path.parent == root), None)
+    return first is not None and _NAME.fullmatch(first.stem) is not None
+
+
+def read_ddvqa(root: Path) -> SampleSet:
+    """Read DD-VQA crops.
+
+    Args:
+        root: The data set's folder, whose ``images/c40/train`` is then read, or a folder of crops.
+
+    Raises:
+        InputError: There are no crops, or one is not named as DD-VQA names them.
+    """
+    folder = root / _CROPS / "train" if (root / _CROPS / "train").is_dir() else root
+    samples = []
+    for path in list_pictures(folder):
+        if not _NAME.fullmatch(path.stem):
+            raise InputError(
+                f"'{path}' is not named like a DD-VQA crop (0_005_010.jpg, 5_012.jpg).",
+                hint="Move it away, or sort the pictures into real/ and fake/.",
+            )
+        kind = MANIPULATIONS[path.stem[0]]
+        name = path.relative_to(folder).as_posix()
+        samples.append(Sample(path, name, int(kind != REAL), kind, people_in(path.stem[2:])))
+    if not samples:
+        raise InputError(f"There are no DD-VQA crops in '{folder}'.", "empty")
+    return SampleSet(folder, "ddvqa", tuple(samples))
+
+
+def read_regions(folder: Path, stems: Iterable[str]) -> dict[str, np.ndarray]:
+    """Read what annotators saw in each region of forged faces.
+
+    Args:
+        folder: Annotation JSON files, sub-folders included: ``{"0_005_010": {"0": {"question",
+            "answer": [...]}}}``.
+        stems: File names without suffix to look for.
+
+    Returns:
+        For each stem that is annotated, float32 (5,) in the order of ``REGIONS``: 0 looks real or
+        is not spoken of, 0.5 looks a bit fake, 1 looks very fake (or fake, with no degree said);
+        the largest over several answers.
+
+    Raises:
+        InputError: There are no annotation files, or one is malformed.
+    """
+    wanted = set(stems)
+    files = sorted(folder.rglob("*.json"))
+    if not files:
+        raise InputError(f"There are no annotation files (*.json) in '{folder}'.", "empty")
+    judged = {}
+    for file in files:
+        try:
+            annotations = json.loads(file.read_text(encoding="utf-8"))
+            for stem in wanted & annotations.keys():
+                judged[stem] = _severities(annotations[stem])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"'{file}' is not a DD-VQA annotation file: {type(error).__name__} {error}."
+            ) from error
+    return judged
+
+
+def _severities(questions: dict[str, Any]) -> np.ndarray:
+    text = " ".join(answer for entry in questions.values() for answer in entry["answer"]).lower()
+    result = np.zeros(len(REGIONS), dtype=np.float32)
+    for index, region in enumerate(REGIONS):
+        degrees = set(re.findall(rf"\b{region} looks? (very |a bit |slightly |)fake", text))
+        if "very " in degrees or degrees == {""}:  # every judgement opens with a bare "looks fake"
+            result[index] = 1.0
+        elif degrees:
+            result[index] = 0.5
+    return result

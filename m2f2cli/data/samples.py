@@ -1,0 +1,214 @@
+"""A set of labelled pictures: what is in it, who is in it, and how to cut it between identities.
+
+NumPy and the standard library only; pictures are read elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from m2f2cli.errors import InputError
+from m2f2cli.registry import Registry
+
+REAL = "real"
+
+# Layouts of picture sets, each a function of its folder that returns a SampleSet.
+LAYOUTS = Registry(
+    "data layout",
+    {
+        "folder": "m2f2cli.data.folder:read_folder",
+        "ddvqa": "m2f2cli.data.ddvqa:read_ddvqa",
+    },
+    group="m2f2cli.layouts",
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled picture.
+
+    Attributes:
+        path: Its file.
+        name: The path inside the set's folder, with slashes: its key in side files.
+        label: 0 real, 1 fake.
+        kind: ``real``, or which manipulation made it.
+        identities: The people in it, at least one; a face swap has two.
+    """
+
+    path: Path
+    name: str
+    label: int
+    kind: str
+    identities: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """Labelled pictures of one folder.
+
+    Attributes:
+        root: The folder.
+        layout: Which reader found them.
+        samples: Sorted by name.
+    """
+
+    root: Path
+    layout: str
+    samples: tuple[Sample, ...]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def labels(self) -> np.ndarray:
+        """int64 (N,), 0 real and 1 fake."""
+        return np.array([sample.label for sample in self.samples], dtype=np.int64)
+
+    def kinds(self) -> list[str]:
+        """The manipulations that occur, sorted, without ``real``."""
+        return sorted({sample.kind for sample in self.samples if sample.label == 1})
+
+    def people(self) -> set[str]:
+        """Every identity that occurs."""
+        return {person for sample in self.samples for person in sample.identities}
+
+    def counts(self) -> dict[str, int]:
+        """How many pictures of each kind, plus ``identities``."""
+        kinds = Counter(sample.kind for sample in self.samples)
+        return {**dict(sorted(kinds.items())), "identities": len(self.people())}
+
+    def subset(self, keep: Iterable[int]) -> SampleSet:
+        """The pictures at the given positions, in order."""
+        return replace(self, samples=tuple(self.samples[index] for index in sorted(keep)))
+
+    def fingerprint(self) -> str:
+        """``sha256:`` over every picture's name, size in bytes, label and identities.
+
+        Contents are not read, so that a million pictures take seconds.
+        """
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            row = (sample.name, sample.path.stat().st_size, sample.label, *sample.identities)
+            digest.update(repr(row).encode())
+        return f"sha256:{digest.hexdigest()}"
+
+
+def read_samples(source: str | Path, identities: Path | None = None) -> SampleSet:
+    """Read a set of labelled pictures in any known layout.
+
+    Args:
+        source: A folder; ``folder:DIR`` or ``ddvqa:DIR`` (any name in ``LAYOUTS``) settles its
+            layout, otherwise it is recognised by its contents.
+        identities: CSV file that says who is in which picture (see ``data.folder.read_people``).
+
+    Raises:
+        InputError: The folder is missing, holds no pictures, or lacks one of the two classes.
+        ConfigError: The layout is unknown.
+    """
+    from m2f2cli.data.ddvqa import looks_like_ddvqa
+    from m2f2cli.data.folder import read_people
+
+    layout, colon, rest = str(source).partition(":")
+    if not colon or len(layout) < 2:  # a Windows drive is no layout
+        layout, rest = "", str(source)
+    root = Path(rest).expanduser()
+    if not root.is_dir():
+        raise InputError(f"There is no data folder '{root}'.", "missing", "Check the path.")
+    if not layout:
+        layout = "ddvqa" if looks_like_ddvqa(root) else "folder"
+    found: SampleSet = LAYOUTS.get(layout)(root)
+    if identities is not None:
+        people = read_people(identities, {sample.name for sample in found.samples})
+        found = replace(
+            found, samples=tuple(replace(s, identities=people[s.name]) for s in found.samples)
+        )
+    check_classes(found, f"'{root}'")
+    return found
+
+
+def check_classes(found: SampleSet, where: str) -> None:
+    """Refuse a set without real or without forged pictures.
+
+    Raises:
+        InputError: Naming the class that is empty.
+    """
+    labels = {sample.label for sample in found.samples}
+    for label, word in ((0, "real"), (1, "forged")):
+        if label not in labels:
+            raise InputError(
+                f"There are no {word} pictures in {where} ({len(found)} pictures in all).",
+                "empty",
+                "Training and measuring need both, for example as DIR/real/ and DIR/fake/.",
+            )
+
+
+def identity_groups(samples: Sequence[Sample]) -> list[list[int]]:
+    """Positions of samples, grouped so that no two groups share an identity.
+
+    Two pictures belong together when a chain of shared identities joins them: the swap of A and B
+    joins every picture of A with every picture of B.
+    """
+    parent: dict[str, str] = {}
+
+    def root_of(person: str) -> str:
+        while parent.setdefault(person, person) != person:
+            parent[person] = parent[parent[person]]
+            person = parent[person]
+        return person
+
+    for sample in samples:
+        first = root_of(sample.identities[0])
+        for person in sample.identities[1:]:
+            parent[root_of(person)] = first
+    groups: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault(root_of(sample.identities[0]), []).append(index)
+    return sorted(groups.values())
+
+
+def split_by_identity(whole: SampleSet, share: float, seed: int) -> tuple[SampleSet, SampleSet]:
+    """Cut a set in two between identities.
+
+    Groups of pictures are taken in an order drawn from ``seed``, each if it does not carry the
+    second part past its share of real or of forged pictures by more than half the group.
+
+    Args:
+        whole: The pictures.
+        share: Wanted share of the second part, in (0, 1).
+        seed: Decides the cut; equal seeds give equal cuts.
+
+    Returns:
+        The larger and the held-out part.
+
+    Raises:
+        InputError: A part would lack real or forged pictures.
+    """
+    groups = identity_groups(whole.samples)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    labels = whole.labels()
+    wanted = np.bincount(labels, minlength=2) * share
+    have = np.zeros(2)
+    held: list[int] = []
+    for number in order:
+        group = groups[number]
+        more = np.bincount(labels[group], minlength=2)
+        if np.all((have + more / 2 <= wanted) | (more == 0)):
+            have += more
+            held += group
+    rest = set(range(len(whole))) - set(held)
+    parts = whole.subset(rest), whole.subset(held)
+    if any(len({s.label for s in part.samples}) < 2 for part in parts):
+        largest = max(len(group) for group in groups)
+        raise InputError(
+            f"'{whole.root}' cannot be cut between identities so that both parts have real and "
+            f"forged pictures: {len(groups)} groups of identities, the largest with {largest} of "
+            f"{len(whole)} pictures.",
+            "empty",
+            "Give --validation DIR, another --validation-share, or --identities FILE.csv.",
+        )
+    return parts

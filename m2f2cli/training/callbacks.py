@@ -1,0 +1,142 @@
+"""What happens around the Trainer's steps: epochs, running average, saved states, reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transformers asks for
+
+# isort: split
+import numpy as np
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from m2f2cli.training.objective import Objective
+from m2f2cli.training.pictures import EpochSampler
+
+Advance = Callable[[int, str], None]
+Notify = Callable[[str], None]
+
+
+class Housekeeping(TrainerCallback):
+    """Tells the sampler its epoch, keeps the running average, saves mid-epoch states.
+
+    Args:
+        trainer: The trainer it serves.
+        sampler: Of its training pictures.
+        save_steps: Steps between saved states within an epoch; 0 for none.
+        steps_per_epoch: Optimiser steps an epoch.
+    """
+
+    def __init__(
+        self, trainer: Trainer, sampler: EpochSampler, *, save_steps: int, steps_per_epoch: int
+    ) -> None:
+        self.objective: Objective = trainer.model
+        self.sampler = sampler
+        self.save_steps = save_steps
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Set the epoch whose pictures come next; also right when resumed inside one."""
+        self.sampler.epoch = state.global_step // self.steps_per_epoch
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take the new weights into the running average."""
+        if self.objective.average is not None:
+            self.objective.average.update(self.objective.detector)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Log the loss before the epoch is measured."""
+        control.should_log = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Ask for a saved state; the last step of an epoch is saved after it was measured."""
+        inside = state.global_step % self.steps_per_epoch
+        if self.save_steps and inside and state.global_step % self.save_steps == 0:
+            control.should_save = True
+
+
+class Reporter(TrainerCallback):
+    """Moves a progress bar and says one line an epoch.
+
+    Args:
+        advance: Called with steps done and the words beside the bar.
+        notify: Called with a line for people.
+    """
+
+    def __init__(self, advance: Advance, notify: Notify) -> None:
+        self.advance = advance
+        self.notify = notify
+        self.loss = float("nan")
+        self.auc = float("nan")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Skip what a resumed run has behind it."""
+        self.advance(state.global_step, "")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Move the bar by one step."""
+        words = [f"loss {self.loss:.3f}"] if self.loss == self.loss else []
+        words += [f"AUC {self.auc:.3f}"] if self.auc == self.auc else []
+        self.advance(1, "  ".join(words))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Remember the loss; say the validation figures."""
+        logs = logs or {}
+        self.loss = logs.get("loss", self.loss)
+        if "eval_auc" in logs:
+            self.auc = logs["eval_auc"]
+            self.notify(
+                f"epoch {round(logs['epoch'])}/{round(args.num_train_epochs)}: "
+                f"loss {self.loss:.4f}, validation loss {logs['eval_ce']:.4f}, "
+                f"AUC {logs['eval_auc']:.4f}, AP {logs['eval_ap']:.4f}"
+            )
+
+
+def epoch_records(state: TrainerState) -> list[dict[str, float]]:
+    """The run so far, one record an epoch: training loss, learning rate, validation figures."""
+    records: list[dict[str, float]] = []
+    losses: list[float] = []
+    steps: list[int] = [0]
+    rate = 0.0
+    for entry in state.log_history:
+        if "loss" in entry:
+            losses.append(entry["loss"])
+            steps.append(entry["step"])
+            rate = entry["learning_rate"]
+        elif "eval_auc" in entry:
+            each = np.diff(steps)
+            records.append(
+                {
+                    "epoch": round(entry["epoch"]),
+                    "step": entry["step"],
+                    "learning_rate": rate,
+                    "loss": float(np.dot(losses, each) / each.sum()) if losses else 0.0,
+                    "validation_loss": entry["eval_ce"],
+                    "auc": entry["eval_auc"],
+                    "ap": entry["eval_ap"],
+                    "accuracy": entry["eval_accuracy"],
+                }
+            )
+            losses, steps = [], [entry["step"]]
+    return records

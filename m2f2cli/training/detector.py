@@ -1,0 +1,265 @@
+"""Stage 1: train a detector from labelled pictures to a checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m2f2cli.data.ddvqa import REGIONS
+from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
+from m2f2cli.errors import ConfigError, InputError, UsageError
+from m2f2cli.runtime import seed_everything
+from m2f2cli.training.build import build_detector
+from m2f2cli.training.callbacks import Advance, Housekeeping, Notify, Reporter, epoch_records
+from m2f2cli.training.objective import Objective, moving_groups
+from m2f2cli.training.options import INCIDENTAL, TrainDetectorOptions
+from m2f2cli.training.pictures import (
+    Batcher,
+    MeasuringPictures,
+    PictureStore,
+    TrainingPictures,
+)
+from m2f2cli.training.settings import picture_recipe, trainer_arguments
+from m2f2cli.training.trainer import DetectorTrainer, last_state
+from m2f2cli.weights import store
+from m2f2cli.weights.atomic import refuse_existing
+
+STAGE = "train-detector"
+_OPTIONS = "options.json"
+_PACKAGES = ("m2f2cli", "torch", "transformers", "timm", "accelerate", "numpy", "pillow")
+
+
+def train_detector(
+    options: TrainDetectorOptions, *, advance: Advance | None = None, notify: Notify | None = None
+) -> Path:
+    """Train a detector and write it as a checkpoint folder.
+
+    Args:
+        options: Everything about the run.
+        advance: Called after each step with the steps done and words for beside a progress bar.
+        notify: Called with lines for people.
+
+    Returns:
+        The folder, holding the epoch that did best on the held-out pictures.
+
+    Raises:
+        ConfigError: Options do not go together, or not with those of the state to resume.
+        InputError: The data is missing, unreadable, lacks a class or cannot be split.
+        CheckpointError: A starting weight does not fit, or the output exists.
+    """
+    return prepare(options, notify=notify).run(advance=advance)
+
+
+@dataclass
+class Training:
+    """A run that is ready to start: everything read, built and checked.
+
+    Attributes:
+        options: Everything about the run.
+        trainer: Holds model, pictures and settings.
+        steps: Optimiser steps in all.
+        record: What goes into ``stage.json`` beside the figures.
+    """
+
+    options: TrainDetectorOptions
+    trainer: DetectorTrainer | None
+    steps: int
+    record: dict[str, Any]
+    notify: Notify
+
+    def run(self, *, advance: Advance | None = None) -> Path:
+        """Train, or go on training, and write the checkpoint folder."""
+        run = self.options.run
+        if self.trainer is None:
+            self.notify(f"'{run.output}' is finished already; nothing to resume.")
+            return run.output
+        trainer = self.trainer
+        state = last_state(state_folder(run.output)) if run.resume else None
+        if state is not None:
+            self.notify(f"Going on after step {state.name[11:]} of {self.steps}.")
+        trainer.add_callback(Reporter(advance or (lambda *_: None), self.notify))
+        trainer.train(resume_from_checkpoint=str(state) if state is not None else None)
+        if trainer.is_world_process_zero():
+            self._write()
+        trainer.accelerator.wait_for_everyone()
+        return run.output
+
+    def _write(self) -> None:
+        trainer = self.trainer
+        assert trainer is not None
+        run, folder = self.options.run, state_folder(self.options.run.output)
+        best = trainer.state.best_global_step
+        trainer._load_from_checkpoint(str(folder / f"checkpoint-{best}"))
+        detector = trainer.model.detector
+        config = detector.config.to_dict() | {"architectures": ["Detector"], "dtype": "float32"}
+        epochs = epoch_records(trainer.state)
+        chosen = next(record for record in epochs if record["step"] == best)
+        stage = self.record | {"metrics": {"selected": chosen, "epochs": epochs}}
+        processor = store.preprocessor_config(
+            detector.config.image_size, detector.config.image_mean, detector.config.image_std
+        )
+        store.write_checkpoint(
+            run.output,
+            config=json.loads(json.dumps(config)),
+            tensors=trainer.model.result(),
+            stage=stage,
+            extra_files={"preprocessor_config.json": store.json_bytes(processor)},
+            overwrite=run.overwrite,
+        )
+        for leftover in (*folder.glob("checkpoint-*"), folder / _OPTIONS):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        self.notify(
+            f"Kept epoch {chosen['epoch']}: AUC {chosen['auc']:.4f}, AP {chosen['ap']:.4f}, "
+            f"validation loss {chosen['validation_loss']:.4f}."
+        )
+
+
+def state_folder(output: Path) -> Path:
+    """Where a run keeps its saved states and curves: beside the output, until that is written."""
+    return output.with_name(f"{output.name}.training")
+
+
+def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> Training:
+    """Read the data, build the model and check everything a run needs, training nothing yet.
+
+    Args:
+        options: Everything about the run.
+        notify: Called with lines for people.
+
+    Raises:
+        As ``train_detector``.
+    """
+    notify = notify or (lambda _: None)
+    run = options.run
+    if run.resume and (run.output / "stage.json").exists():
+        _same_options(store.read_stage(run.output).get("options", {}), options, run.output)
+        return Training(options, None, 0, {}, notify)
+    _claim_output(options)
+    arguments = trainer_arguments(options, state_folder(run.output))
+    train, held = read_split(options)
+    skip = options.data.unreadable == "skip"
+    stores = [PictureStore(part, options.data.cache, skip=skip) for part in (train, held)]
+    for picture in (name for part in stores for name in part.skipped):
+        notify(f"left out, unreadable: {picture}")
+    seed_everything(run.seed)
+    detector = build_detector(options.model, options.data.crop_margin)
+    kinds = tuple(train.kinds()) if options.objective.kind_weight else ()
+    recipe = picture_recipe(options, detector, train, kinds)
+    objective = Objective(detector, options, kinds=len(kinds), regions=len(REGIONS))
+    pictures = TrainingPictures(stores[0], recipe)
+    trainer = DetectorTrainer(
+        objective,
+        arguments,
+        options=options.optimiser,
+        pictures=pictures,
+        measured=MeasuringPictures(stores[1], recipe),
+        batcher=Batcher(options.objective.mixup, run.seed),
+    )
+    per_epoch = _steps_per_epoch(trainer)
+    arguments.logging_steps = min(10, per_epoch)
+    trainer.add_callback(
+        Housekeeping(trainer, trainer.sampler, save_steps=run.save_steps, steps_per_epoch=per_epoch)
+    )
+    record = {
+        "stage": STAGE,
+        "parent": detector.fingerprint,
+        "options": options.to_flat(),
+        "data": {
+            "train": {"fingerprint": train.fingerprint(), **stores[0].samples.counts()},
+            "validation": {"fingerprint": held.fingerprint(), **stores[1].samples.counts()},
+            "unreadable": [name for part in stores for name in part.skipped],
+        },
+        "trained_values": moving_groups(objective),
+        "versions": _versions(),
+    }
+    notify(_summary(record))
+    return Training(options, trainer, per_epoch * options.optimiser.epochs, record, notify)
+
+
+def read_split(options: TrainDetectorOptions) -> tuple[SampleSet, SampleSet]:
+    """The pictures to train on and those to measure on, with no identity in both.
+
+    Raises:
+        InputError: The data cannot be read or cut, or one identity is in both folders.
+    """
+    data = options.data
+    whole = read_samples(data.data, data.identities)
+    if data.validation is None:
+        return split_by_identity(whole, data.validation_share, data.split_seed)
+    held = read_samples(data.validation)
+    shared = sorted(whole.people() & held.people())
+    if shared:
+        raise InputError(
+            f"{len(shared)} identities are in both --data and --validation, '{shared[0]}' first.",
+            hint="Validation must show people that training has not seen; if these are different "
+            "people of one name, rename their folders or files.",
+        )
+    return whole, held
+
+
+def _claim_output(options: TrainDetectorOptions) -> None:
+    """Refuse or clear what stands at the output, and note which options its states belong to."""
+    run = options.run
+    refuse_existing(run.output, run.overwrite)
+    folder = state_folder(run.output)
+    noted = folder / _OPTIONS
+    if os.environ.get("RANK", "0") != "0":  # the first process does the following for all
+        return
+    if run.overwrite and folder.exists():
+        shutil.rmtree(folder)
+    if last_state(folder) is not None:
+        if not run.resume:
+            raise UsageError(
+                f"An unfinished training of '{run.output}' is saved in '{folder}'.",
+                "Add --resume to go on, or --overwrite to begin anew.",
+            )
+        _same_options(json.loads(noted.read_text(encoding="utf-8")), options, folder)
+    store.atomic_write(noted, store.json_bytes(options.to_flat()))
+
+
+def _same_options(noted: Mapping[str, Any], options: TrainDetectorOptions, where: Path) -> None:
+    wanted = options.to_flat()
+    for name in wanted.keys() | noted.keys():
+        if name not in INCIDENTAL and noted.get(name) != wanted.get(name):
+            raise ConfigError(
+                f"--{name} is {wanted.get(name)!r}, but '{where}' was begun with "
+                f"{noted.get(name)!r}.",
+                "Resume with the same options, or begin anew with --overwrite.",
+            )
+
+
+def _steps_per_epoch(trainer: DetectorTrainer) -> int:
+    arguments = trainer.args
+    steps = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())
+    return int(steps[1])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found | {"cuda": torch.version.cuda or "none"}
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    parts = []
+    for word in ("train", "validation"):
+        counts = {k: n for k, n in record["data"][word].items() if isinstance(n, int)}
+        people = counts.pop("identities")
+        each = ", ".join(f"{n} {kind}" for kind, n in counts.items())
+        parts.append(f"{word}: {sum(counts.values())} pictures of {people} identities ({each})")
+    values = ", ".join(f"{group} {n:,}" for group, n in record["trained_values"].items())
+    return "\n".join((*parts, f"trains: {values}"))

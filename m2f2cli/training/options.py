@@ -1,0 +1,393 @@
+"""The options of ``m2f2 train-detector``, in groups; ``config`` checks and spells them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from m2f2cli.config import Checked, OptionGroups, flag_name, option, required
+from m2f2cli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataOptions(Checked):
+    """What to train on and what to measure on."""
+
+    data: str = required(
+        "Pictures to train on: a folder with real/ and fake/ (sub-folders included), or of DD-VQA "
+        "crops named <manipulation>_<video>.jpg. 'folder:DIR' or 'ddvqa:DIR' settles which."
+    )
+    validation: str | None = option(
+        None, "A second such folder to measure on, instead of a share of the first."
+    )
+    validation_share: float = option(
+        0.15,
+        "Share of the pictures held out to measure on, cut between identities.",
+        low=0.0,
+        high=0.9,
+        open_low=True,
+    )
+    split_seed: int = option(0, "Seed that decides which identities are held out.", low=0)
+    identities: Path | None = option(
+        None,
+        "CSV file with lines 'picture,identity,...' (paths inside --data) that says who is in "
+        "which picture. Without it, folders and file names tell.",
+    )
+    annotations: Path | None = option(
+        None,
+        "Folder of DD-VQA annotation files: what people saw in each region of a face. Feeds "
+        "--region-weight.",
+    )
+    unreadable: str = option(
+        "error",
+        "A picture that cannot be read ends the run (error), or is left out and named (skip).",
+        "error",
+        "skip",
+    )
+    cache: str = option(
+        "auto",
+        "Keep decoded pictures in memory: always, never, or if they take at most 2 GiB (auto).",
+        "auto",
+        "always",
+        "never",
+    )
+    workers: int = option(0, "Processes that prepare pictures beside the training one.", low=0)
+    crop_margin: float = option(
+        0.3,
+        "Margin around the face box that the pictures were cropped with; stored in the detector "
+        "so that detect crops alike.",
+        low=0.0,
+        high=4.0,
+    )
+
+
+@dataclass(frozen=True)
+class ModelOptions(Checked):
+    """What the detector is made of and what of it trains."""
+
+    init: str | None = option(
+        None, "Start from this detector (folder or 'lite') instead of building a new one."
+    )
+    backbone: str = option(
+        "densenet121", "CNN backbone by its timm name (published: densenet121, efficientnet_b4)."
+    )
+    backbone_weights: str = option(
+        "pretrained",
+        "Weights the backbone starts from: a .pth or .safetensors file, 'pretrained' (timm's, "
+        "downloaded once) or 'none' (random).",
+    )
+    clip: str = option(
+        "openai/clip-vit-large-patch14-336",
+        "CLIP tower: a folder or Hub id with a transformers CLIPModel, or "
+        "openclip:NAME/PRETRAINED.",
+    )
+    hidden_size: int = option(
+        1024, "Width that CLIP, prompt and backbone features are projected to.", low=1
+    )
+    prompt_tokens: int = option(7, "Learnable tokens of the forgery prompt.", low=1)
+    vision_layer: int = option(-2, "CLIP hidden state that is read; negative counts from the last.")
+    forgery_map: bool = option(True, "Build the forgery prompt and its map.")
+    bridge: bool = option(False, "Build the paper's bridge between backbone and CLIP layers.")
+    image_size: int | None = option(
+        None, "Edge of the network's input in pixels; CLIP's own if unset.", low=8
+    )
+    normalisation: str = option(
+        "clip", "Mean and deviation of the input.", "clip", "imagenet", "half"
+    )
+    train: str = option(
+        "published",
+        "What trains: published (all but CLIP), head (projections, bridge, prompt, alphas, head), "
+        "prompt (prompt tokens and alphas), everything (CLIP too).",
+        "published",
+        "head",
+        "prompt",
+        "everything",
+    )
+    freeze_stages: int = option(
+        0, "Leave the stem and this many first stages of the backbone as they are; 0 none.", low=0
+    )
+    freeze_batch_norm: bool = option(
+        False, "Keep the BatchNorm statistics of the backbone as they are."
+    )
+
+    def check(self) -> None:
+        """A start from a detector brings its own shape."""
+        own = ("init", "train", "freeze_stages", "freeze_batch_norm")
+        for item in fields(ModelOptions):
+            changed = getattr(self, item.name) != item.default
+            if self.init and changed and item.name not in own:
+                raise ConfigError(
+                    f"{flag_name(item.name)} does not go with --init: the starting detector "
+                    "decides its own shape.",
+                    f"Leave out {flag_name(item.name)} or --init.",
+                )
+
+
+@dataclass(frozen=True)
+class OptimiserOptions(Checked):
+    """How the weights move."""
+
+    epochs: int = option(200, "Passes over the data (published: 200).", low=1)
+    batch_size: int = option(80, "Pictures a step and process (published: 80).", low=1)
+    accumulate: int = option(1, "Batches whose gradients are summed into one step.", low=1)
+    optimiser: str = option("adam", "Update rule (published: adam).", "adam", "adamw")
+    beta2: float = option(0.999, "Decay of its second moment.", low=0.5, high=0.99999)
+    learning_rate: float = option(1e-3, "Of the backbone (published: 1e-3).", low=0.0)
+    layer_decay: float = option(
+        1.0,
+        "Factor on --learning-rate for each backbone stage away from the last; 1 is off.",
+        low=0.01,
+        high=1.0,
+    )
+    head_lr: float | None = option(
+        None, "Of projections, bridge and head; --learning-rate if unset.", low=0.0
+    )
+    prompt_lr: float = option(1e-3, "Of the prompt tokens.", low=0.0)
+    vision_alpha_lr: float = option(1e-3, "Of alpha_vision (published: 1e-3).", low=0.0)
+    text_alpha_lr: float = option(3e-3, "Of alpha_text (published: 3e-3).", low=0.0)
+    clip_lr: float = option(1e-5, "Of CLIP, where --train everything unfreezes it.", low=0.0)
+    weight_decay: float = option(1e-6, "Weight decay (published: 1e-6).", low=0.0)
+    decay_all: bool = option(
+        True, "Decay biases, norms and alphas too (published), not only matrices and filters."
+    )
+    schedule: str = option(
+        "plateau",
+        "Learning rates over time: plateau (published: cut when the validation loss stalls), "
+        "cosine (to zero) or constant.",
+        "plateau",
+        "cosine",
+        "constant",
+    )
+    warmup: float = option(
+        0.0, "Share of all steps over which cosine and constant rise from zero.", low=0, high=1
+    )
+    plateau_factor: float = option(
+        0.4, "Factor of a plateau's cut (published: 0.4).", low=0, high=0.99, open_low=True
+    )
+    plateau_patience: int = option(
+        6, "Epochs without a better loss before a cut (published: 6).", low=0
+    )
+    plateau_cooldown: int = option(
+        5, "Epochs after a cut that are not counted (published: 5).", low=0
+    )
+    clip_gradient: float = option(
+        0.0, "Scale gradients down to this norm; 0 leaves them (published).", low=0.0
+    )
+    ema: float = option(
+        0.0,
+        "Decay of a running average of the weights, which is then what is measured and kept; 0 is "
+        "off, 0.98 to 0.9999 are usual.",
+        low=0.0,
+        high=0.999999,
+    )
+    select: str = option(
+        "auc", "Validation figure that decides which epoch is kept.", "auc", "ap", "loss", "last"
+    )
+
+    def check(self) -> None:
+        """A warm-up needs a schedule that has one."""
+        if self.warmup and self.schedule == "plateau":
+            raise ConfigError(
+                "--warmup has no effect with --schedule plateau.",
+                "Use --schedule cosine or constant.",
+            )
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions(Checked):
+    """What the weights are pulled towards."""
+
+    balance: bool = option(
+        False, "Draw as many real as forged pictures in every epoch, repeating the rarer."
+    )
+    label_smoothing: float = option(
+        0.0, "Share of each target spread over both classes.", low=0.0, high=0.99
+    )
+    dropout: float = option(
+        0.0, "Share of the head's inputs dropped while training.", low=0.0, high=0.95
+    )
+    mixup: float = option(
+        0.0, "Alpha of mixup's Beta distribution; 0 is off, 0.2 is usual.", low=0.0
+    )
+    kind_weight: float = option(
+        0.0,
+        "Weight of telling the manipulations apart as a second task (names or sub-folders of fake/ "
+        "give the kind). Its head is dropped after training.",
+        low=0.0,
+    )
+    region_weight: float = option(
+        0.0,
+        "Weight of foretelling, region by region, what --annotations say. Its head is dropped "
+        "after training.",
+        low=0.0,
+    )
+    map_weight: float = option(
+        0.0,
+        "Weight of drawing the forgery map towards the blended area of pseudo-fakes, and to "
+        "nothing on real pictures.",
+        low=0.0,
+    )
+    soft_labels: Path | None = option(
+        None,
+        "JSON lines {'sample': path inside --data, 'fake_probability': p} of teachers to learn "
+        "from; several lines on one picture are averaged.",
+    )
+    soft_weight: float = option(
+        0.5, "Share of the target that --soft-labels decide.", low=0.0, high=1.0
+    )
+
+
+_P = {"low": 0.0, "high": 1.0}
+
+
+@dataclass(frozen=True)
+class AugmentOptions(Checked):
+    """How training pictures are changed; the fields are those of ``data.augment.Augment``."""
+
+    flip: float = option(0.5, "Share of pictures mirrored (published).", **_P)
+    affine: float = option(0.0, "Share turned, scaled and shifted a little.", **_P)
+    degrees: float = option(8.0, "Largest turn either way, in degrees.", low=0, high=180)
+    zoom: float = option(0.05, "Largest relative change of scale.", low=0, high=0.5)
+    shift: float = option(0.03, "Largest shift, as a fraction of the edge.", low=0, high=0.5)
+    crop: float = option(0.0, "Share cut to a random square.", **_P)
+    crop_scale: tuple[float, float] = option(
+        (0.8, 1.0), "Its edge as a fraction of the picture's.", low=0.05, high=1.0
+    )
+    color: float = option(0.0, "Share with changed brightness, contrast, saturation and hue.", **_P)
+    brightness: float = option(0.2, "Largest relative change of brightness.", **_P)
+    contrast: float = option(0.2, "Largest relative change of contrast.", **_P)
+    saturation: float = option(0.2, "Largest relative change of saturation.", **_P)
+    hue: float = option(0.02, "Largest turn of the hue, in turns.", low=0, high=0.5)
+    blur: float = option(0.1, "Share blurred (published: 0.1).", **_P)
+    blur_sigma: tuple[float, float] = option(
+        (0.0, 3.0), "Its deviation in pixels (published: 0 3).", low=0, high=100
+    )
+    rescale: float = option(0.0, "Share shrunk and enlarged back.", **_P)
+    rescale_factor: tuple[float, float] = option(
+        (0.4, 0.9), "The shrunk size as a fraction.", low=0.01, high=1.0
+    )
+    noise: float = option(0.0, "Share with Gaussian noise.", **_P)
+    noise_sigma: tuple[float, float] = option(
+        (1.0, 8.0), "Its deviation in levels of 255.", low=0, high=255
+    )
+    jpeg: float = option(0.1, "Share compressed as JPEG (published: 0.1).", **_P)
+    jpeg_quality: tuple[int, int] = option(
+        (30, 100), "Its quality (published: 30 100).", low=1, high=100
+    )
+    erase: float = option(0.0, "Share with a rectangle erased.", **_P)
+    erase_area: tuple[float, float] = option(
+        (0.02, 0.1), "The rectangle's area as a fraction.", **_P
+    )
+
+
+@dataclass(frozen=True)
+class PseudoFakeOptions(Checked):
+    """Forgeries made of real pictures, as shares of the forged pictures of an epoch."""
+
+    self_blend: float = option(0.0, "Share made of one real face.", **_P)
+    swap_blend: float = option(0.0, "Share made of two real faces of different identities.", **_P)
+    mouth_warp: float = option(0.0, "Share made by reshaping the mouth.", **_P)
+    expression_warp: float = option(0.0, "Share made by moving mouth, eyes and brows.", **_P)
+    pseudo_h264: float = option(
+        0.0, "Share of pseudo-fakes compressed as a video frame is (H.264).", **_P
+    )
+    pseudo_crf: tuple[int, int] = option(
+        (23, 40),
+        "Its constant rate factor; FaceForensics++ calls 23 c23 and 40 c40.",
+        low=0,
+        high=51,
+    )
+
+    def check(self) -> None:
+        """The shares are parts of one whole."""
+        if self.total > 1:
+            raise ConfigError(
+                "--self-blend, --swap-blend, --mouth-warp and --expression-warp are shares of one "
+                f"whole and must add up to at most 1, not {self.total:g}."
+            )
+        if self.pseudo_h264 and not self.total:
+            raise ConfigError(
+                "--pseudo-h264 needs pseudo-fakes to compress.", "Give --self-blend 0.3, say."
+            )
+
+    @property
+    def total(self) -> float:
+        """Share of an epoch's forged pictures that are pseudo-fakes, in [0, 1]."""
+        return math.fsum(self.shares().values())
+
+    def shares(self) -> dict[str, float]:
+        """Share of an epoch's forged pictures by ``data.synthesis.KINDS``."""
+        return {
+            "self_blend": self.self_blend,
+            "swap_blend": self.swap_blend,
+            "mouth_warp": self.mouth_warp,
+            "expression_warp": self.expression_warp,
+        }
+
+
+@dataclass(frozen=True)
+class RunOptions(Checked):
+    """Where the result goes and how the machine is used."""
+
+    output: Path = required("Folder for the detector; it must not exist yet.")
+    seed: int = option(0, "Seed of every random choice but the split.", low=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
+    precision: str = option(
+        "auto",
+        "Arithmetic: float32, or mixed precision in bfloat16 or float16; auto is bfloat16 on CUDA "
+        "and float32 elsewhere.",
+        "auto",
+        "float32",
+        "bfloat16",
+        "float16",
+    )
+    deterministic: bool = option(
+        False, "Make CUDA runs repeat bit by bit, at some speed; CPU runs do anyway."
+    )
+    save_steps: int = option(
+        0, "Also save the state every so many steps; 0 saves after each epoch only.", low=0
+    )
+    resume: bool = option(
+        False, "Go on from the last saved state of this output, or begin if there is none."
+    )
+    overwrite: bool = option(False, "Replace an existing output and forget its saved state.")
+    report_to: str = option(
+        "auto",
+        "Write curves for TensorBoard; auto does so where it is installed.",
+        "auto",
+        "tensorboard",
+        "none",
+    )
+
+    def check(self) -> None:
+        """One may go on or begin anew, not both."""
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other.", "Give one of them.")
+
+
+# How a run is carried out, never what comes of it: these may differ on --resume.
+INCIDENTAL = frozenset(
+    ("output", "workers", "cache", "save-steps", "resume", "overwrite", "report-to")
+)
+
+
+@dataclass(frozen=True)
+class TrainDetectorOptions(OptionGroups):
+    """Every option of ``m2f2 train-detector``."""
+
+    data: DataOptions
+    model: ModelOptions
+    optimiser: OptimiserOptions
+    objective: ObjectiveOptions
+    augment: AugmentOptions
+    pseudo: PseudoFakeOptions
+    run: RunOptions
+
+    def __post_init__(self) -> None:
+        if self.objective.region_weight and self.data.annotations is None:
+            raise ConfigError(
+                "--region-weight needs the judgements to learn.", "Give --annotations DIR."
+            )
+        if self.objective.map_weight and not (self.model.forgery_map or self.model.init):
+            raise ConfigError("--map-weight needs the forgery map.", "Leave out --no-forgery-map.")

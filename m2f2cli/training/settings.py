@@ -1,0 +1,146 @@
+"""Options turned into the settings of the Trainer and the recipe of its pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transformers asks for
+
+# isort: split
+from transformers import TrainingArguments
+
+from m2f2cli.data.ddvqa import read_regions
+from m2f2cli.data.samples import SampleSet
+from m2f2cli.errors import ConfigError, InputError, MissingExtraError
+from m2f2cli.models.detector import Detector
+from m2f2cli.runtime import pick_device
+from m2f2cli.training.options import TrainDetectorOptions
+from m2f2cli.training.pictures import Recipe
+
+
+def trainer_arguments(options: TrainDetectorOptions, folder: Path) -> TrainingArguments:
+    """The Trainer's settings.
+
+    Args:
+        options: Everything about the run.
+        folder: Where saved states and curves go.
+
+    Raises:
+        ConfigError: The precision does not go with the device.
+        MissingExtraError: TensorBoard is asked for and not installed.
+    """
+    run, optimiser = options.run, options.optimiser
+    device = pick_device(run.device)
+    if device.index is not None:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    precision = run.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    if precision == "float16" and device.type != "cuda":
+        raise ConfigError(
+            f"--precision float16 needs a CUDA device, not {device.type}.",
+            "Use --precision bfloat16 or float32.",
+        )
+    board = find_spec("tensorboard") is not None
+    if run.report_to == "tensorboard" and not board:
+        raise MissingExtraError("tensorboard", "train", "--report-to tensorboard")
+    reports = ["tensorboard"] if board and run.report_to != "none" else []
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=optimiser.epochs,
+        per_device_train_batch_size=optimiser.batch_size,
+        per_device_eval_batch_size=optimiser.batch_size,
+        gradient_accumulation_steps=optimiser.accumulate,
+        max_grad_norm=optimiser.clip_gradient,
+        lr_scheduler_type="constant_with_warmup"
+        if optimiser.schedule in ("constant", "plateau")
+        else "cosine",
+        warmup_steps=min(optimiser.warmup, 0.999999),
+        learning_rate=optimiser.learning_rate,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="steps",
+        logging_steps=10,
+        seed=run.seed,
+        full_determinism=run.deterministic,
+        use_cpu=device.type == "cpu",
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
+        dataloader_num_workers=options.data.workers,
+        dataloader_persistent_workers=options.data.workers > 0,
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        report_to=reports or "none",
+        logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
+    )
+    if "WORLD_SIZE" not in os.environ:
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over the other GPUs
+    return arguments
+
+
+def picture_recipe(
+    options: TrainDetectorOptions, detector: Detector, train: SampleSet, kinds: tuple[str, ...]
+) -> Recipe:
+    """How training pictures are made.
+
+    Args:
+        options: Augmentations, pseudo-fakes and targets.
+        detector: Gives size, mean, deviation and the map's grid.
+        train: The pictures to train on.
+        kinds: Manipulations to tell apart.
+
+    Raises:
+        InputError: Annotations or soft labels are unreadable or speak of none of the pictures.
+    """
+    config, grid = detector.config, detector.clip.vision.grid
+    aims, data = options.objective, options.data
+    regions = {}
+    if aims.region_weight and data.annotations is not None:
+        judged = read_regions(data.annotations, [s.path.stem for s in train.samples])
+        regions = {s.name: judged[s.path.stem] for s in train.samples if s.path.stem in judged}
+        if not regions:
+            raise InputError(f"'{data.annotations}' speaks of no picture in '{train.root}'.")
+    if aims.map_weight and not config.forgery_map:
+        raise ConfigError("--map-weight needs the forgery map, which the --init detector lacks.")
+    return Recipe(
+        seed=options.run.seed,
+        size=config.image_size,
+        mean=tuple(config.image_mean),
+        std=tuple(config.image_std),
+        augment=options.augment,
+        pseudo=options.pseudo,
+        balance=aims.balance,
+        grid=grid if aims.map_weight else 0,
+        kinds=kinds,
+        regions=regions,
+        soft=_soft_labels(aims.soft_labels, train) if aims.soft_labels else {},
+        soft_weight=aims.soft_weight,
+    )
+
+
+def _soft_labels(path: Path, train: SampleSet) -> dict[str, float]:
+    """Mean teacher probability of each training picture that has one."""
+    found: dict[str, list[float]] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                row = json.loads(line)
+                found.setdefault(row["sample"], []).append(float(row["fake_probability"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"The soft labels '{path}' cannot be read: {type(error).__name__} {error}.",
+            hint='Each line is {"sample": "fake/1.png", "fake_probability": 0.9}.',
+        ) from error
+    if any(not 0 <= p <= 1 for values in found.values() for p in values):
+        raise InputError(f"A fake_probability in '{path}' is not between 0 and 1.")
+    names = {sample.name for sample in train.samples}
+    soft = {name: sum(values) / len(values) for name, values in found.items() if name in names}
+    if not soft:
+        raise InputError(f"'{path}' speaks of no picture to train on in '{train.root}'.")
+    return soft

@@ -1,0 +1,186 @@
+"""The Hugging Face Trainer, taught this project's groups, figures and saved states.
+
+The loop, mixed precision, accumulation, clipping, processes and reports are the Trainer's own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transformers asks for
+
+# isort: split
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import EvalPrediction
+
+from m2f2cli.evaluation.metrics import average_precision, roc_auc
+from m2f2cli.training.objective import Objective
+from m2f2cli.training.options import OptimiserOptions
+from m2f2cli.training.pictures import Batcher, EpochSampler, MeasuringPictures, TrainingPictures
+from m2f2cli.training.stages import optimiser_groups
+
+WEIGHTS = "model.safetensors"
+_COMPLETE = "complete"
+_BETTER_IS_LARGER = {"auc": True, "ap": True, "loss": False}
+
+
+def measure(prediction: EvalPrediction) -> dict[str, float]:
+    """Validation figures of (N, 2) logits: ``auc``, ``ap``, ``accuracy`` at 0.5, ``ce`` in nats."""
+    logits = np.asarray(prediction.predictions, dtype=np.float64)
+    labels = np.asarray(prediction.label_ids)
+    margin = logits[:, 1] - logits[:, 0]
+    return {
+        "auc": roc_auc(labels, margin),
+        "ap": average_precision(labels, margin),
+        "accuracy": float(((margin > 0) == labels).mean()),
+        "ce": float(np.logaddexp(0.0, np.where(labels == 1, -margin, margin)).mean()),
+    }
+
+
+class DetectorTrainer(Trainer):
+    """A Trainer for ``Objective``.
+
+    Args:
+        objective: What is trained.
+        arguments: The Trainer's settings.
+        options: Learning rates, schedule and selection.
+        pictures: What to train on.
+        measured: What to measure on after each epoch.
+        batcher: Makes batches of training items.
+    """
+
+    model: Objective
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(
+        self,
+        objective: Objective,
+        arguments: TrainingArguments,
+        *,
+        options: OptimiserOptions,
+        pictures: TrainingPictures,
+        measured: MeasuringPictures,
+        batcher: Batcher,
+    ) -> None:
+        self.options = options
+        self.sampler = EpochSampler(len(pictures))
+        super().__init__(
+            model=objective,
+            args=arguments,
+            data_collator=batcher,
+            train_dataset=pictures,
+            eval_dataset=measured,
+            compute_metrics=measure,
+        )
+        self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.sampler
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build Adam or AdamW over the stage's groups; every trainable parameter exactly once."""
+        if self.optimizer is None:
+            named = self.model.named_weights()
+            groups = optimiser_groups(named, self.model.detector.backbone, self.options)
+            covered = sum(len(group["params"]) for group in groups)
+            trainable = sum(p.requires_grad for p in self.model.parameters())
+            if covered != trainable:
+                raise LookupError(f"{covered} of {trainable} trainable parameters are in a group.")
+            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.options.optimiser]
+            # Names stay out: they would be saved with the state and compared by torch.
+            plain = [{k: v for k, v in group.items() if k != "names"} for group in groups]
+            self.optimizer = kind(plain, betas=(0.9, self.options.beta2))
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """The published plateau rule on the validation loss; otherwise the Trainer's own."""
+        if self.options.schedule != "plateau":
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = ReduceLROnPlateau(
+                optimizer or self.optimizer,
+                mode="min",
+                factor=self.options.plateau_factor,
+                patience=self.options.plateau_patience,
+                cooldown=self.options.plateau_cooldown,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+        if isinstance(self.lr_scheduler, ReduceLROnPlateau) and not skip_scheduler:
+            self.lr_scheduler.step(metrics["eval_ce"])
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        select = self.options.select
+        if select == "last":
+            better = True
+            value = float(self.state.global_step)
+        else:
+            value = metrics["eval_ce" if select == "loss" else f"eval_{select}"]
+            best = self.state.best_metric
+            larger = _BETTER_IS_LARGER[select]
+            better = best is None or (value > best if larger else value < best)
+        if better:
+            self.state.best_metric = value
+            self.state.best_global_step = self.state.global_step
+        return better
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a state; it counts once its mark is there, and only then do older ones go."""
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            _sync(folder)
+            (folder / _COMPLETE).touch()
+            _sync(folder)
+            keep = {self.state.global_step, self.state.best_global_step}
+            for other in folder.parent.glob("checkpoint-*"):
+                if int(other.name.rpartition("-")[2]) not in keep:
+                    shutil.rmtree(other)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: t.detach().cpu().contiguous() for k, t in self.model.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        (model or self.model).load_state_dict(load_file(Path(resume_from_checkpoint, WEIGHTS)))
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's files and names to the disk."""
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def last_state(folder: Path) -> Path | None:
+    """The newest complete saved state under a folder; incomplete ones are removed.
+
+    Args:
+        folder: Where a run keeps its states; it need not exist.
+    """
+    states = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    for state in states:
+        if not (state / _COMPLETE).exists():
+            shutil.rmtree(state, ignore_errors=True)
+    return next((state for state in reversed(states) if state.exists()), None)
