@@ -23,9 +23,10 @@ def flag(name: str, help: str, **extra: Any) -> Any:
         name: The long flag without its dashes.
         help: One sentence for the user.
         **extra: For ``typer.Option``; ``short="-m"`` adds a short spelling, ``switch=True``
-            marks a flag without a value.
+            marks a flag without a value, ``negatable=True`` one that ``--no-NAME`` switches off.
     """
-    spellings = [f"--{name}"]
+    negatable = extra.pop("negatable", False)
+    spellings = [f"--{name}/--no-{name}" if negatable else f"--{name}"]
     if short := extra.pop("short", None):
         spellings.append(short)
     if extra.pop("switch", False):

@@ -1,0 +1,127 @@
+"""Commands that train: ``train-detector``. Their flags are the fields of their options."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from m2f2cli.cli import options as flags
+from m2f2cli.cli.output import Output
+from m2f2cli.config import OptionGroups, flag_name
+from m2f2cli.training.options import TrainDetectorOptions
+
+EXAMPLES = {
+    "train-detector": (
+        "m2f2 train-detector --data faces/ --output detector/",
+        "m2f2 train-detector --config recipe.yaml --output detector/ --resume",
+        "m2f2 train-detector --data ddvqa/ --init lite --train head --epochs 5 --output tuned/",
+        "m2f2 train-detector --data faces/ --output detector/ --print-config",
+    )
+}
+
+PANELS = {
+    "data": "Data",
+    "model": "Model",
+    "optimiser": "Optimiser",
+    "objective": "Objective",
+    "augment": "Augmentation (published: blur, JPEG, flip)",
+    "pseudo": "Pseudo-fakes (shares of the forged pictures)",
+    "run": "Run",
+}
+_METAVARS: dict[Any, str] = {
+    int: "N",
+    int | None: "N",
+    float: "X",
+    float | None: "X",
+    str: "NAME",
+    str | None: "NAME",
+    Path: "DIR",
+    Path | None: "PATH",
+    tuple[float, float]: "LOW HIGH",
+    tuple[int, int]: "LOW HIGH",
+}
+PrintConfig = Annotated[
+    bool,
+    flags.flag("print-config", "Print the settings as a --config file, and stop.", switch=True),
+]
+
+
+def train_detector(**values: Any) -> None:
+    """Train a detector on pictures in real/ and fake/ (stage 1).
+
+    The epoch that does best on held-out identities becomes a checkpoint folder, for 'm2f2 detect
+    --model DIR'. A killed run goes on with --resume and ends with the weights it would have had.
+    The defaults are the published settings; --print-config shows them as a file for --config.
+    """
+    quiet, show = values.pop("quiet"), values.pop("print_config")
+    values.pop("config")
+    output = Output(quiet=quiet)
+    options = TrainDetectorOptions.from_flat(values)
+    if show:
+        output.text(options.to_yaml())
+        return
+    from m2f2cli.training.detector import prepare
+
+    run = prepare(options, notify=output.note)
+    with output.progress("Training", run.steps) as advance:
+        folder = run.run(advance=advance)
+    output.text(str(folder))
+
+
+def signature_of(options: type[OptionGroups], *others: inspect.Parameter) -> inspect.Signature:
+    """The command-line parameters that a command's options stand for.
+
+    Args:
+        options: Each of its fields becomes a flag with its help, type, limits and default.
+        *others: Further parameters, put first.
+    """
+    parameters = list(others)
+    for group, kind in options.groups().items():
+        hints = typing.get_type_hints(kind)
+        for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+            parameters.append(_parameter(item, hints[item.name], PANELS[group]))
+    return inspect.Signature(parameters)
+
+
+def _parameter(item: dataclasses.Field[Any], hint: Any, panel: str) -> inspect.Parameter:
+    """A flag with the field's name, type, default and help; the field itself checks values."""
+    wanted = item.default is dataclasses.MISSING
+    extra: dict[str, Any] = {"rich_help_panel": panel, "show_default": not wanted}
+    if hint is bool:
+        extra |= {"negatable": True, "metavar": ""}
+    else:
+        extra["metavar"] = "|".join(item.metadata["limits"].choices) or _METAVARS[hint]
+    name = flag_name(item.name).removeprefix("--")
+    return inspect.Parameter(
+        item.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None if wanted else item.default,
+        annotation=Annotated[
+            hint | None if wanted else hint, flags.flag(name, item.metadata["help"], **extra)
+        ],
+    )
+
+
+def _extra(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _as_command(body: Callable[..., None], options: type[OptionGroups]) -> None:
+    """Give a command its flags: Typer reads them from the signature."""
+    signature = signature_of(
+        options,
+        _extra("config", flags.Config, None),
+        _extra("print_config", PrintConfig, False),
+        _extra("quiet", flags.Quiet, False),
+    )
+    body.__signature__ = signature  # type: ignore[attr-defined]
+    body.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+
+
+_as_command(train_detector, TrainDetectorOptions)
