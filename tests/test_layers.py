@@ -1,0 +1,100 @@
+"""Imports point down only, nothing heavy is imported early, and the house rules hold."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "m2f2cli"
+LAYERS = (
+    {"config", "records", "registry", "errors", "runtime", "environment"},
+    {"weights"},
+    {"models", "data"},
+    {"training", "inference", "evaluation"},
+    {"cli"},
+    {"__main__", "__init__"},
+)
+# Arithmetic on scores, NumPy alone: training watches the figure that evaluation reports.
+SHARED = {"m2f2cli.evaluation.metrics"}
+# The ground and the command line import none of these at module level.
+HEAVY = {"torch", "transformers", "timm", "open_clip", "safetensors", "dlib", "av", "PIL", "h5py"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def layer_of(part: str) -> int:
+    return next(n for n, names in enumerate(LAYERS) if part in names)
+
+
+def part_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path: Path, *, top_level: bool) -> set[str]:
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    nodes = tree.body if top_level else ast.walk(tree)
+    found: set[str] = set()
+    for node in nodes:
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "m2f2cli":
+                found |= {f"m2f2cli.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    mine = part_of(path)
+    for name in imports(path, top_level=False):
+        if not name.startswith("m2f2cli.") or any(name.startswith(s) for s in SHARED):
+            continue
+        other = name.split(".")[1]
+        if other == mine or other.startswith("__"):
+            continue
+        same_ground = layer_of(other) == layer_of(mine) == 0
+        assert same_ground or layer_of(other) < layer_of(mine), f"{mine} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_ground_and_command_line_import_nothing_heavy(path):
+    if part_of(path) in {*LAYERS[0], *LAYERS[-2], *LAYERS[-1]}:
+        assert not {n.split(".")[0] for n in imports(path, top_level=True)} & HEAVY
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 80, f"{node.name} has {length} lines"
+
+
+def test_no_drawers():
+    names = {p.stem for p in FILES}
+    assert not names & {"utils", "helpers", "common", "misc"}
+
+
+def test_help_and_import_load_no_torch():
+    code = (
+        "import sys, m2f2cli\n"
+        "from m2f2cli.cli.app import run\n"
+        "run(['--help'])\n"
+        "assert not {'torch', 'transformers', 'timm', 'numpy'} & set(sys.modules), 'heavy'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
