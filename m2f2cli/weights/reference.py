@@ -105,16 +105,6 @@ _DETECTOR_A: tuple[Row, ...] = (
 )
 _KINDS = {"A": _DETECTOR_A, "B": _DETECTOR_B}
 _BACKBONES = {"densenet121": _DENSENET, "efficientnet_b4": _EFFICIENTNET}
-# A CLIP vision tower alone, under any of the prefixes it is published with.
-VISION_PREFIXES = (
-    "vision_tower.vision_tower.",
-    "vision_tower.",
-    "model.vision_tower.vision_tower.",
-    "model.vision_tower.",
-    "clip_vision_encoder.model.",
-    "",
-)
-
 # Folded into head.bias, in the order of the arithmetic.
 _BRIDGE = "bridge_adapter_proj."
 FOLDED = (
@@ -135,14 +125,6 @@ def table(kind: str, backbone: str) -> tuple[Row, ...]:
         backbone: ``densenet121`` or ``efficientnet_b4``.
     """
     return _KINDS[kind] + _BACKBONES[backbone]
-
-
-def vision_table(prefix: str) -> tuple[Row, ...]:
-    """The table of a vision tower that is published alone, under one of ``VISION_PREFIXES``."""
-    return tuple(
-        (name.replace("clip_vision_encoder.model.", prefix), ours, why)
-        for name, ours, why in _CLIP_VISION
-    )
 
 
 @dataclass(frozen=True)
@@ -167,7 +149,7 @@ def fates(keys: Iterable[str], rows: Sequence[Row], *, what: str) -> list[Fate]:
 
     Args:
         keys: Published keys, without ``module.`` or other prefixes.
-        rows: What ``table`` or ``vision_table`` gives.
+        rows: What ``table`` gives.
         what: The file, for the message.
 
     Raises:
