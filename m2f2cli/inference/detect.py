@@ -121,6 +121,7 @@ def judge_sources(
                 )
             )
 
+    complete = False
     try:
         fill(workers)
         judge = load(model, options)
@@ -133,9 +134,10 @@ def judge_sources(
             fill(window)
             yield from run.take(prepared)
         yield from run.finish()
+        complete = True
     finally:
         recipe.cancel()
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=complete, cancel_futures=True)
 
 
 def load(model: str | Judge, options: DetectOptions) -> Judge:
@@ -165,7 +167,7 @@ def settings_of(model: str | Judge, judge: Judge, options: DetectOptions) -> Set
         dtype=str(judge.dtype).removeprefix("torch."),
         threshold=rule.threshold,
         uncertain=rule.uncertain,
-        temperature=float(judge.config.temperature),
+        temperature=float(judge.config.score_temperature),
         faces_mode=options.faces,
         crop_detector="dlib" if finds else None,
         crop_margin=recipe.margin if finds else None,

@@ -144,7 +144,7 @@ def _prepare_video(source: Source, *, faces: str, frames: int, recipe: Future[Re
             size = (width, height)
             view = _view(frame.pixels, faces=faces, recipe=recipe)
             views.append(View(view.crops, view.faces_found, frame.index, frame.time))
-        found = Prepared(source, "ok", None, video.sha256, size, tuple(views))
+        found = Prepared(source, "ok", None, video.sha256, size, tuple(views), video.note)
     return _without_face(found, f"any of the {len(views)} frames looked at")
 
 

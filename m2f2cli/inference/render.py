@@ -73,7 +73,7 @@ class Renderer:
         if record.status != "ok" or not (self.heatmap or self.annotate):
             return record
         view = _most_fake(prepared.views, scores)
-        pixels = _pixels(prepared, view)
+        pixels = _pixels(prepared, view, record.settings.frames_asked)
         if pixels is None:
             return record
         picture = Image.fromarray(pixels)
@@ -112,14 +112,14 @@ def _most_fake(views: Sequence[View], scores: Mapping[bytes, Score]) -> View:
     return max(views, key=highest)
 
 
-def _pixels(prepared: Prepared, view: View) -> np.ndarray | None:
+def _pixels(prepared: Prepared, view: View, frames: int) -> np.ndarray | None:
     """Decode again what was judged; None when the file has changed since."""
     path = Path(prepared.source.path)
     try:
         if prepared.source.kind == "image":
             picture = read_picture(path)
             return picture.pixels if picture.sha256 == prepared.sha256 else None
-        with read_frames(path, count=len(prepared.views)) as video:
+        with read_frames(path, count=frames) as video:
             for frame in video.frames:
                 if frame.index == view.index and video.sha256 == prepared.sha256:
                     pixels: np.ndarray = frame.pixels

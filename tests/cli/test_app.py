@@ -132,7 +132,7 @@ def test_debug_shows_the_traceback(
     [
         (["detcet"], ["detcet", "See 'm2f2 --help'"]),
         (["detect", "--treshold", "1"], ["--treshold", "See 'm2f2 detect --help'"]),
-        (["detect", "--batch-size", "none"], ["none", "--batch-size"]),
+        (["detect", "--batch-size", "none"], ["--batch-size", "valid integer"]),
         (["detect", "--batch-size", "0"], ["--batch-size"]),
         (["detect"], ["nothing to judge"]),
         (["detect", "x.jpg", "--faces", "some"], ["'some'", "auto, all, largest, none"]),

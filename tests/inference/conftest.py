@@ -36,7 +36,7 @@ class MeanJudge:
             "crop": {"detector": "dlib", "margin": 0.3},
             "threshold": 0.5,
             "uncertain": None,
-            "temperature": 1.0,
+            "score_temperature": 1.0,
             "domain": None,
             "forgery_map": True,
         }
@@ -55,7 +55,7 @@ class MeanJudge:
         )
 
     def fake_probability(self, logits: torch.Tensor) -> torch.Tensor:
-        return (logits / self.config.temperature).softmax(-1)[:, 1]
+        return (logits / self.config.score_temperature).softmax(-1)[:, 1]
 
 
 @pytest.fixture
