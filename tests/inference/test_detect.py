@@ -227,7 +227,9 @@ def test_the_checkpoint_decides_until_the_user_does(tmp_path: Path) -> None:
 
 def test_temperature_softens_the_score(tmp_path: Path) -> None:
     path = [write_picture(tmp_path / "x.png", 230)]
-    hot, cold = (judged(path, MeanJudge(score_temperature=t))[0].fake_probability for t in (4.0, 1.0))
+    hot, cold = (
+        judged(path, MeanJudge(score_temperature=t))[0].fake_probability for t in (4.0, 1.0)
+    )
     assert hot is not None
     assert cold is not None
     assert 0.5 < hot < cold

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2f2cli.errors import UsageError
+from m2f2cli.inference.detect import DetectOptions, detect
+from m2f2cli.inference.prepare import Crop
+from m2f2cli.inference.render import annotated, heat
+from m2f2cli.inference.scoring import Score
+from tests.inference.conftest import MeanJudge, noise_picture, write_picture
+
+GREY = Image.new("RGB", (200, 100), (128, 128, 128))
+
+
+def hot_corner(corner: tuple[int, int]) -> dict[bytes, Score]:
+    where = np.zeros((4, 4), dtype=np.float32)
+    where[corner] = 1
+    return {b"": Score(0.7, None, where)}
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, 3), (3, 0), (3, 3)])
+@pytest.mark.parametrize("shrink", [1.0, 0.5])
+def test_the_brightest_spot_lies_where_the_map_is_highest(
+    corner: tuple[int, int], shrink: float
+) -> None:
+    """The map's first axis is down, its second to the right, and it covers the crop alone."""
+    x0, y0, side = 40, 10, 80
+    picture = GREY.resize((round(200 * shrink), round(100 * shrink)))
+    crop = Crop(np.zeros((1, 1, 3), np.uint8), b"", (x0, y0, x0 + side, y0 + side))
+    drawn = np.asarray(heat(picture, [crop], hot_corner(corner), shrink)).astype(int)
+    changed = np.abs(drawn - 128).sum(2) > 0
+    rows, columns = np.nonzero(changed)
+    assert (columns.min(), columns.max() + 1) == (x0 * shrink, (x0 + side) * shrink)
+    assert (rows.min(), rows.max() + 1) == (y0 * shrink, (y0 + side) * shrink)
+    row, column = np.unravel_index(drawn.sum(2).argmax(), drawn.shape[:2])
+    cell = ((row / shrink - y0) // 20, (column / shrink - x0) // 20)
+    assert cell == corner
+
+
+def test_a_flat_map_and_a_crop_beyond_the_border_are_drawn() -> None:
+    score = {b"": Score(0.7, None, np.full((4, 4), 0.3, np.float32))}
+    crop = Crop(np.zeros((1, 1, 3), np.uint8), b"", (-50, -50, 60, 60))
+    drawn = np.asarray(heat(GREY, [crop], score, 1.0))
+    assert drawn.shape == (100, 200, 3)
+    assert np.ptp(drawn[:60, :60].reshape(-1, 3), axis=0).max() == 0
+    assert (drawn[61:, :] == 128).all()
+
+
+def test_boxes_take_the_colour_of_the_verdict() -> None:
+    drawn = np.asarray(annotated(GREY, [((20, 30, 90, 95), "fake", "fake 0.9")], 1.0))
+    red, green, blue = drawn[94, 50].astype(int)
+    assert red > green + 100
+    assert red > blue + 100
+    assert (drawn[60, 150] == 128).all()
+    assert (np.asarray(GREY) == 128).all()
+
+
+def test_a_box_outside_the_picture_is_left_out() -> None:
+    drawn = annotated(GREY, [((300, 300, 400, 400), "fake", "fake 0.9")], 1.0)
+    assert np.array_equal(np.asarray(drawn), np.asarray(GREY))
+
+
+def test_a_large_picture_is_drawn_smaller(tmp_path: Path) -> None:
+    path = noise_picture(tmp_path / "x.png", 0, (4096, 1024))
+    options = DetectOptions(faces="none", annotate=tmp_path / "out")
+    (record,) = detect([str(path)], model=MeanJudge(), options=options)
+    with Image.open(str(record.annotated)) as drawn:
+        assert drawn.size == (2048, 512)
+
+
+def test_a_model_without_a_map_says_so(tmp_path: Path) -> None:
+    path = write_picture(tmp_path / "x.png", 9)
+    options = DetectOptions(faces="none", heatmap=tmp_path / "out")
+    with pytest.raises(UsageError, match="no forgery map"):
+        list(detect([str(path)], model=MeanJudge(forgery_map=False), options=options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_vanished_before_drawing_keeps_its_verdict(tmp_path: Path) -> None:
+    path = write_picture(tmp_path / "x.png", 200)
+
+    class Vanishing(MeanJudge):
+        def __call__(self, pixel_values: object) -> object:
+            path.unlink()
+            return super().__call__(pixel_values)  # type: ignore[arg-type]
+
+    options = DetectOptions(faces="none", annotate=tmp_path / "out")
+    (record,) = detect([str(path)], model=Vanishing(), options=options)
+    assert record.verdict == "fake"
+    assert record.annotated is None
