@@ -9,6 +9,7 @@ import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transf
 
 # isort: split
 import numpy as np
+import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
@@ -20,7 +21,7 @@ Notify = Callable[[str], None]
 
 
 class Housekeeping(TrainerCallback):
-    """Tells the sampler its epoch, keeps the running average, saves mid-epoch states.
+    """Tells the sampler its epoch, seeds steps, keeps the running average, saves mid-epoch states.
 
     Args:
         trainer: The trainer it serves.
@@ -42,6 +43,12 @@ class Housekeeping(TrainerCallback):
     ) -> None:
         """Set the epoch whose pictures come next; also right when resumed inside one."""
         self.sampler.epoch = state.global_step // self.steps_per_epoch
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Seed torch by the step's number: what dropout draws hangs on nothing before it."""
+        torch.manual_seed(hash((args.seed, args.process_index, state.global_step)))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from m2f2cli.errors import CheckpointError, ConfigError, UsageError
+from m2f2cli.training.detector import prepare, state_folder, train_detector
+
+# Everything that has a state: dropout and drop-path draws, mixup, average, schedule, best epoch.
+STATEFUL = {
+    "epochs": 3,
+    "save_steps": 1,
+    "ema": 0.9,
+    "mixup": 0.3,
+    "dropout": 0.2,
+    "label_smoothing": 0.05,
+    "self_blend": 0.4,
+    "balance": True,
+    "learning_rate": 3e-3,
+}
+
+
+class Crash(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        ({"schedule": "plateau", "plateau_patience": 0, "plateau_cooldown": 0}, (1, 4)),
+        ({"schedule": "cosine", "warmup": 0.2, "accumulate": 2, "save_steps": 2}, (3,)),
+    ],
+)
+def test_interrupted_and_resumed_run_ends_bit_equal(options, tmp_path, schedule, steps):
+    settings = STATEFUL | schedule
+    whole = train_detector(options(**settings, output=tmp_path / "whole"))
+    for step in steps:
+        output = tmp_path / f"cut{step}"
+        run = prepare(options(**settings, output=output))
+        run.trainer.add_callback(Crash(step))
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+        assert not output.exists()
+        resumed = train_detector(options(**settings, output=output, resume=True, workers=step % 2))
+        assert weights(resumed) == weights(whole), step
+        assert not state_folder(output).exists()
+
+
+def test_sigkill_then_the_same_command_with_resume(options, tmp_path):
+    settings = STATEFUL | {"epochs": 4}
+    whole = train_detector(options(**settings, output=tmp_path / "whole"))
+    killed = options(**settings, output=tmp_path / "killed")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(killed.to_yaml())
+    command = [sys.executable, "-m", "m2f2cli", "train-detector", "--config", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+    states = state_folder(killed.run.output)
+    deadline = time.monotonic() + 120
+    while not list(states.glob("checkpoint-*/complete")):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not killed.run.output.exists()
+    done = subprocess.run(
+        [*command, "--resume"], capture_output=True, text=True, check=True, env=environment
+    )
+    assert "Going on after step" in done.stderr
+    assert done.stdout.strip() == str(killed.run.output)
+    assert weights(killed.run.output) == weights(whole)
+
+
+def test_half_written_state_is_ignored(options, tmp_path):
+    run = prepare(options(save_steps=1))
+    run.trainer.add_callback(Crash(2))
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    states = state_folder(run.options.run.output)
+    broken = states / "checkpoint-99"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"half")
+    train_detector(options(save_steps=1, resume=True))
+    whole = train_detector(options(output=tmp_path / "whole"))
+    assert weights(run.options.run.output) == weights(whole)
+
+
+def test_unfinished_run_is_not_lost_by_accident(options):
+    run = prepare(options(save_steps=1))
+    run.trainer.add_callback(Crash(2))
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    with pytest.raises(UsageError, match="unfinished") as refused:
+        prepare(options(save_steps=1))
+    assert "--resume" in refused.value.hint
+    with pytest.raises(ConfigError, match="--learning-rate is 0.5"):
+        prepare(options(resume=True, learning_rate=0.5))
+
+
+def test_finished_output_is_kept(options):
+    folder = train_detector(options(epochs=1))
+    before = weights(folder)
+    with pytest.raises(CheckpointError, match="not empty"):
+        train_detector(options(epochs=1))
+    lines: list[str] = []
+    assert train_detector(options(epochs=1, resume=True), notify=lines.append) == folder
+    assert "finished already" in lines[0]
+    assert weights(folder) == before
+    train_detector(options(epochs=1, overwrite=True, seed=1))
+    assert weights(folder) != before
+    assert load_file(folder / "model.safetensors")

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from m2f2cli.training.detector import prepare
+from m2f2cli.training.stages import PARAMETER_GROUPS, STAGES, group_of, optimiser_groups
+
+
+def one_step(options):
+    """Train one step; return the objective, its tensors before and after, and what had gradients."""
+    run = prepare(options)
+    trainer = run.trainer
+    objective = trainer.model
+    before = {name: t.clone() for name, t in objective.state_dict().items()}
+    trainer.create_optimizer()
+    objective.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    objective(**batch)["loss"].backward()
+    with_gradient = {n for n, p in objective.named_parameters() if p.grad is not None}
+    trainer.optimizer.step()
+    return objective, before, dict(objective.state_dict()), with_gradient
+
+
+def trainable(objective) -> set[str]:
+    return {name for name, p in objective.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("bridge", [False, True])
+def test_after_a_step_exactly_the_stage_moved(options, stage, bridge):
+    changes = {"train": stage, "bridge": bridge, "vision_layer": -1, "kind_weight": 0.1}
+    objective, before, after, with_gradient = one_step(options(**changes, label_smoothing=0.1))
+    moving = {
+        name
+        for name, _ in objective.named_parameters()
+        if group_of(name.removeprefix("detector.")) in STAGES[stage]
+    }
+    assert trainable(objective) == moving
+    assert with_gradient == moving
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    parameters = {name for name, _ in objective.named_parameters()}
+    assert changed & parameters == moving
+    statistics = changed - parameters
+    assert all(name.startswith("detector.backbone.") for name in statistics)
+    assert bool(statistics) == ("backbone" in STAGES[stage])
+
+
+def test_frozen_stages_keep_weights_and_statistics(options):
+    objective, before, after, with_gradient = one_step(options(freeze_stages=2))
+    frozen = [
+        name
+        for name in before
+        if name.startswith(
+            tuple(f"detector.backbone.net.{n}" for n in ("conv_stem", "bn1", "blocks.0", "blocks.1"))
+        )
+    ]
+    assert len(frozen) > 10
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert not with_gradient & set(frozen)
+    assert "detector.backbone.net.blocks.2.0.conv_exp.weight" in trainable(objective) | {
+        name for name in trainable(objective) if ".blocks.2." in name
+    }
+
+
+def test_frozen_batch_norm_keeps_statistics_but_trains(options):
+    _, before, after, with_gradient = one_step(options(freeze_batch_norm=True))
+    running = [name for name in before if "running_" in name]
+    assert running
+    assert all(torch.equal(before[name], after[name]) for name in running)
+    assert "detector.backbone.net.bn1.weight" in with_gradient
+
+
+def test_groups_cover_every_trainable_parameter_once(options):
+    objective = prepare(options(layer_decay=0.8, decay_all=False, weight_decay=0.1)).trainer.model
+    named = objective.named_weights()
+    groups = optimiser_groups(
+        named, objective.detector.backbone, objective.options.optimiser
+    )
+    names = [name for group in groups for name in group["names"]]
+    assert len(names) == len(set(names))
+    assert set(names) == {name for name, p in named.items() if p.requires_grad}
+    assert {group["group"] for group in groups} == set(STAGES["published"]) - {"auxiliary"}
+    by_name = {name: group for group in groups for name in group["names"]}
+    assert by_name["alpha_text"]["lr"] == 3e-3
+    assert by_name["alpha_vision"]["weight_decay"] == 0
+    assert by_name["head.weight"]["weight_decay"] == 0.1
+    rates = [by_name[f"backbone.net.{n}.weight"]["lr"] for n in ("conv_stem", "blocks.1.0.conv_exp")]
+    assert rates[0] < rates[1] < 1e-3
+
+
+def test_unknown_parameter_is_an_error():
+    with pytest.raises(LookupError, match="0 groups"):
+        group_of("surprise.weight")
+    assert sorted(PARAMETER_GROUPS) == sorted(STAGES["everything"])
+
+
+def test_auxiliary_heads_stay_out_of_the_detector(options):
+    objective = prepare(options(kind_weight=0.5)).trainer.model
+    assert "heads.kind.weight" in objective.state_dict()
+    assert not [name for name in objective.result() if "heads" in name]
