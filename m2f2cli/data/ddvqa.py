@@ -27,6 +27,18 @@ MANIPULATIONS = {
     "6": "NeuralTextures",
 }
 REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
+# Flaws that annotators name, and the words that tell.
+FLAWS = {
+    "boundary": "boundar",
+    "blur": "blurry",
+    "smoothness": "smooth",
+    "asymmetry": "asymmetric",
+    "stain": "stain|flaw",
+    "brightness": "brighter|darker",
+    "misalignment": "misalign|align|placed at the wrong",
+    "curvature": "curved",
+    "mismatch": "mismatch",
+}
 
 _NAME = re.compile(r"([01236])_\d{3}_\d{3}|5_\d{3}")
 _CROPS = Path("images", "c40")
@@ -67,8 +79,8 @@ def read_ddvqa(root: Path) -> SampleSet:
     return SampleSet(folder, "ddvqa", tuple(samples))
 
 
-def read_regions(folder: Path, stems: Iterable[str]) -> dict[str, np.ndarray]:
-    """Read what annotators saw in each region of forged faces.
+def read_judgements(folder: Path, stems: Iterable[str]) -> dict[str, np.ndarray]:
+    """Read what annotators saw in pictures.
 
     Args:
         folder: Annotation JSON files, sub-folders included: ``{"0_005_010": {"0": {"question",
@@ -76,9 +88,9 @@ def read_regions(folder: Path, stems: Iterable[str]) -> dict[str, np.ndarray]:
         stems: File names without suffix to look for.
 
     Returns:
-        For each stem that is annotated, float32 (5,) in the order of ``REGIONS``: 0 looks real or
-        is not spoken of, 0.5 looks a bit fake, 1 looks very fake (or fake, with no degree said);
-        the largest over several answers.
+        For each stem that is annotated, float32 (14,), the largest over its answers. In the order
+        of ``REGIONS``: 0 looks real or is not spoken of, 0.5 looks a bit fake, 1 looks very fake
+        (or fake, with no degree said). Then in the order of ``FLAWS``: 1 if named, else 0.
 
     Raises:
         InputError: There are no annotation files, or one is malformed.
@@ -92,7 +104,7 @@ def read_regions(folder: Path, stems: Iterable[str]) -> dict[str, np.ndarray]:
         try:
             annotations = json.loads(file.read_text(encoding="utf-8"))
             for stem in wanted & annotations.keys():
-                judged[stem] = _severities(annotations[stem])
+                judged[stem] = _judge(annotations[stem])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"'{file}' is not a DD-VQA annotation file: {type(error).__name__} {error}."
@@ -100,13 +112,12 @@ def read_regions(folder: Path, stems: Iterable[str]) -> dict[str, np.ndarray]:
     return judged
 
 
-def _severities(questions: dict[str, Any]) -> np.ndarray:
+def _judge(questions: dict[str, Any]) -> np.ndarray:
     text = " ".join(answer for entry in questions.values() for answer in entry["answer"]).lower()
-    result = np.zeros(len(REGIONS), dtype=np.float32)
-    for index, region in enumerate(REGIONS):
+    severities = []
+    for region in REGIONS:
         degrees = set(re.findall(rf"\b{region} looks? (very |a bit |slightly |)fake", text))
-        if "very " in degrees or degrees == {""}:  # every judgement opens with a bare "looks fake"
-            result[index] = 1.0
-        elif degrees:
-            result[index] = 0.5
-    return result
+        # Every judgement opens with a bare "looks fake"; a degree follows mostly.
+        severities.append(1.0 if "very " in degrees or degrees == {""} else 0.5 * bool(degrees))
+    named = [float(re.search(words, text) is not None) for words in FLAWS.values()]
+    return np.array([*severities, *named], dtype=np.float32)

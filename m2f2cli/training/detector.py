@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from m2f2cli.data.ddvqa import REGIONS
+from m2f2cli.data.ddvqa import FLAWS, REGIONS
 from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
 from m2f2cli.errors import ConfigError, InputError, UsageError
 from m2f2cli.runtime import seed_everything
@@ -155,7 +155,7 @@ def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> T
     detector = build_detector(options.model, options.data.crop_margin)
     kinds = tuple(train.kinds()) if options.objective.kind_weight else ()
     recipe = picture_recipe(options, detector, train, kinds)
-    objective = Objective(detector, options, kinds=len(kinds), regions=len(REGIONS))
+    objective = Objective(detector, options, kinds=len(kinds), judgements=len(REGIONS) + len(FLAWS))
     pictures = TrainingPictures(stores[0], recipe)
     trainer = DetectorTrainer(
         objective,

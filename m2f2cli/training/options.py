@@ -36,8 +36,8 @@ class DataOptions(Checked):
     )
     annotations: Path | None = option(
         None,
-        "Folder of DD-VQA annotation files: what people saw in each region of a face. Feeds "
-        "--region-weight.",
+        "Folder of DD-VQA annotation files: what people saw in forged faces. Feeds "
+        "--judgement-weight.",
     )
     unreadable: str = option(
         "error",
@@ -199,7 +199,7 @@ class ObjectiveOptions(Checked):
     """What the weights are pulled towards."""
 
     balance: bool = option(
-        False, "Draw as many real as forged pictures in every epoch, repeating the rarer."
+        False, "Let real and forged pictures take turns in every batch, repeating the rarer."
     )
     label_smoothing: float = option(
         0.0, "Share of each target spread over both classes.", low=0.0, high=0.99
@@ -216,10 +216,10 @@ class ObjectiveOptions(Checked):
         "give the kind). Its head is dropped after training.",
         low=0.0,
     )
-    region_weight: float = option(
+    judgement_weight: float = option(
         0.0,
-        "Weight of foretelling, region by region, what --annotations say. Its head is dropped "
-        "after training.",
+        "Weight of foretelling what --annotations say: how forged each region looks, which flaws "
+        "are named. Its head is dropped after training.",
         low=0.0,
     )
     map_weight: float = option(
@@ -385,9 +385,9 @@ class TrainDetectorOptions(OptionGroups):
     run: RunOptions
 
     def __post_init__(self) -> None:
-        if self.objective.region_weight and self.data.annotations is None:
+        if self.objective.judgement_weight and self.data.annotations is None:
             raise ConfigError(
-                "--region-weight needs the judgements to learn.", "Give --annotations DIR."
+                "--judgement-weight needs the judgements to learn.", "Give --annotations DIR."
             )
         if self.objective.map_weight and not (self.model.forgery_map or self.model.init):
             raise ConfigError("--map-weight needs the forgery map.", "Leave out --no-forgery-map.")

@@ -108,10 +108,10 @@ class Recipe:
         std: Of the three channels.
         augment: Changes of every picture.
         pseudo: Pseudo-fakes.
-        balance: Whether epochs hold as many real as forged pictures.
+        balance: Whether real and forged pictures take turns.
         grid: Edge of the forgery map, for its target; 0 for none.
         kinds: Manipulations told apart, without ``real``; empty for none.
-        regions: Judgements by sample name, each float32 (R,); empty for none.
+        judgements: Annotators' judgements by sample name, each float32 (J,); empty for none.
         soft: Teachers' fake probabilities by sample name.
         soft_weight: Their share of the target, in [0, 1].
     """
@@ -125,7 +125,7 @@ class Recipe:
     balance: bool = False
     grid: int = 0
     kinds: tuple[str, ...] = ()
-    regions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    judgements: Mapping[str, np.ndarray] = field(default_factory=dict)
     soft: Mapping[str, float] = field(default_factory=dict)
     soft_weight: float = 0.5
 
@@ -159,7 +159,7 @@ class TrainingPictures(Dataset[Item]):
         Returns:
             ``index`` and ``labels`` int64 (); ``pixel_values`` float32 (3, S, S); ``target``
             float32 (), the fake probability to learn; where asked for, ``kind`` (K,) one-hot,
-            ``region`` (R,) with ``region_known`` (), ``map`` (g, g) with ``map_known`` (): all
+            ``judgement`` (J,) with ``judgement_known`` (), ``map`` (g, g) with ``map_known`` (): all
             zero where unknown.
         """
         epoch, position = divmod(index, self._length)
@@ -181,15 +181,14 @@ class TrainingPictures(Dataset[Item]):
         """Positions in the sample set, in the order of an epoch."""
         if self._plan[0] != epoch:
             rng = np.random.default_rng((self.recipe.seed, _ORDER, epoch))
-            members: np.ndarray = np.arange(len(self._samples))
-            if self.recipe.balance:
+            order: np.ndarray = rng.permutation(len(self._samples))
+            if self.recipe.balance:  # real and forged take turns
                 half = self._length // 2
-                parts = []
-                for own in self._by_class:
+                order = np.empty(self._length, dtype=np.int64)
+                for first, own in enumerate(self._by_class):
                     rounds = [rng.permutation(own) for _ in range(-(-half // len(own)))]
-                    parts.append(np.concatenate(rounds)[:half])
-                members = np.concatenate(parts)
-            self._plan = (epoch, rng.permutation(members))
+                    order[first::2] = np.concatenate(rounds)[:half]
+            self._plan = (epoch, order)
         return self._plan[1]
 
     def _forgery(self, sample: Sample, rng: np.random.Generator) -> Forgery | None:
@@ -231,12 +230,12 @@ class TrainingPictures(Dataset[Item]):
             item["kind"] = np.zeros(len(kinds), dtype=np.float32)
             if forgery is None and sample.kind in kinds:
                 item["kind"][kinds.index(sample.kind)] = 1.0
-        if recipe.regions:
-            judged = recipe.regions.get(sample.name) if forgery is None else None
-            length = len(next(iter(recipe.regions.values())))
+        if recipe.judgements:
+            judged = recipe.judgements.get(sample.name) if forgery is None else None
+            length = len(next(iter(recipe.judgements.values())))
             blank = np.zeros(length, dtype=np.float32)
-            item["region"] = blank if judged is None else judged
-            item["region_known"] = np.array(judged is not None, dtype=np.float32)
+            item["judgement"] = blank if judged is None else judged
+            item["judgement_known"] = np.array(judged is not None, dtype=np.float32)
         if recipe.grid:
             item["map"] = _pool(mask, recipe.grid)
             known = forgery is not None or sample.label == 0

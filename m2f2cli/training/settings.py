@@ -12,7 +12,7 @@ import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transf
 # isort: split
 from transformers import TrainingArguments
 
-from m2f2cli.data.ddvqa import read_regions
+from m2f2cli.data.ddvqa import read_judgements
 from m2f2cli.data.samples import SampleSet
 from m2f2cli.errors import ConfigError, InputError, MissingExtraError
 from m2f2cli.models.detector import Detector
@@ -100,11 +100,15 @@ def picture_recipe(
     """
     config, grid = detector.config, detector.clip.vision.grid
     aims, data = options.objective, options.data
-    regions = {}
-    if aims.region_weight and data.annotations is not None:
-        judged = read_regions(data.annotations, [s.path.stem for s in train.samples])
-        regions = {s.name: judged[s.path.stem] for s in train.samples if s.path.stem in judged}
-        if not regions:
+    judgements = {}
+    if aims.judgement_weight and data.annotations is not None:
+        judged = read_judgements(data.annotations, [s.path.stem for s in train.samples])
+        judgements = {
+            s.name: judged[s.path.stem] * s.label  # nothing is wrong with a real picture
+            for s in train.samples
+            if s.path.stem in judged
+        }
+        if not judgements:
             raise InputError(f"'{data.annotations}' speaks of no picture in '{train.root}'.")
     if aims.map_weight and not config.forgery_map:
         raise ConfigError("--map-weight needs the forgery map, which the --init detector lacks.")
@@ -118,7 +122,7 @@ def picture_recipe(
         balance=aims.balance,
         grid=grid if aims.map_weight else 0,
         kinds=kinds,
-        regions=regions,
+        judgements=judgements,
         soft=_soft_labels(aims.soft_labels, train) if aims.soft_labels else {},
         soft_weight=aims.soft_weight,
     )
