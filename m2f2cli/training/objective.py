@@ -40,7 +40,7 @@ class Objective(nn.Module):
         super().__init__()
         self.detector = detector
         # Depthwise convolutions train twice as fast on the CPU with channels last.
-        detector.backbone.to(memory_format=torch.channels_last)
+        detector.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.options = options
         channels = detector.backbone.channels
         self.heads = nn.ModuleDict()

@@ -158,9 +158,9 @@ class TrainingPictures(Dataset[Item]):
 
         Returns:
             ``index`` and ``labels`` int64 (); ``pixel_values`` float32 (3, S, S); ``target``
-            float32 (), the fake probability to learn; where asked for, ``kind`` (K,) one-hot,
-            ``judgement`` (J,) with ``judgement_known`` (), ``map`` (g, g) with ``map_known`` (): all
-            zero where unknown.
+            float32 (), the fake probability to learn. Where asked for, and zero where unknown:
+            ``kind`` (K,) one-hot, ``judgement`` (J,) with ``judgement_known`` (), ``map`` (g, g)
+            with ``map_known`` ().
         """
         epoch, position = divmod(index, self._length)
         number = int(self._order(epoch)[position])

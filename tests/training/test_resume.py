@@ -110,7 +110,7 @@ def test_unfinished_run_is_not_lost_by_accident(options):
     with pytest.raises(UsageError, match="unfinished") as refused:
         prepare(options(save_steps=1))
     assert "--resume" in refused.value.hint
-    with pytest.raises(ConfigError, match="--learning-rate is 0.5"):
+    with pytest.raises(ConfigError, match=r"--learning-rate is 0\.5"):
         prepare(options(resume=True, learning_rate=0.5))
 
 

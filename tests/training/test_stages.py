@@ -8,7 +8,7 @@ from m2f2cli.training.stages import PARAMETER_GROUPS, STAGES, group_of, optimise
 
 
 def one_step(options):
-    """Train one step; return the objective, its tensors before and after, and what had gradients."""
+    """Train one step: the objective, its tensors before and after, and what got gradients."""
     run = prepare(options)
     trainer = run.trainer
     objective = trainer.model
@@ -48,19 +48,15 @@ def test_after_a_step_exactly_the_stage_moved(options, stage, bridge):
 
 def test_frozen_stages_keep_weights_and_statistics(options):
     objective, before, after, with_gradient = one_step(options(freeze_stages=2))
-    frozen = [
-        name
-        for name in before
-        if name.startswith(
-            tuple(f"detector.backbone.net.{n}" for n in ("conv_stem", "bn1", "blocks.0", "blocks.1"))
-        )
-    ]
-    assert len(frozen) > 10
+    first = tuple(
+        f"detector.backbone.net.{n}" for n in ("conv_stem", "bn1", "blocks.0", "blocks.1")
+    )
+    frozen = {name for name in before if name.startswith(first)}
+    assert any("running_mean" in name for name in frozen)
     assert all(torch.equal(before[name], after[name]) for name in frozen)
-    assert not with_gradient & set(frozen)
-    assert "detector.backbone.net.blocks.2.0.conv_exp.weight" in trainable(objective) | {
-        name for name in trainable(objective) if ".blocks.2." in name
-    }
+    assert not trainable(objective) & frozen
+    assert with_gradient == trainable(objective)
+    assert any(".blocks.2." in name for name in with_gradient)
 
 
 def test_frozen_batch_norm_keeps_statistics_but_trains(options):
@@ -74,9 +70,7 @@ def test_frozen_batch_norm_keeps_statistics_but_trains(options):
 def test_groups_cover_every_trainable_parameter_once(options):
     objective = prepare(options(layer_decay=0.8, decay_all=False, weight_decay=0.1)).trainer.model
     named = objective.named_weights()
-    groups = optimiser_groups(
-        named, objective.detector.backbone, objective.options.optimiser
-    )
+    groups = optimiser_groups(named, objective.detector.backbone, objective.options.optimiser)
     names = [name for group in groups for name in group["names"]]
     assert len(names) == len(set(names))
     assert set(names) == {name for name, p in named.items() if p.requires_grad}
@@ -85,8 +79,11 @@ def test_groups_cover_every_trainable_parameter_once(options):
     assert by_name["alpha_text"]["lr"] == 3e-3
     assert by_name["alpha_vision"]["weight_decay"] == 0
     assert by_name["head.weight"]["weight_decay"] == 0.1
-    rates = [by_name[f"backbone.net.{n}.weight"]["lr"] for n in ("conv_stem", "blocks.1.0.conv_exp")]
-    assert rates[0] < rates[1] < 1e-3
+    stem, later = (
+        by_name[f"backbone.net.{name}.weight"]["lr"]
+        for name in ("conv_stem", "blocks.1.0.conv_exp")
+    )
+    assert stem < later < 1e-3
 
 
 def test_unknown_parameter_is_an_error():

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from m2f2cli.cli import app
+from m2f2cli.config import flag_name
+from m2f2cli.training.options import TrainDetectorOptions
+from tests.training.conftest import clip_folder, one_thread, toy_data  # noqa: F401 - fixtures
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def printed(capsys, *arguments: str) -> dict:
+    assert app.run(["train-detector", *arguments, "--print-config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_help_shows_every_flag_with_type_default_and_words(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setenv("TERMINAL_WIDTH", "250")
+    assert app.run(["train-detector", "--help"]) == 0
+    text = " ".join(ANSI.sub("", capsys.readouterr().out).replace("│", " ").split())
+    for _, item in TrainDetectorOptions.walk():
+        assert f"{flag_name(item.name)} " in text, item.name
+        assert item.metadata["help"].split()[0] in text
+    assert "[default: 0.001]" in text
+    assert "plateau|cosine|constant" in text
+    assert "LOW HIGH" in text
+    assert "--no-forgery-map" in text
+
+
+def test_print_config_resolves_flags_environment_file_and_defaults(capsys, monkeypatch, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: from-file\noutput: out\nlearning-rate: 1e-4\nepochs: 7\nblur-sigma: [1, 2]\n"
+        "forgery_map: false\nbalance: true\ninit: null\n"
+    )
+    plain = printed(capsys, "--config", str(recipe))
+    assert plain["data"] == "from-file"
+    assert plain["learning-rate"] == 1e-4
+    assert plain["blur-sigma"] == [1.0, 2.0]
+    assert plain["forgery-map"] is False
+    assert plain["init"] is None
+    assert plain["batch-size"] == 80
+    monkeypatch.setenv("M2F2_EPOCHS", "8")
+    monkeypatch.setenv("M2F2_BATCH_SIZE", "9")
+    flags = ("--epochs", "10", "--blur-sigma", "0", "1.5", "--no-balance", "--forgery-map")
+    changed = printed(capsys, "--config", str(recipe), *flags)
+    assert changed["epochs"] == 10
+    assert changed["batch-size"] == 9
+    assert changed["blur-sigma"] == [0.0, 1.5]
+    assert changed["balance"] is False
+    assert changed["forgery-map"] is True
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(changed))
+    monkeypatch.delenv("M2F2_EPOCHS")
+    monkeypatch.delenv("M2F2_BATCH_SIZE")
+    assert printed(capsys, "--config", str(again)) == changed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "--data is missing"),
+        (("--data", "x"), "--output is missing"),
+        (("--data", "x", "--output", "y", "--epochs", "0"), "--epochs must be at least 1"),
+        (("--data", "x", "--output", "y", "--epochs", "many"), "'--epochs'"),
+        (("--data", "x", "--output", "y", "--optimiser", "sgd"), "Use one of: adam, adamw"),
+        (("--data", "x", "--output", "y", "--lerning-rate", "1"), "--learning-rate"),
+    ],
+)
+def test_wrong_usage_exits_2_in_one_sentence(capsys, arguments, words):
+    assert app.run(["train-detector", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert words in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_unknown_key_of_a_file_is_an_error(capsys, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lerning-rate: 1\n")
+    assert app.run(["train-detector", "--config", str(recipe), "--print-config"]) == 2
+    assert "'learning-rate'" in capsys.readouterr().err
+
+
+def test_missing_data_exits_1(capsys, tmp_path):
+    arguments = ("--data", str(tmp_path / "none"), "--output", str(tmp_path / "out"))
+    assert app.run(["train-detector", *arguments]) == 1
+    assert "There is no data folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_training_prints_its_folder_only(
+    capsys,
+    tmp_path,
+    toy_data,  # noqa: F811
+    clip_folder,  # noqa: F811
+):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"data: {toy_data}\nclip: {clip_folder}\nbackbone: test_efficientnet\n"
+        "backbone-weights: none\nhidden-size: 8\nepochs: 1\nbatch-size: 8\ndevice: cpu\n"
+        "validation-share: 0.25\nreport-to: none\n"
+    )
+    output = tmp_path / "out"
+    capsys.readouterr()
+    assert app.run(["train-detector", "--config", str(recipe), "--output", str(output)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{output}\n"
+    assert "epoch 1/1: loss" in shown.err
+    assert "Kept epoch 1" in shown.err
+    arguments = ["train-detector", "--config", str(recipe), "--output", str(output)]
+    assert app.run(arguments) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert app.run([*arguments, "--overwrite", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    assert Path(output, "model.safetensors").is_file()
