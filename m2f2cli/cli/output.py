@@ -31,6 +31,10 @@ def printable(text: str) -> str:
     )
 
 
+def _printable_lines(text: str) -> str:
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
 @dataclass(frozen=True)
 class Output:
     """Prints for one command.
@@ -91,7 +95,7 @@ class Output:
     def note(self, line: str) -> None:
         """Say something about the run on standard error, unless quiet."""
         if not self.quiet:
-            sys.stderr.write(printable(line) + "\n")
+            sys.stderr.write(_printable_lines(line) + "\n")
 
     def warning(self, line: str) -> None:
         """Warn on standard error."""
@@ -108,7 +112,7 @@ class Output:
             _console(sys.stderr).print(f"[bold {colour}]{label}:[/]", end=" ")
         else:
             sys.stderr.write(f"{label}: ")
-        sys.stderr.write("\n".join(printable(part) for part in line.split("\n")) + "\n")
+        sys.stderr.write(_printable_lines(line) + "\n")
 
     @contextmanager
     def progress(self, description: str, total: int | None = None) -> Iterator[Callable[..., None]]:

@@ -72,6 +72,8 @@ def load_detector(name: str = "lite", *, device: str = "auto", dtype: str = "aut
     cast = {k: t.to(where, kind if t.is_floating_point() else t.dtype) for k, t in tensors.items()}
     model.load_state_dict(cast, assign=True)
     model.requires_grad_(False)
+    # Convolutions are about half again as fast on this layout; the numbers stay.
+    model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.fingerprint = store.fingerprint(folder)
     return model.eval()
 

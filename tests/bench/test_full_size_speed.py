@@ -1,0 +1,102 @@
+"""Seconds a picture of the full-size detector B on a CPU, against the published arithmetic run plainly.
+
+Run with: pytest tests/bench/test_full_size_speed.py -m bench -s
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from m2f2cli.data.transforms import preprocess
+from m2f2cli.models.detector import Detector
+from m2f2cli.models.importing import import_detector
+from m2f2cli.models.loading import load_detector
+from tests.parity.published import manifest, state_dict
+from tests.parity.recipe import image_for
+
+pytestmark = pytest.mark.bench
+ROUNDS = 5
+
+
+class Plain(nn.Module):
+    """The published forward: all 24 CLIP blocks, eager attention, cached text feature."""
+
+    def __init__(self, model: Detector, state: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        prefix = "clip_vision_encoder.model.vision_model."
+        config = CLIPVisionConfig(**manifest("detector_b")["config"]["vision"])
+        config._attn_implementation = "eager"
+        self.tower = CLIPVisionModel(config).eval()
+        self.tower.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        )
+        self.rest = model
+        self.text = model.text_feature()
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        rest = self.rest
+        hidden = self.tower(pixels, output_hidden_states=True).hidden_states[-2]
+        projected = rest.vision_proj(hidden)
+        scores = nn.functional.cosine_similarity(projected[:, 1:], self.text[:, None], dim=-1)
+        pooled = rest.backbone.net.features(pixels).mean((2, 3))
+        parts = [rest.alpha_text * scores, rest.alpha_vision * projected[:, 0]]
+        return rest.head(torch.cat([*parts, rest.backbone_proj(pooled)], dim=1))
+
+
+def test_seconds_a_picture(tmp_path):
+    state = state_dict("detector_b")
+    torch.save(state, tmp_path / "b.pth")
+    import_detector([tmp_path / "b.pth"], tmp_path / "out")
+    single = load_detector(str(tmp_path / "out"), device="cpu", dtype="float32")
+    half = load_detector(str(tmp_path / "out"), device="cpu", dtype="bfloat16")
+    config = single.config
+    pictures = [np.asarray(image_for(f"speed{n}", 224, 224)) for n in range(4)]
+    pixels = torch.stack(
+        [
+            torch.from_numpy(
+                preprocess(p, size=config.image_size, mean=config.image_mean, std=config.image_std)
+            )
+            for p in pictures
+        ]
+    )
+    with torch.inference_mode(False), torch.no_grad():
+        plain = Plain(load_detector(str(tmp_path / "out"), device="cpu", dtype="float32"), state)
+        ways = {
+            "published, float32, batch 1": lambda n: plain(pixels[n : n + 1]),
+            "ours, float32, batch 1": lambda n: single(pixels[n : n + 1]).logits,
+            "ours, bfloat16, batch 1": lambda n: half(pixels[n : n + 1].bfloat16()).logits,
+            "ours, float32, batch 4": lambda n: single(pixels).logits,
+            "ours, bfloat16, batch 4": lambda n: half(pixels.bfloat16()).logits,
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(ROUNDS + 1):
+            for name, run in ways.items():
+                begin = time.perf_counter()
+                run(turn % 4)
+                spent = (time.perf_counter() - begin) / (4 if name.endswith("4") else 1)
+                if turn:
+                    seconds[name].append(spent)
+        reference = single.fake_probability(torch.cat([plain(p[None]) for p in pixels]))
+        drift = {
+            "float32": (single.fake_probability(single(pixels).logits) - reference).abs().max(),
+            "bfloat16": (half.fake_probability(half(pixels.bfloat16()).logits) - reference)
+            .abs()
+            .max(),
+        }
+    base = statistics.median(seconds["published, float32, batch 1"])
+    for name, values in seconds.items():
+        middle = statistics.median(values)
+        print(f"{name:28s} {middle:6.3f} s/picture  {base / middle:5.2f}x")
+    print(json.dumps({name: float(f"{value:.2e}") for name, value in drift.items()}))
+    assert drift["float32"] < 1e-5
+    assert drift["bfloat16"] < 0.02
+    assert statistics.median(seconds["ours, float32, batch 1"]) < base
+    assert base / statistics.median(seconds["ours, bfloat16, batch 4"]) >= 2.5
