@@ -14,6 +14,7 @@ from PIL import Image
 
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.inference.detect import DetectOptions, detect
+from m2f2cli.models.detector import Detector
 from m2f2cli.models.loading import load_detector
 from tests.inference.conftest import noise_picture
 
@@ -27,14 +28,18 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(noise_picture(folder / f"{seed}.png", seed)) for seed in range(9)]
 
 
+@pytest.fixture(scope="module")
+def model(tiny_detector_folder: Path) -> Detector:
+    return load_detector(str(tiny_detector_folder))
+
+
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(order=st.permutations(range(9)), batch=st.integers(1, 9))
 def test_batch_mates_change_nothing(
-    tiny_detector_folder: Path, pictures: list[str], order: list[int], batch: int
+    model: Detector, pictures: list[str], order: list[int], batch: int
 ) -> None:
-    model = load_detector(str(tiny_detector_folder))
     alone = {
         record.path: record
         for record in detect(pictures, model=model, options=replace(NONE, batch_size=1))
@@ -46,8 +51,9 @@ def test_batch_mates_change_nothing(
         assert record.fake_probability == pytest.approx(expected.fake_probability, abs=1e-5)
 
 
-def test_the_score_is_the_detectors_own(tiny_detector_folder: Path, pictures: list[str]) -> None:
-    model = load_detector(str(tiny_detector_folder))
+def test_the_score_is_the_detectors_own(
+    model: Detector, tiny_detector_folder: Path, pictures: list[str]
+) -> None:
     config = model.config
     for record in detect(pictures, model=str(tiny_detector_folder), options=NONE):
         picture = Image.open(record.path)
@@ -66,7 +72,7 @@ def test_the_score_is_the_detectors_own(tiny_detector_folder: Path, pictures: li
         assert record.settings.dtype == "float32"
 
 
-def test_all_eight_orientations_score_the_same(tiny_detector_folder: Path, tmp_path: Path) -> None:
+def test_all_eight_orientations_score_the_same(model: Detector, tmp_path: Path) -> None:
     upright = Image.open(EXAMPLES / "grace_hopper.jpg").convert("RGB")
     undo = [None, 0, 3, 1, 5, 2, 6, 4]  # Image.Transpose that stores a picture for each tag
     for tag, turn in enumerate(undo, start=1):
@@ -74,7 +80,6 @@ def test_all_eight_orientations_score_the_same(tiny_detector_folder: Path, tmp_p
         exif[0x0112] = tag
         stored = upright if turn is None else upright.transpose(Image.Transpose(turn))
         stored.save(tmp_path / f"{tag}.png", exif=exif)
-    model = load_detector(str(tiny_detector_folder))
     records = list(detect([str(tmp_path)], model=model))
     assert len(records) == 8
     assert {record.status for record in records} == {"ok"}
