@@ -56,12 +56,7 @@ def build() -> typer.Typer:
     app.callback(invoke_without_command=True, help=_paragraphs(_root.__doc__))(_root)
     for entry in COMMANDS:
         module_name, function = entry.target.split(":")
-        try:
-            module = import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name != module_name:
-                raise
-            continue
+        module = import_module(module_name)
         examples = getattr(module, "EXAMPLES", {}).get(entry.name, ())
         body = getattr(module, function)
         app.command(
