@@ -107,6 +107,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def first_process() -> bool:
+    """Whether this is the only process of a run, or the first that ``torchrun`` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's generators."""
     import numpy as np

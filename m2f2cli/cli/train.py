@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from m2f2cli.cli import options as flags
 from m2f2cli.cli.output import Output
 from m2f2cli.config import OptionGroups, flag_name
+from m2f2cli.runtime import first_process
 from m2f2cli.training.options import TrainDetectorOptions
 
 EXAMPLES = {
@@ -59,7 +60,8 @@ def train_detector(**values: Any) -> None:
     """
     quiet, show = values.pop("quiet"), values.pop("print_config")
     values.pop("config")
-    output = Output(quiet=quiet)
+    leads = first_process()
+    output = Output(quiet=quiet or not leads)
     options = TrainDetectorOptions.from_flat(values)
     if show:
         output.text(options.to_yaml())
@@ -69,7 +71,8 @@ def train_detector(**values: Any) -> None:
     run = prepare(options, notify=output.note)
     with output.progress("Training", run.steps) as advance:
         folder = run.run(advance=advance)
-    output.text(str(folder))
+    if leads:
+        output.text(str(folder))
 
 
 def signature_of(options: type[OptionGroups], *others: inspect.Parameter) -> inspect.Signature:

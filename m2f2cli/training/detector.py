@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from m2f2cli.data.ddvqa import FLAWS, REGIONS
 from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
 from m2f2cli.errors import ConfigError, InputError, UsageError
-from m2f2cli.runtime import seed_everything
+from m2f2cli.runtime import first_process, seed_everything
 from m2f2cli.training.build import build_detector
 from m2f2cli.training.callbacks import Advance, Housekeeping, Notify, Reporter, epoch_records
 from m2f2cli.training.objective import Objective, moving_groups
@@ -213,7 +212,7 @@ def _claim_output(options: TrainDetectorOptions) -> None:
     refuse_existing(run.output, run.overwrite)
     folder = state_folder(run.output)
     noted = folder / _OPTIONS
-    if os.environ.get("RANK", "0") != "0":  # the first process does the following for all
+    if not first_process():  # which does the following for all
         return
     if run.overwrite and folder.exists():
         shutil.rmtree(folder)

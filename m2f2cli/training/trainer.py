@@ -15,18 +15,20 @@ import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transf
 # isort: split
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalPrediction
 
+from m2f2cli.errors import CheckpointError
 from m2f2cli.evaluation.metrics import average_precision, roc_auc
 from m2f2cli.training.objective import Objective
 from m2f2cli.training.options import OptimiserOptions
 from m2f2cli.training.pictures import Batcher, EpochSampler, MeasuringPictures, TrainingPictures
 from m2f2cli.training.stages import optimiser_groups
+from m2f2cli.weights.tensorfile import write_tensor_file
 
 WEIGHTS = "model.safetensors"
 _COMPLETE = "complete"
@@ -142,7 +144,13 @@ class DetectorTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a state; it counts once its mark is there, and only then do older ones go."""
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"The state cannot be saved in '{self.args.output_dir}': {error}.",
+                "Free some space and give the same command with --resume.",
+            ) from error
         if self.args.should_save:
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             _sync(folder)
@@ -154,10 +162,12 @@ class DetectorTrainer(Trainer):
                     shutil.rmtree(other)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: t.detach().cpu().contiguous() for k, t in self.model.state_dict().items()}
-        save_file(tensors, folder / WEIGHTS)
+        write_tensor_file(folder / WEIGHTS, tensors)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         (model or self.model).load_state_dict(load_file(Path(resume_from_checkpoint, WEIGHTS)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -102,6 +104,28 @@ def test_half_written_state_is_ignored(options, tmp_path):
     assert weights(run.options.run.output) == weights(whole)
 
 
+def test_disk_full_while_saving_keeps_the_state_before(options, tmp_path, monkeypatch):
+    saves = []
+
+    def full_at_the_third(value, path, *_, **__):
+        if str(path).endswith("optimizer.pt"):
+            saves.append(path)
+            if len(saves) == 3:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return original(value, path)
+
+    original = torch.save
+    monkeypatch.setattr(torch, "save", full_at_the_third)
+    with pytest.raises(CheckpointError, match=r"cannot be saved .* No space left") as refused:
+        train_detector(options(save_steps=1))
+    assert "--resume" in refused.value.hint
+    monkeypatch.undo()
+    lines: list[str] = []
+    folder = train_detector(options(save_steps=1, resume=True), notify=lines.append)
+    assert "Going on after step 2 of 6." in lines
+    assert weights(folder) == weights(train_detector(options(output=tmp_path / "whole")))
+
+
 def test_unfinished_run_is_not_lost_by_accident(options):
     run = prepare(options(save_steps=1))
     run.trainer.add_callback(Crash(2))
@@ -126,3 +150,17 @@ def test_finished_output_is_kept(options):
     train_detector(options(epochs=1, overwrite=True, seed=1))
     assert weights(folder) != before
     assert load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_detector(options, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    wanted = options(epochs=2, batch_size=3, ema=0.9)
+    recipe.write_text(wanted.to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "m2f2cli", "train-detector", "--config", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == [str(wanted.run.output)]
+    assert done.stderr.count("epoch 2/2: loss") == 1
+    assert load_file(wanted.run.output / "model.safetensors")
