@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalPrediction
 
-from m2f2cli.errors import CheckpointError
+from m2f2cli.errors import CheckpointError, M2F2Error
 from m2f2cli.evaluation.metrics import average_precision, roc_auc
 from m2f2cli.training.objective import Objective
 from m2f2cli.training.options import OptimiserOptions
@@ -36,8 +36,17 @@ _BETTER_IS_LARGER = {"auc": True, "ap": True, "loss": False}
 
 
 def measure(prediction: EvalPrediction) -> dict[str, float]:
-    """Validation figures of (N, 2) logits: ``auc``, ``ap``, ``accuracy`` at 0.5, ``ce`` in nats."""
+    """Validation figures of (N, 2) logits: ``auc``, ``ap``, ``accuracy`` at 0.5, ``ce`` in nats.
+
+    Raises:
+        M2F2Error: The training has diverged.
+    """
     logits = np.asarray(prediction.predictions, dtype=np.float64)
+    if not np.isfinite(logits).all():
+        raise M2F2Error(
+            "The training has diverged: the detector's answers are no longer finite numbers.",
+            "Lower --learning-rate or set --clip-gradient 1, and begin anew with --overwrite.",
+        )
     labels = np.asarray(prediction.label_ids)
     margin = logits[:, 1] - logits[:, 0]
     return {

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2f2cli.errors import ConfigError, InputError, MissingExtraError
+from m2f2cli.errors import ConfigError, InputError, M2F2Error, MissingExtraError
 from m2f2cli.evaluation.metrics import average_precision, roc_auc
 from m2f2cli.models.loading import load_detector
 from m2f2cli.training.detector import prepare, train_detector
@@ -157,6 +157,12 @@ def test_impossible_precision_and_missing_tensorboard(options, monkeypatch):
     monkeypatch.setattr("m2f2cli.training.settings.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="tensorboard"):
         prepare(options(report_to="tensorboard"))
+
+
+def test_divergence_ends_the_run_in_one_sentence(options):
+    with pytest.raises(M2F2Error, match="diverged") as refused:
+        train_detector(options(learning_rate=1e30))
+    assert "--learning-rate" in refused.value.hint
 
 
 def test_curves_are_written_beside_the_output(options):
