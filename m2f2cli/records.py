@@ -41,7 +41,7 @@ class FaceScore:
         verdict: One of ``VERDICTS``.
         reason: Why the verdict is uncertain; None otherwise.
         in_domain: Whether the crop resembles the training crops; None where the model has no check.
-        domain_distance: What ``in_domain`` was decided by, about 1 inside; None as above.
+        domain_distance: What ``in_domain`` was decided by, 0 or more; None as above.
         finder_score: The face finder's confidence; None without a box.
     """
 

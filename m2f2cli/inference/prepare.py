@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from m2f2cli.data.domain import Domain
 from m2f2cli.data.faces import crop_face, find_faces
 from m2f2cli.data.images import read_picture
 from m2f2cli.data.transforms import resize_and_crop
@@ -31,10 +32,12 @@ class Recipe(NamedTuple):
     Attributes:
         size: Side of the network's input in pixels.
         margin: Share of the face box's side added around it.
+        domain: The model's domain check, if it has one.
     """
 
     size: int
     margin: float
+    domain: Domain | None = None
 
     @classmethod
     def of(cls, config: Any, *, finds_faces: bool) -> Recipe:
@@ -53,7 +56,16 @@ class Recipe(NamedTuple):
                 f"The model wants face crops of '{finder}', which m2f2 does not have.",
                 "Crop the faces yourself and add --faces none.",
             )
-        return cls(config.image_size, float(config.crop.get("margin", 0.3)))
+        domain = Domain.from_config(config.domain) if config.domain else None
+        return cls(config.image_size, float(config.crop.get("margin", 0.3)), domain)
+
+    def crop(
+        self, cut: np.ndarray, square: Box, box: Box | None = None, score: float | None = None
+    ) -> Crop:
+        """Describe a cut, scaled crop."""
+        digest = hashlib.sha256(cut.tobytes()).digest()
+        distance = None if self.domain is None else self.domain.distance(cut)
+        return Crop(cut, digest, square, box, score, distance)
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,7 @@ class Crop:
         crop: (x0, y0, x1, y1) in the upright picture or frame.
         box: The face as found; None when the picture was taken whole.
         finder_score: The face finder's confidence; None as above.
+        domain_distance: From the training crops; None where the model has no check.
     """
 
     pixels: np.ndarray
@@ -73,6 +86,7 @@ class Crop:
     crop: Box
     box: Box | None = None
     finder_score: float | None = None
+    domain_distance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -157,15 +171,15 @@ def _without_face(found: Prepared, where: str) -> Prepared:
 
 def _view(pixels: np.ndarray, *, faces: str, recipe: Future[Recipe]) -> View:
     found = [] if faces == "none" else find_faces(pixels)
-    size, margin = recipe.result()
+    wanted = recipe.result()
     if faces == "none" or (faces == "auto" and not found and _looks_like_a_crop(pixels)):
-        return View((_whole(pixels, size),), len(found))
+        return View((_whole(pixels, wanted),), len(found))
     chosen = found[:1] if faces == "largest" else found
     crops = []
     for face in chosen:
-        square = face.crop(margin)
-        cut = resize_and_crop(crop_face(pixels, square), size)
-        crops.append(Crop(cut, _digest(cut), square, face.box, round(face.score, 4)))
+        square = face.crop(wanted.margin)
+        cut = resize_and_crop(crop_face(pixels, square), wanted.size)
+        crops.append(wanted.crop(cut, square, face.box, round(face.score, 4)))
     return View(tuple(crops), len(found))
 
 
@@ -174,14 +188,10 @@ def _looks_like_a_crop(pixels: np.ndarray) -> bool:
     return max(sides) <= READY_CROP_SIDE and max(sides) <= READY_CROP_RATIO * min(sides)
 
 
-def _whole(pixels: np.ndarray, size: int) -> Crop:
+def _whole(pixels: np.ndarray, wanted: Recipe) -> Crop:
     """The picture's centre square, which is what the preprocessing keeps of it."""
     height, width = pixels.shape[:2]
     side = min(height, width)
     left, top = (width - side) // 2, (height - side) // 2
-    cut = resize_and_crop(pixels, size)
-    return Crop(cut, _digest(cut), (left, top, left + side, top + side))
-
-
-def _digest(pixels: np.ndarray) -> bytes:
-    return hashlib.sha256(pixels.tobytes()).digest()
+    cut = resize_and_crop(pixels, wanted.size)
+    return wanted.crop(cut, (left, top, left + side, top + side))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -35,7 +34,7 @@ class Judge(Protocol):
         """Of its weights."""
 
     def __call__(self, pixel_values: torch.Tensor) -> Any:
-        """Give ``logits``, ``forgery_map`` and ``domain_distance`` of (B, 3, S, S) pictures."""
+        """Give ``logits`` and ``forgery_map`` of (B, 3, S, S) pictures."""
 
     def fake_probability(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (B, 2), order (real, fake), to (B,) float32 in [0, 1]."""
@@ -46,7 +45,7 @@ class Score(NamedTuple):
 
     Attributes:
         fake_probability: In [0, 1], rounded to ``verdict.DIGITS``.
-        domain_distance: 0 or more, rounded alike; None when the model measures none.
+        domain_distance: 0 or more, rounded alike; None where it has no check.
         forgery_map: float32 (g, g), cosines in [-1, 1]; None when absent or not asked for.
     """
 
@@ -91,12 +90,11 @@ class Scorer:
         with torch.inference_mode():
             out = self.model(pixel_values=values)
             probabilities = self.model.fake_probability(out.logits).tolist()
-            distances = _numbers(out.domain_distance, len(crops))
             maps = out.forgery_map.float().cpu().numpy() if self._wants_map(out) else None
         scores = []
         for place, crop in enumerate(crops):
-            probability, distance = probabilities[place], distances[place]
-            if not (0 <= probability <= 1 and math.isfinite(distance or 0)):
+            probability, distance = probabilities[place], crop.domain_distance
+            if not 0 <= probability <= 1:
                 raise M2F2Error(
                     "The model's answer is not a number.", "Try --dtype float32 or another model."
                 )
@@ -116,7 +114,3 @@ class Scorer:
         self._known[digest] = score
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
-
-
-def _numbers(values: torch.Tensor | None, count: int) -> list[float | None]:
-    return [None] * count if values is None else list(values.float().tolist())

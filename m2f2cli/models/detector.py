@@ -19,7 +19,6 @@ from m2f2cli.errors import ConfigError
 from m2f2cli.models.backbone import Backbone
 from m2f2cli.models.bridge import Bridge
 from m2f2cli.models.clip import ClipTower
-from m2f2cli.models.domain import DomainCheck, describe
 from m2f2cli.models.forgery_prompt import ForgeryPrompt, forgery_map
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -45,7 +44,7 @@ class DetectorConfig(PretrainedConfig):
         threshold: Fake probability from which the verdict is fake, in [0, 1].
         uncertain: ``[low, high]``: probabilities between give the verdict uncertain; or None.
         score_temperature: Divides the logits before the softmax; above 0.
-        domain: ``{"stage", "components", "limit"}`` of the domain check, or None.
+        domain: ``{"mean", "basis", "limit"}`` of the domain check (``data.domain``), or None.
     """
 
     model_type = "m2f2_detector"
@@ -114,7 +113,6 @@ class DetectorOutput(ModelOutput):
         forgery_map: (B, g, g) cosine similarities in [-1, 1] of patches with the forgery prompt.
         features: (B, F), what the head saw.
         pooled: (B, C), the pooled backbone features.
-        domain_distance: (B,), distance from the training pictures, when the checkpoint stores it.
     """
 
     loss: torch.Tensor | None = None
@@ -122,7 +120,6 @@ class DetectorOutput(ModelOutput):
     forgery_map: torch.Tensor | None = None
     features: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
-    domain_distance: torch.Tensor | None = None
 
 
 class Detector(PreTrainedModel):
@@ -144,10 +141,7 @@ class Detector(PreTrainedModel):
         width = config.hidden_size
         bridge = config.bridge
         bridge_stages = [-3, -2, -1] if bridge else []
-        domain_stages = [config.domain["stage"]] if config.domain else []
-        self.backbone = Backbone(
-            config.backbone, config.backbone_kwargs, stages=[*bridge_stages, *domain_stages]
-        )
+        self.backbone = Backbone(config.backbone, config.backbone_kwargs, stages=bridge_stages)
         self.clip = ClipTower(
             config.clip,
             config.vision_layer,
@@ -167,7 +161,7 @@ class Detector(PreTrainedModel):
         self.bridge: Bridge | None = None
         if bridge:
             self.bridge = Bridge(
-                self.backbone.stage_channels[:3],
+                self.backbone.stage_channels,
                 self.clip.vision.width,
                 width=bridge["width"],
                 heads=bridge["heads"],
@@ -175,10 +169,6 @@ class Detector(PreTrainedModel):
             )
             size += bridge["size"]
         self.head = _linear(size, 2)
-        self.domain: DomainCheck | None = None
-        if config.domain:
-            described = 2 * self.backbone.stage_channels[-1] + self.backbone.channels
-            self.domain = DomainCheck(described, config.domain["components"])
         self.fingerprint: str | None = None
         self._text_cache: tuple[tuple[int, ...], torch.Tensor] | None = None
         self.post_init()
@@ -242,18 +232,16 @@ class Detector(PreTrainedModel):
             grid = self.clip.vision.grid
             where = scores.unflatten(1, (grid, grid))
         if self.bridge is not None:
-            parts.append(self.bridge(maps[:3], extra))
+            parts.append(self.bridge(maps, extra))
         features = torch.cat(parts, dim=1)
         logits = self.head(features)
         loss = nn.functional.cross_entropy(logits.float(), labels) if labels is not None else None
-        distance = self.domain(describe(maps[-1], pooled)) if self.domain is not None else None
         return DetectorOutput(
             loss=loss,
             logits=logits,
             forgery_map=where,
             features=features,
             pooled=pooled,
-            domain_distance=distance,
         )
 
     def fake_probability(self, logits: torch.Tensor) -> torch.Tensor:

@@ -91,9 +91,7 @@ def _from_detector(name: str, crop_margin: float) -> Detector:
         }
     )
     detector = Detector(config)
-    detector.load_state_dict(
-        {k: t for k, t in parent.state_dict().items() if not k.startswith("domain.")}
-    )
+    detector.load_state_dict(parent.state_dict())
     detector.fingerprint = parent.fingerprint
     return detector
 

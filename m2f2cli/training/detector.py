@@ -18,6 +18,7 @@ from m2f2cli.errors import ConfigError, InputError, UsageError
 from m2f2cli.runtime import first_process, seed_everything
 from m2f2cli.training.build import build_detector
 from m2f2cli.training.callbacks import Advance, Housekeeping, Notify, Reporter, epoch_records
+from m2f2cli.training.domain import fit_domain
 from m2f2cli.training.objective import Objective, moving_groups
 from m2f2cli.training.options import INCIDENTAL, TrainDetectorOptions
 from m2f2cli.training.pictures import (
@@ -66,6 +67,8 @@ class Training:
         trainer: Holds model, pictures and settings.
         steps: Optimiser steps in all.
         record: What goes into ``stage.json`` beside the figures.
+        notify: Called with lines for people.
+        domain: The domain check to store with the detector.
     """
 
     options: TrainDetectorOptions
@@ -73,6 +76,7 @@ class Training:
     steps: int
     record: dict[str, Any]
     notify: Notify
+    domain: dict[str, Any] | None = None
 
     def run(self, *, advance: Advance | None = None) -> Path:
         """Train, or go on training, and write the checkpoint folder."""
@@ -98,7 +102,12 @@ class Training:
         best = trainer.state.best_global_step
         trainer._load_from_checkpoint(str(folder / f"checkpoint-{best}"))
         detector = trainer.model.detector
-        config = detector.config.to_dict() | {"architectures": ["Detector"], "dtype": "float32"}
+        kind = getattr(torch, run.save_dtype)
+        config = detector.config.to_dict() | {
+            "architectures": ["Detector"],
+            "dtype": run.save_dtype,
+            "domain": self.domain,
+        }
         epochs = epoch_records(trainer.state)
         chosen = next(record for record in epochs if record["step"] == best)
         stage = self.record | {"metrics": {"selected": chosen, "epochs": epochs}}
@@ -108,7 +117,10 @@ class Training:
         store.write_checkpoint(
             run.output,
             config=json.loads(json.dumps(config)),
-            tensors=trainer.model.result(),
+            tensors={
+                name: tensor.to(kind) if tensor.is_floating_point() else tensor
+                for name, tensor in trainer.model.result().items()
+            },
             stage=stage,
             extra_files={"preprocessor_config.json": store.json_bytes(processor)},
             overwrite=run.overwrite,
@@ -182,7 +194,11 @@ def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> T
         "versions": _versions(),
     }
     notify(_summary(record))
-    return Training(options, trainer, per_epoch * options.optimiser.epochs, record, notify)
+    steps = per_epoch * options.optimiser.epochs
+    domain = fit_domain(
+        *stores, size=detector.config.image_size, quantile=options.data.domain_quantile
+    )
+    return Training(options, trainer, steps, record, notify, domain)
 
 
 def read_split(options: TrainDetectorOptions) -> tuple[SampleSet, SampleSet]:

@@ -60,6 +60,13 @@ class DataOptions(Checked):
         low=0.0,
         high=4.0,
     )
+    domain_quantile: float = option(
+        0.99,
+        "Share of the held-out pictures whose texture counts as familiar: the detector stores the "
+        "limit, and 'm2f2 detect' answers uncertain beyond it. 0 stores no check.",
+        low=0.0,
+        high=1.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -333,6 +340,13 @@ class RunOptions(Checked):
     output: Path = required("Folder for the detector; it must not exist yet.")
     seed: int = option(0, "Seed of every random choice but the split.", low=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
+    save_dtype: str = option(
+        "float32",
+        "Type of the weights in the result; float16 halves the folder.",
+        "float32",
+        "float16",
+        "bfloat16",
+    )
     precision: str = option(
         "auto",
         "Arithmetic: float32, or mixed precision in bfloat16 or float16; auto is bfloat16 on CUDA "

@@ -1,4 +1,4 @@
-"""Seconds a picture of the full-size detector B on a CPU, against the published arithmetic run plainly.
+"""Seconds a picture of the full-size detector B on a CPU, against the published arithmetic.
 
 Run with: pytest tests/bench/test_full_size_speed.py -m bench -s
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,14 @@ from tests.detections import EXAMPLE
 SIDE = 32
 
 
+# A domain check that knows pictures of one colour only: their texture describes as log(0.05).
+FLAT_ONLY = {"mean": [math.log(0.05)] * 6, "basis": np.eye(6).tolist(), "limit": 1.0}
+
+
 class MeanJudge:
     """Calls a crop the more fake the brighter it is: probability = mean of the crop / 255.
 
-    The domain distance is the red mean / 25.5, the forgery map the brightness of 4 x 4 tiles.
+    The forgery map is the brightness of 4 x 4 tiles.
     """
 
     fingerprint = "sha256:mean"
@@ -51,7 +56,6 @@ class MeanJudge:
         return SimpleNamespace(
             logits=torch.stack([torch.zeros_like(p), torch.log(p / (1 - p))], dim=1),
             forgery_map=torch.nn.functional.adaptive_avg_pool2d(pixel_values.mean(1), 4),
-            domain_distance=pixel_values[:, 0].mean(dim=(1, 2)) * 10,
         )
 
     def fake_probability(self, logits: torch.Tensor) -> torch.Tensor:

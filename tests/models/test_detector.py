@@ -10,7 +10,6 @@ from m2f2cli.models.detector import Detector, DetectorConfig
 from tests.conftest import TINY_SIDE, randomise, tiny_fields
 
 BRIDGE = {"width": 16, "heads": 2, "size": 6, "clip_layers": [1, 2, 2]}
-DOMAIN = {"stage": 0, "components": 4, "limit": 2.0}
 
 
 def build(**changes) -> Detector:
@@ -20,7 +19,7 @@ def build(**changes) -> Detector:
 
 @pytest.fixture(scope="module")
 def whole() -> Detector:
-    return build(bridge=BRIDGE, domain=DOMAIN)
+    return build(bridge=BRIDGE)
 
 
 def pixels(count: int, seed: int = 0) -> torch.Tensor:
@@ -34,7 +33,6 @@ def test_forward_shapes_and_loss(whole):
     assert out.logits.shape == (3, 2)
     assert out.forgery_map.shape == (3, grid, grid)
     assert out.features.shape == (3, grid**2 + 2 * 20 + 6)
-    assert out.domain_distance.shape == (3,)
     assert out.forgery_map.abs().max() <= 1
     expected = torch.nn.functional.cross_entropy(out.logits, torch.tensor([0, 1, 1]))
     assert torch.allclose(out.loss, expected)
@@ -49,7 +47,6 @@ def test_a_verdict_never_depends_on_its_batch_mates(whole, seed, count, data):
         alone, among = whole(batch[place : place + 1]), whole(batch)
     assert torch.allclose(alone.logits[0], among.logits[place], atol=1e-5)
     assert torch.allclose(alone.forgery_map[0], among.forgery_map[place], atol=1e-5)
-    assert torch.allclose(alone.domain_distance[0], among.domain_distance[place], atol=1e-4)
 
 
 def test_every_parameter_gets_a_gradient(whole):
@@ -128,7 +125,7 @@ def test_without_a_forgery_map_there_is_no_text_part():
     [
         ({"backbone": "efficientnet_b99"}, "no backbone named 'efficientnet_b99'"),
         ({"bridge": {**BRIDGE, "heads": 3}}, "not a multiple"),
-        ({"domain": {**DOMAIN, "stage": 9}}, "feature stages"),
+        ({"bridge": BRIDGE, "backbone": "test_vit"}, "feature stages"),
     ],
 )
 def test_impossible_settings_are_named(changes, words):
