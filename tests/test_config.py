@@ -13,7 +13,8 @@ import m2f2cli.training
 from m2f2cli.config import flag_name
 from m2f2cli.errors import ConfigError
 from m2f2cli.registry import Registry
-from m2f2cli.training.options import INCIDENTAL, AugmentOptions, TrainDetectorOptions
+from m2f2cli.training.options import INCIDENTAL, TrainDetectorOptions
+from m2f2cli.training.picture_options import AugmentOptions
 
 NEEDED = {"data": "faces", "output": "detector"}
 

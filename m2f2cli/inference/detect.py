@@ -144,9 +144,12 @@ def load(model: str | Judge, options: DetectOptions) -> Judge:
     """The detector behind a name, or the detector itself."""
     if not isinstance(model, str):
         return model
+    from m2f2cli.inference.folding import fold_batch_norms
     from m2f2cli.models.loading import load_detector
 
-    judge: Judge = load_detector(model, device=options.device, dtype=options.dtype)
+    detector = load_detector(model, device=options.device, dtype=options.dtype)
+    fold_batch_norms(detector.backbone.net)
+    judge: Judge = detector
     return judge
 
 

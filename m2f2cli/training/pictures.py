@@ -21,7 +21,7 @@ from m2f2cli.data.samples import REAL, Sample, SampleSet, check_classes
 from m2f2cli.data.synthesis import Forgery, compress_h264, forge
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.errors import InputError
-from m2f2cli.training.options import AugmentOptions, PseudoFakeOptions
+from m2f2cli.training.picture_options import AugmentOptions, PseudoFakeOptions
 
 Item = dict[str, np.ndarray]
 

@@ -125,7 +125,6 @@ def test_without_a_forgery_map_there_is_no_text_part():
     [
         ({"backbone": "efficientnet_b99"}, "no backbone named 'efficientnet_b99'"),
         ({"bridge": {**BRIDGE, "heads": 3}}, "not a multiple"),
-        ({"bridge": BRIDGE, "backbone": "test_vit"}, "feature stages"),
     ],
 )
 def test_impossible_settings_are_named(changes, words):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from m2f2cli.data.samples import read_samples
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.errors import InputError
-from m2f2cli.training.options import AugmentOptions, PseudoFakeOptions
+from m2f2cli.training.picture_options import AugmentOptions, PseudoFakeOptions
 from m2f2cli.training.pictures import (
     Batcher,
     EpochSampler,
