@@ -48,7 +48,7 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     import torch
     from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-    assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101, PT018
+    assert norm.running_mean is not None and norm.running_var is not None  # noqa: PT018
     with torch.no_grad():
         weight, bias = fuse_conv_bn_weights(
             conv.weight,

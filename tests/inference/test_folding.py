@@ -13,7 +13,7 @@ from tests.conftest import randomise
     [
         ("tf_efficientnet_lite0", 49),
         ("efficientnet_lite0", 49),
-        ("test_efficientnet", 11),
+        ("test_efficientnet", 13),
         ("efficientnet_b0", 49),
     ],
 )
