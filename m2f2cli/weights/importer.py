@@ -235,7 +235,7 @@ def _config(
         "crop": {"detector": "dlib", "margin": 0.3},
         "threshold": 0.5,
         "uncertain": None,
-        "temperature": 1.0,
+        "score_temperature": 1.0,
         "domain": None,
         "dtype": str(tensors["vision_proj.0.weight"].dtype).removeprefix("torch."),
     }
