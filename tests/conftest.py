@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from m2f2cli.runtime import cure_torchvision
+
+cure_torchvision()  # before any test module imports transformers, timm or open_clip
+
 # Tests must not depend on the caller's settings, nor reach a hub.
 for name in [n for n in os.environ if n.startswith("M2F2_") and n != "M2F2_DDVQA"]:
     del os.environ[name]

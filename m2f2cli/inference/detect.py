@@ -144,12 +144,10 @@ def load(model: str | Judge, options: DetectOptions) -> Judge:
     """The detector behind a name, or the detector itself."""
     if not isinstance(model, str):
         return model
-    from m2f2cli.inference.folding import fold_batch_norms
+    from m2f2cli.inference.folding import hasten
     from m2f2cli.models.loading import load_detector
 
-    detector = load_detector(model, device=options.device, dtype=options.dtype)
-    fold_batch_norms(detector.backbone.net)
-    judge: Judge = detector
+    judge: Judge = hasten(load_detector(model, device=options.device, dtype=options.dtype))
     return judge
 
 

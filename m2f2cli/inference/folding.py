@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them: the same answers from a quarter less work.
+"""The same answers from less work on a CPU: folded batch norms and activations, short attention.
 
 For networks that are only judged with: a folded one has other tensors than its checkpoint, so it
 must not be saved.
@@ -6,11 +6,104 @@ must not be saved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
+
+    from m2f2cli.models.detector import Detector
+
+_QUICK_GELU = 1.702
+_HEADS_AT_ONCE = 4  # their scores stay in a core's cache
+_ATTENTION = "m2f2_few_heads"
+
+
+def hasten(detector: Detector) -> Detector:
+    """Prepare a loaded detector for judging, in place; see the module for what that costs."""
+    import torch
+
+    from m2f2cli.models.clip import VisionPart
+
+    fold_batch_norms(detector.backbone.net)
+    vision = detector.clip.vision
+    if detector.device.type == "cpu" and isinstance(vision, VisionPart):
+        layers = list(vision.encoder.layers)
+        fold_quick_gelu(layers)
+        if detector.dtype != torch.float32:
+            _attend_by_few_heads(layers)
+    return detector
+
+
+def fold_quick_gelu(layers: Sequence[Any]) -> int:
+    """Turn x · sigmoid(1.702 x) into one fused SiLU by scaling the weights around it.
+
+    Args:
+        layers: transformers' CLIP encoder layers.
+
+    Returns:
+        How many activations were folded; those of other kinds stay.
+    """
+    from torch import nn
+    from transformers.activations import QuickGELUActivation
+
+    count = 0
+    for layer in layers:
+        first, second = layer.mlp.fc1, layer.mlp.fc2
+        if isinstance(layer.mlp.activation_fn, QuickGELUActivation):
+            # New tensors: the loaded ones may be mapped from the checkpoint's file.
+            first.weight = nn.Parameter(first.weight.detach() * _QUICK_GELU, requires_grad=False)
+            first.bias = nn.Parameter(first.bias.detach() * _QUICK_GELU, requires_grad=False)
+            second.weight = nn.Parameter(second.weight.detach() / _QUICK_GELU, requires_grad=False)
+            layer.mlp.activation_fn = nn.SiLU(inplace=True)
+            count += 1
+    return count
+
+
+def _attend_by_few_heads(layers: Sequence[Any]) -> None:
+    """Let half-precision layers attend in slices; torch's fused kernel is slower on a CPU."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, few_heads_attention)
+    for layer in layers:
+        layer.self_attn.config._attn_implementation = _ATTENTION
+
+
+def few_heads_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention without gradients, a few heads of one picture at a time.
+
+    Args:
+        module: Unused; transformers passes it.
+        query: (B, heads, T, d); ``key`` and ``value`` alike.
+        key: See ``query``.
+        value: See ``query``.
+        attention_mask: Must be None.
+        **options: ``scaling`` multiplies the scores.
+
+    Returns:
+        (B, T, heads, d), and None for the weights.
+    """
+    import torch
+
+    batch, heads, length, width = query.shape
+    result = query.new_empty(batch, length, heads, width)
+    query = query * options["scaling"]
+    for row in range(batch):
+        for first in range(0, heads, _HEADS_AT_ONCE):
+            some = slice(first, first + _HEADS_AT_ONCE)
+            scores = torch.matmul(query[row, some], key[row, some].transpose(1, 2))
+            mixed = torch.matmul(scores.softmax(-1), value[row, some])
+            result[row, :, some] = mixed.transpose(0, 1)
+    return result, None
 
 
 def fold_batch_norms(network: nn.Module) -> int:

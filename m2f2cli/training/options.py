@@ -245,9 +245,6 @@ class ObjectiveOptions(Checked):
     )
 
 
-_P = {"low": 0.0, "high": 1.0}
-
-
 @dataclass(frozen=True)
 class RunOptions(Checked):
     """Where the result goes and how the machine is used."""

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from m2f2cli.data.transforms import preprocess
+from m2f2cli.inference.detect import DetectOptions, load
 from m2f2cli.models.detector import Detector
 from m2f2cli.models.importing import import_detector
 from m2f2cli.models.loading import load_detector
@@ -55,8 +56,8 @@ def test_seconds_a_picture(tmp_path):
     state = state_dict("detector_b")
     torch.save(state, tmp_path / "b.pth")
     import_detector([tmp_path / "b.pth"], tmp_path / "out")
-    single = load_detector(str(tmp_path / "out"), device="cpu", dtype="float32")
-    half = load_detector(str(tmp_path / "out"), device="cpu", dtype="bfloat16")
+    single = load(str(tmp_path / "out"), DetectOptions(device="cpu", dtype="float32"))
+    half = load(str(tmp_path / "out"), DetectOptions(device="cpu", dtype="bfloat16"))
     config = single.config
     pictures = [np.asarray(image_for(f"speed{n}", 224, 224)) for n in range(4)]
     pixels = torch.stack(

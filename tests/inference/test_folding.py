@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from m2f2cli.inference.folding import fold_batch_norms
+from m2f2cli.inference.folding import few_heads_attention, fold_batch_norms, hasten
 from m2f2cli.models.backbone import Backbone
-from tests.conftest import randomise
+from m2f2cli.models.loading import load_detector
+from tests.conftest import TINY_SIDE, randomise
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,25 @@ def test_what_folding_would_change_is_left_alone(change: str) -> None:
     keys = set(backbone.state_dict())
     assert fold_batch_norms(backbone.net) == 0
     assert set(backbone.state_dict()) == keys
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-5), ("bfloat16", 0.03)])
+def test_a_hastened_detector_answers_the_same(tiny_detector_folder, dtype, allowed) -> None:
+    plain = load_detector(str(tiny_detector_folder), device="cpu", dtype="float32")
+    quick = hasten(load_detector(str(tiny_detector_folder), device="cpu", dtype=dtype))
+    pictures = torch.randn(3, 3, TINY_SIDE, TINY_SIDE, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected = plain(pictures)
+        found = quick(pictures.to(quick.dtype))
+    assert isinstance(quick.clip.vision.encoder.layers[0].mlp.activation_fn, torch.nn.SiLU)
+    probability = plain.fake_probability(expected.logits)
+    assert (quick.fake_probability(found.logits) - probability).abs().max() <= allowed
+    assert (found.forgery_map.float() - expected.forgery_map).abs().max() <= allowed
+
+
+def test_attention_in_slices_is_attention() -> None:
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(2, 6, 9, 8, generator=generator) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3)
+    found, _ = few_heads_attention(torch.nn.Identity(), query, key, value, None, scaling=0.3)
+    assert torch.allclose(found, expected.transpose(1, 2), atol=1e-6)
