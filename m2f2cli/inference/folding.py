@@ -25,6 +25,7 @@ def hasten(detector: Detector) -> Detector:
     """Prepare a loaded detector for judging, in place; see the module for what that costs."""
     import torch
 
+    from m2f2cli.inference.packing import pack_linears
     from m2f2cli.models.clip import VisionPart
 
     fold_batch_norms(detector.backbone.net)
@@ -32,6 +33,7 @@ def hasten(detector: Detector) -> Detector:
     if detector.device.type == "cpu" and isinstance(vision, VisionPart):
         layers = list(vision.encoder.layers)
         fold_quick_gelu(layers)
+        pack_linears(layers, rows=4 * (vision.grid**2 + 1))
         if detector.dtype != torch.float32:
             _attend_by_few_heads(layers)
     return detector

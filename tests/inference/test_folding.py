@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from m2f2cli.inference.folding import few_heads_attention, fold_batch_norms, hasten
+from m2f2cli.inference.packing import PackedLinear, can_pack
 from m2f2cli.models.backbone import Backbone
 from m2f2cli.models.loading import load_detector
 from tests.conftest import TINY_SIDE, randomise
@@ -61,3 +62,19 @@ def test_attention_in_slices_is_attention() -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3)
     found, _ = few_heads_attention(torch.nn.Identity(), query, key, value, None, scaling=0.3)
     assert torch.allclose(found, expected.transpose(1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["none", "swish"])
+def test_a_packed_linear_layer_answers_the_same(dtype: torch.dtype, activation: str) -> None:
+    if not can_pack(dtype):
+        pytest.skip("this torch or CPU packs no such layers")
+    linear = torch.nn.Linear(512, 96).to(dtype)
+    values = torch.randn(2, 7, 512, generator=torch.Generator().manual_seed(4)).to(dtype)
+    with torch.inference_mode():
+        expected = linear(values)
+        if activation == "swish":
+            expected = torch.nn.functional.silu(expected)
+        found = PackedLinear(linear, rows=14, activation=activation)(values)
+    allowed = 1e-5 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(found, expected, atol=allowed, rtol=allowed)
