@@ -98,7 +98,8 @@ def few_heads_attention(
 
     batch, heads, length, width = query.shape
     result = query.new_empty(batch, length, heads, width)
-    query = query * options["scaling"]
+    query = (query * options["scaling"]).contiguous()
+    key, value = key.contiguous(), value.contiguous()
     for row in range(batch):
         for first in range(0, heads, _HEADS_AT_ONCE):
             some = slice(first, first + _HEADS_AT_ONCE)
