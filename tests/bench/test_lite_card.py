@@ -11,9 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m2f2cli.data.augment import add_noise, compress_jpeg, gaussian_blur, rescale
+from m2f2cli.data.domain import Domain
+from m2f2cli.data.images import read_picture
 from m2f2cli.data.samples import REAL, read_samples
+from m2f2cli.data.transforms import resize_and_crop
 from m2f2cli.evaluation.metrics import average_precision, roc_auc
 from m2f2cli.inference.detect import DetectOptions, detect
+from m2f2cli.models.loading import load_detector
 
 pytestmark = [
     pytest.mark.bench,
@@ -60,3 +65,27 @@ def test_figures_on_the_test_crops():
         print(f"verdict {word:10s} {int(told.sum()):4d}, of them fake {int(labels[told].sum())}")
     assert len(records) == len(samples) == 144
     assert all(record.status == "ok" for record in records)
+
+
+def test_which_crops_and_photos_are_familiar():
+    model = load_detector("lite", device="cpu")
+    domain, size = Domain.from_config(model.config.domain), model.config.image_size
+    folder = Path(os.environ["M2F2_DDVQA"]) / "images" / "c40" / "test"
+    crops = [resize_and_crop(read_picture(p).pixels, size) for p in sorted(folder.glob("*.jpg"))]
+    rng = np.random.default_rng(0)
+    changes = {
+        "as they are": lambda p: p,
+        "JPEG quality 30": lambda p: compress_jpeg(p, 30),
+        "JPEG quality 10": lambda p: compress_jpeg(p, 10),
+        "blurred, sigma 1": lambda p: gaussian_blur(p, 1.0),
+        "blurred, sigma 2": lambda p: gaussian_blur(p, 2.0),
+        "half size and back": lambda p: rescale(p, 0.5),
+        "noise, sigma 5": lambda p: add_noise(p, 5.0, rng),
+    }
+    print(f"\nlimit {domain.limit:.2f}")
+    for name, change in changes.items():
+        inside = np.mean([domain.distance(change(crop)) <= domain.limit for crop in crops])
+        print(f"{name:20s} {inside:6.1%} of {len(crops)} test crops inside")
+    photos = Path(__file__).parents[2] / "examples"
+    for record in detect([str(photos)]):
+        print(Path(record.path).name, record.verdict, record.fake_probability, record.reason)
