@@ -16,11 +16,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,
+    Image,
+    ImageOps,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from m2f2cli.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+# Imported here, once. Pillow would import them at the first file that needs them, and when several
+# threads do that at the same time it can lose one for good.
+PLUGINS = (
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+    BmpImagePlugin,
+    TiffImagePlugin,
+)
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff"}
 )

@@ -5,6 +5,8 @@ import hashlib
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -279,3 +281,12 @@ def test_damage_gives_a_picture_or_a_status(data):
     else:
         assert pixels.ndim == 3
         assert pixels.dtype == np.uint8
+
+
+def test_every_format_is_there_before_threads_ask_for_it():
+    code = (
+        "from m2f2cli.data.images import FORMATS\n"
+        "from PIL import Image\n"
+        "assert set(FORMATS) <= set(Image.OPEN), sorted(Image.OPEN)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
