@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from m2f2cli.runtime import cure_torchvision
 
@@ -19,6 +20,16 @@ for name in [n for n in os.environ if n.startswith("M2F2_") and n != "M2F2_DDVQA
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 TINY_SIDE = 32
+# How a stored picture must be turned to stand upright, for each EXIF orientation; and back.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 TINY_CLIP = {
     "library": "transformers",
     "vision": {

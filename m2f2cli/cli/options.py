@@ -120,7 +120,6 @@ BatchSize = Annotated[
     int,
     flag("batch-size", "Crops judged at a time.", min=1, rich_help_panel=_MODEL, metavar="N"),
 ]
-Seed = Annotated[int, flag("seed", "Seed of every random choice.", min=0, metavar="N")]
 OutputFile = Annotated[
     Path | None,
     flag(
@@ -218,9 +217,6 @@ Annotate = Annotated[
         metavar="DIR",
         rich_help_panel=_RESULT,
     ),
-]
-OutputFolder = Annotated[
-    Path, flag("output", "Folder to write; it must not exist yet.", short="-o", metavar="DIR")
 ]
 Overwrite = Annotated[
     bool, flag("overwrite", "Replace what is there.", switch=True, rich_help_panel=_RESULT)

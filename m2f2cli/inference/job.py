@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.recordfile import RecordFile
@@ -134,10 +134,6 @@ class Job:
             from m2f2cli.weights.atomic import atomic_write
 
             atomic_write(self._table, to_csv(written).encode("utf-8", "surrogateescape"))
-
-    def summary(self) -> dict[str, Any]:
-        """The tally as a JSON object."""
-        return vars(self.tally).copy()
 
 
 def _table(path: Path, overwrite: bool) -> Path:

@@ -19,19 +19,10 @@ from PIL import Image
 from m2f2cli.data import images
 from m2f2cli.data.images import FORMATS, read_picture
 from m2f2cli.errors import InputError
+from tests.conftest import TURNS
 from tests.parity.recipe import image_for
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-# How a stored picture must be turned to stand upright, for each EXIF orientation; and back.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
 
 
 @pytest.fixture(scope="module")

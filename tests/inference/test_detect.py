@@ -14,6 +14,7 @@ from PIL import Image
 from m2f2cli.errors import M2F2Error, UsageError
 from m2f2cli.inference.detect import DetectOptions, detect
 from m2f2cli.records import Detection
+from tests.conftest import TURNS
 from tests.inference.conftest import FLAT_ONLY, MeanJudge, noise_picture, write_picture
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -178,18 +179,8 @@ def test_all_eight_orientations_of_a_picture_score_the_same(
     tmp_path: Path, judge: MeanJudge
 ) -> None:
     upright = Image.open(EXAMPLES / "astronaut.jpg").convert("RGB")
-    turns = {
-        1: None,
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
     paths = []
-    for orientation, turn in turns.items():
+    for orientation, turn in {1: None, **TURNS}.items():
         stored = upright if turn is None else upright.transpose(turn)
         exif = Image.Exif()
         exif[0x0112] = orientation
