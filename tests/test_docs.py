@@ -51,7 +51,9 @@ def test_flags_in_the_documents_exist():
     from m2f2cli.cli.app import build
 
     known = {"--help", "--version"}
-    for command in typer.main.get_group(build()).commands.values():
+    commands = list(typer.main.get_group(build()).commands.values())
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
         for parameter in command.params:
             known |= {*parameter.opts, *parameter.secondary_opts}
     foreign = {"--nproc-per-node"}  # torchrun's

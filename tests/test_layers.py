@@ -14,7 +14,8 @@ LAYERS = (
     {"config", "records", "registry", "errors", "runtime", "environment"},
     {"weights"},
     {"models", "data"},
-    {"training", "inference", "evaluation"},
+    {"training", "inference", "preparation"},
+    {"evaluation"},
     {"cli"},
     {"__main__", "__init__"},
 )

@@ -25,7 +25,7 @@ class Entry(NamedTuple):
     """One row of the command table.
 
     Attributes:
-        name: What the user types.
+        name: What the user types; ``group command`` for one of a group.
         target: ``module:function``; the function is plain, its docstring is the help text
             (re-wrapped). The module may have ``EXAMPLES: dict[name, tuple of command lines]``.
         panel: The heading it stands under in ``m2f2 --help``.
@@ -42,6 +42,8 @@ COMMANDS = (
     Entry("import", "m2f2cli.cli.weights:import_checkpoint", "Checkpoints"),
     Entry("info", "m2f2cli.cli.info:info", "Checkpoints"),
 )
+# What the groups of commands are for.
+GROUPS: dict[str, str] = {}
 
 
 def build() -> typer.Typer:
@@ -54,14 +56,21 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True, help=_paragraphs(_root.__doc__))(_root)
+    homes = {"": app}
     for entry in COMMANDS:
+        group, _, name = entry.name.rpartition(" ")
+        if group not in homes:
+            homes[group] = typer.Typer(rich_markup_mode="rich", no_args_is_help=True)
+            app.add_typer(
+                homes[group], name=group, rich_help_panel=entry.panel, help=GROUPS[group]
+            )
         module_name, function = entry.target.split(":")
         module = import_module(module_name)
         examples = getattr(module, "EXAMPLES", {}).get(entry.name, ())
         body = getattr(module, function)
-        app.command(
-            entry.name,
-            rich_help_panel=entry.panel,
+        homes[group].command(
+            name,
+            rich_help_panel=None if group else entry.panel,
             help=_paragraphs(body.__doc__),
             epilog=_epilog(examples),
         )(body)

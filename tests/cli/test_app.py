@@ -34,7 +34,7 @@ def test_help_names_every_command_and_version_prints_it(capsys: pytest.CaptureFi
     assert app.run(["--help"]) == 0
     help_text = capsys.readouterr().out
     for entry in app.COMMANDS:
-        assert entry.name in help_text
+        assert entry.name.split()[0] in help_text
     assert app.run([]) == 0
     assert "detect" in capsys.readouterr().out
     assert app.run(["--version"]) == 0
@@ -45,7 +45,7 @@ def test_help_names_every_command_and_version_prints_it(capsys: pytest.CaptureFi
 def test_every_command_explains_itself_with_examples(
     entry: app.Entry, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert app.run([entry.name, "--help"]) == 0
+    assert app.run([*entry.name.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert "Usage: m2f2 " + entry.name in text
     assert f"m2f2 {entry.name} " in text.split("Examples")[1]
