@@ -147,7 +147,7 @@ class VideoFrames:
         return span + last
 
     def _decode(self, listing: _Listing, count: int) -> Generator[Frame, None, None]:
-        wanted = _evenly(self.total, count)
+        wanted = evenly(self.total, count)
         found = 0
         try:
             walk = self._by_time if listing.timed else self._by_order
@@ -307,7 +307,7 @@ def _list_packets(container: Any, stream: Any) -> _Listing:
     return _Listing(times, sorted(keys), timed, whole)
 
 
-def _evenly(total: int, count: int) -> list[int]:
+def evenly(total: int, count: int) -> list[int]:
     """The middles of ``count`` equal stretches of ``total`` frames; all of them if fewer."""
     if total <= count:
         return list(range(total))

@@ -151,12 +151,12 @@ def test_a_short_video_gives_all_of_its_frames(tmp_path):
 
 @pytest.mark.parametrize(("total", "count"), [(100, 7), (7, 7), (8, 7), (1, 1), (10_000, 999)])
 def test_sampling_is_even(total, count):
-    wanted = np.array(video._evenly(total, count))
+    wanted = np.array(video.evenly(total, count))
     assert len(set(wanted)) == count
     assert wanted.min() >= 0
     assert wanted.max() < total
     assert np.abs(wanted + 0.5 - (np.arange(count) + 0.5) * total / count).max() <= 0.5
-    assert video._evenly(3, 16) == [0, 1, 2]
+    assert video.evenly(3, 16) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["movie.mp4", "cut.mkv"])
