@@ -31,7 +31,7 @@ LAYOUTS = Registry(
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled picture.
+    """One labelled picture, or one labelled video in an HDF5 file.
 
     Attributes:
         path: Its file.
@@ -39,6 +39,8 @@ class Sample:
         label: 0 real, 1 fake.
         kind: ``real``, or which manipulation made it.
         identities: The people in it, at least one; a face swap has two.
+        clip: The video's dataset in an HDF5 file; None for a picture.
+        frames: How many the video has; 1 for a picture.
     """
 
     path: Path
@@ -46,6 +48,8 @@ class Sample:
     label: int
     kind: str
     identities: tuple[str, ...]
+    clip: str | None = None
+    frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,16 @@ class SampleSet:
     def fingerprint(self) -> str:
         """``sha256:`` over every picture's name, size in bytes, label and identities.
 
-        Contents are not read, so that a million pictures take seconds.
+        For a video in an HDF5 file also its key and number of frames; the size is the whole
+        file's. Contents are not read, so that a million pictures take seconds.
         """
         digest = hashlib.sha256()
+        sizes: dict[Path, int] = {}
         for sample in self.samples:
-            row = (sample.name, sample.path.stat().st_size, sample.label, *sample.identities)
+            if sample.path not in sizes:
+                sizes[sample.path] = sample.path.stat().st_size
+            inside = () if sample.clip is None else (sample.clip, sample.frames)
+            row = (sample.name, sizes[sample.path], sample.label, *inside, *sample.identities)
             digest.update(repr(row).encode())
         return f"sha256:{digest.hexdigest()}"
 
