@@ -11,7 +11,7 @@ The layout, which is that of the published FaceForensics++ files:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -117,13 +117,14 @@ class FrameReader:
         """Every clip of a file by its key, in the order of keys; groups inside are entered.
 
         Raises:
-            InputError: The file is missing, broken, empty, or a dataset is no clip.
+            InputError: The file is missing, broken or empty, or a dataset is no clip.
         """
         found: dict[str, ClipShape] = {}
 
         def visit(key: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset):
-                found[key] = ClipShape(*_checked(file, key, item).shape[:3])
+                check_pixels(file, key, item)
+                found[key] = ClipShape(*item.shape[:3])
 
         try:
             self._open(file).visititems(visit)
@@ -182,7 +183,8 @@ class FrameReader:
             raise _broken(path, error) from error
         if not isinstance(item, h5py.Dataset):
             raise InputError(f"'{path}' has no video '{key}'.", "missing")
-        return _checked(path, key, item)
+        check_pixels(path, key, item)
+        return item
 
     def _read(self, path: Path, key: str, dataset: h5py.Dataset, where: Any) -> np.ndarray:
         try:
@@ -208,34 +210,31 @@ def read_notes(attributes: Mapping[str, Any]) -> ClipNotes | None:
     return ClipNotes(**values)
 
 
-def write_attributes(dataset: h5py.Dataset, notes: ClipNotes | None) -> None:
+def write_notes(dataset: h5py.Dataset, notes: ClipNotes | None) -> None:
     """Attach notes to a dataset; the mark of completeness comes last."""
-    for name, value in _attributes(notes):
-        dataset.attrs[name] = value
+    for item in fields(notes) if notes is not None else ():
+        dataset.attrs[item.name] = getattr(notes, item.name)
     dataset.attrs[COMPLETE] = True
 
 
-def _attributes(notes: ClipNotes | None) -> Iterator[tuple[str, Any]]:
-    if notes is not None:
-        for item in fields(ClipNotes):
-            yield item.name, getattr(notes, item.name)
+def check_pixels(path: Path, key: str, clip: h5py.Dataset | np.ndarray) -> None:
+    """Refuse what is not uint8 (frames, H, W, 3) with at least one frame.
 
-
-def _checked(path: Path, key: str, dataset: h5py.Dataset) -> h5py.Dataset:
-    """Refuse what is no clip, in words."""
-    shape = dataset.shape
-    if dataset.dtype != np.uint8:
+    Raises:
+        InputError: Naming the file, the key and what is wrong.
+    """
+    if clip.dtype != np.uint8:
         raise InputError(
-            f"Video '{key}' in '{path}' holds {dataset.dtype} values, not uint8.",
+            f"Video '{key}' in '{path}' holds {clip.dtype} values, not uint8.",
             hint="Clips are uint8 (frames, height, width, 3), RGB.",
         )
+    shape = clip.shape
     if shape is None or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:]:
         raise InputError(
             f"Video '{key}' in '{path}' has the shape {shape}, not (frames, height, width, 3)."
         )
     if not shape[0]:
         raise InputError(f"Video '{key}' in '{path}' has no frames.", "no_frames")
-    return dataset
 
 
 def _broken(path: Path, error: Exception) -> InputError:
