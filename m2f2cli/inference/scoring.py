@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _REMEMBERED = 65_536  # crops whose scores are kept for another appearance
+_AT_ONCE_ON_CPU = 4  # crops; the feature maps of more outgrow its cache
 
 
 class Judge(Protocol):
@@ -72,7 +73,7 @@ class Scorer:
         return self._known.get(crop.digest)
 
     def score(self, crops: Sequence[Crop]) -> list[Score]:
-        """Judge crops in one batch.
+        """Judge crops; a GPU takes them in one batch.
 
         Args:
             crops: At least one, all of the model's input size.
@@ -87,10 +88,15 @@ class Scorer:
             [normalise(crop.pixels, config.image_mean, config.image_std) for crop in crops]
         )
         values = torch.from_numpy(pixels).to(self.model.device, self.model.dtype)
+        at_once = _AT_ONCE_ON_CPU if values.device.type == "cpu" else len(values)
+        probabilities: list[float] = []
+        maps: list[np.ndarray] = []
         with torch.inference_mode():
-            out = self.model(pixel_values=values)
-            probabilities = self.model.fake_probability(out.logits).tolist()
-            maps = out.forgery_map.float().cpu().numpy() if self._wants_map(out) else None
+            for some in values.split(at_once):
+                out = self.model(pixel_values=some)
+                probabilities += self.model.fake_probability(out.logits).tolist()
+                if self.maps and out.forgery_map is not None:
+                    maps += list(out.forgery_map.float().cpu().numpy())
         scores = []
         for place, crop in enumerate(crops):
             probability, distance = probabilities[place], crop.domain_distance
@@ -101,14 +107,11 @@ class Scorer:
             score = Score(
                 round(probability, DIGITS),
                 None if distance is None else round(distance, DIGITS),
-                None if maps is None else maps[place],
+                maps[place] if maps else None,
             )
             self._remember(crop.digest, score)
             scores.append(score)
         return scores
-
-    def _wants_map(self, out: Any) -> bool:
-        return self.maps and out.forgery_map is not None
 
     def _remember(self, digest: bytes, score: Score) -> None:
         self._known[digest] = score
