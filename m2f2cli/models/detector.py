@@ -113,6 +113,7 @@ class DetectorOutput(ModelOutput):
         forgery_map: (B, g, g) cosine similarities in [-1, 1] of patches with the forgery prompt.
         features: (B, F), what the head saw.
         pooled: (B, C), the pooled backbone features.
+        clip_hidden: (B, 1 + g², W), the CLIP hidden state read, class token first; when asked for.
     """
 
     loss: torch.Tensor | None = None
@@ -120,6 +121,7 @@ class DetectorOutput(ModelOutput):
     forgery_map: torch.Tensor | None = None
     features: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
+    clip_hidden: torch.Tensor | None = None
 
 
 class Detector(PreTrainedModel):
@@ -208,6 +210,9 @@ class Detector(PreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
+        *,
+        backbone_pixel_values: torch.Tensor | None = None,
+        return_hidden: bool = False,
         **_: Any,
     ) -> DetectorOutput:
         """Judge pictures.
@@ -216,6 +221,8 @@ class Detector(PreTrainedModel):
             pixel_values: (B, 3, S, S) in the model's dtype, normalised with ``config.image_mean``
                 and ``config.image_std``.
             labels: (B,) int64, 0 real and 1 fake.
+            backbone_pixel_values: What the backbone sees, where that differs from what CLIP sees.
+            return_hidden: Whether to give the CLIP hidden state too.
 
         Returns:
             Logits and what they were made from.
@@ -223,7 +230,9 @@ class Detector(PreTrainedModel):
         layers = self.config.bridge["clip_layers"] if self.config.bridge else []
         hidden, extra = self.clip(pixel_values, layers)
         projected = self.vision_proj(hidden)
-        pooled, maps = self.backbone(pixel_values)
+        pooled, maps = self.backbone(
+            pixel_values if backbone_pixel_values is None else backbone_pixel_values
+        )
         parts = [self.alpha_vision * projected[:, 0], self.backbone_proj(pooled)]
         where = None
         if self.forgery_prompt is not None:
@@ -242,6 +251,7 @@ class Detector(PreTrainedModel):
             forgery_map=where,
             features=features,
             pooled=pooled,
+            clip_hidden=hidden if return_hidden else None,
         )
 
     def fake_probability(self, logits: torch.Tensor) -> torch.Tensor:
