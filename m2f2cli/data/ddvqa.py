@@ -54,6 +54,12 @@ def looks_like_ddvqa(root: Path) -> bool:
     return first is not None and _NAME.fullmatch(first.stem) is not None
 
 
+def kind_of(name: str) -> str | None:
+    """What a crop's file name says: ``real`` or a manipulation; None for any other name."""
+    stem = Path(name).stem
+    return MANIPULATIONS[stem[0]] if _NAME.fullmatch(stem) else None
+
+
 def read_ddvqa(root: Path) -> SampleSet:
     """Read DD-VQA crops.
 
@@ -66,12 +72,12 @@ def read_ddvqa(root: Path) -> SampleSet:
     folder = root / _CROPS / "train" if (root / _CROPS / "train").is_dir() else root
     samples = []
     for path in list_pictures(folder):
-        if not _NAME.fullmatch(path.stem):
+        kind = kind_of(path.name)
+        if kind is None:
             raise InputError(
                 f"'{path}' is not named like a DD-VQA crop (0_005_010.jpg, 5_012.jpg).",
                 hint="Move it away, or sort the pictures into real/ and fake/.",
             )
-        kind = MANIPULATIONS[path.stem[0]]
         name = path.relative_to(folder).as_posix()
         samples.append(Sample(path, name, int(kind != REAL), kind, people_in(path.stem[2:])))
     if not samples:

@@ -31,7 +31,7 @@ _CLAIM = re.compile(rf"(?P<negation>{_NEGATION})(?<![\w-])(?:(?P<real>{_REAL})|(
 
 
 def plain(text: str) -> str:
-    """The text without the marks ``<s>`` and ``</s>`` of its tokeniser, and without outer blanks."""
+    """The text without its tokeniser's marks ``<s>`` and ``</s>``, and without outer blanks."""
     for mark in _MARKS:
         text = text.replace(mark, "")
     return text.strip()
@@ -64,3 +64,16 @@ def parse_as_published(text: str) -> str | None:
     if "real" in text:
         return "real"
     return "fake" if "fake" in text or "computer-generated" in text else None
+
+
+_STATED = re.compile(rf"{_START}(?:is|are)\s+(real|fake){_END}")
+
+
+def stated_label(question: str) -> int | None:
+    """The label that a question gives away ("The nose in the image is fake, tell me why.").
+
+    Returns:
+        0 real, 1 fake; None when it names neither or both.
+    """
+    found = set(_STATED.findall(_CHOICE.sub(" ", question.lower())))
+    return int(found == {"fake"}) if len(found) == 1 else None

@@ -68,7 +68,7 @@ class Ranking:
 
 
 def area(curve: Curve) -> np.ndarray:
-    """Area under the ROC curve by trapezoids, so that a tie counts half; NaN with one class only."""
+    """Area under the ROC curve by trapezoids: a tie counts half; NaN with one class only."""
     fpr, tpr = curve.rates()
     return np.sum(np.diff(fpr, axis=-1) * (tpr[..., 1:] + tpr[..., :-1]) / 2, axis=-1)
 
@@ -156,9 +156,7 @@ def confusion(labels: np.ndarray, called_fake: np.ndarray) -> Confusion:
         called_fake: (N,) bool.
     """
     fake, called = np.asarray(labels) == 1, np.asarray(called_fake, dtype=bool)
-    return Confusion(
-        *(np.float64((a & b).sum()) for a in (called, ~called) for b in (fake, ~fake))
-    )
+    return Confusion(*(np.float64((a & b).sum()) for a in (called, ~called) for b in (fake, ~fake)))
 
 
 class Reliability(NamedTuple):

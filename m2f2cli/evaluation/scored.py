@@ -8,12 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from m2f2cli.errors import UsageError
+from m2f2cli.errors import InputError, UsageError
+from m2f2cli.evaluation.judgement import parse, stated_label
+from m2f2cli.evaluation.predictions import Prediction, Predictions
 
 TASKS = ("scores", "judgement", "explanation")
 REAL, FAKE, UNKNOWN = 0, 1, -1
@@ -52,6 +56,25 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Truth:
+    """What is true, before any answer.
+
+    Attributes:
+        dataset: ``ffpp``, ``ddvqa`` or ``images``.
+        items: Without answers.
+        split: ``train``, ``validation``, ``test`` or ``all``.
+        references: Reference answers of questions.
+        notes: What a report should say about it.
+    """
+
+    dataset: str
+    items: tuple[Scored, ...]
+    split: str = "all"
+    references: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ScoredSet:
     """Every item of a truth, in its order, with the answers that were found for it.
 
@@ -70,6 +93,7 @@ class ScoredSet:
         unknown: Predictions that the truth does not know.
         references: Explanation task: name to reference answers.
         notes: What a report should say.
+        predictions: The file of answers as it was read; the paper protocol counts its rows.
     """
 
     dataset: str
@@ -85,6 +109,7 @@ class ScoredSet:
     unknown: tuple[str, ...] = ()
     references: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    predictions: Predictions | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -153,3 +178,119 @@ def fingerprint(items: Iterable[Scored]) -> str:
     for item in items:
         digest.update(repr((item.name, item.label, item.kind, item.group)).encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def join(truth: Truth, predictions: Predictions) -> ScoredSet:
+    """Give every item of a truth its answer.
+
+    A prediction belongs to the item of the same name, or whose file has that path; else to the
+    item with the same file name, if only one item and only one predicted name have it. Of several
+    answers for one item the last one counts.
+
+    Args:
+        truth: What is true.
+        predictions: A file of answers.
+
+    Raises:
+        InputError: Not one prediction is about an item of the truth.
+        UsageError: The predictions are explanations and the truth has no references.
+    """
+    task = predictions.task
+    if task == "explanation" and not truth.references:
+        raise UsageError(
+            f"'{predictions.path}' holds explanations, and the truth no reference answers.",
+            "Add --truth with the file of test questions.",
+        )
+    items = {item.name: item for item in truth.items}
+    owners, by_file_name = _owners(items, [row.name for row in predictions.rows], task)
+    answers: dict[str, list[Prediction]] = {}
+    for row in predictions.rows:
+        if row.name in owners:
+            answers.setdefault(owners[row.name], []).append(row)
+    if not answers:
+        raise InputError(
+            f"None of the {len(predictions.rows)} predictions in '{predictions.path}' is about an "
+            f"item of the truth, such as '{next(iter(items))}'.",
+            hint="Check that both speak of the same data set and name pictures alike.",
+        )
+    joined = tuple(_answered(item, answers.get(item.name, ()), task) for item in truth.items)
+    duplicates = tuple(name for name, rows in answers.items() if len(rows) > 1)
+    notes = [*truth.notes, *predictions.notes]
+    if by_file_name:
+        notes.append(f"{by_file_name:,} predictions were matched by file name alone.")
+    notes += _said_of_duplicates(duplicates, answers)
+    if task == "explanation":
+        told = sum(stated_label(item.question or "") is not None for item in joined)
+        notes.append(f"{told:,} of {len(joined):,} questions contain the label.")
+    return ScoredSet(
+        dataset=truth.dataset,
+        task=task,
+        items=joined,
+        threshold=predictions.threshold,
+        model=predictions.model,
+        model_fingerprint=predictions.model_fingerprint,
+        data_fingerprint=fingerprint(truth.items),
+        split=truth.split,
+        missing=tuple(name for name in items if name not in answers),
+        duplicates=duplicates,
+        unknown=tuple(dict.fromkeys(r.name for r in predictions.rows if r.name not in owners)),
+        references=truth.references,
+        notes=tuple(notes),
+        predictions=predictions,
+    )
+
+
+def _owners(items: Mapping[str, Scored], names: list[str], task: str) -> tuple[dict[str, str], int]:
+    """For each predicted name the item it is about, and how many were found by file name."""
+    paths = {os.path.abspath(i.file): i.name for i in items.values() if i.file is not None}
+    predicted = dict.fromkeys(names)
+    owners = {}
+    for name in predicted:
+        owner = name if name in items else paths.get(os.path.abspath(name))
+        if owner is not None:
+            owners[name] = owner
+    if task == "explanation":  # keys of questions are no paths
+        return owners, 0
+    in_truth, in_predictions = (Counter(map(_file_name, group)) for group in (items, predicted))
+    of_file = {_file_name(name): name for name in items}
+    by_file_name = 0
+    for name in predicted:
+        short = _file_name(name)
+        if name not in owners and in_truth[short] == in_predictions[short] == 1:
+            owners[name] = of_file[short]
+            by_file_name += 1
+    return owners, by_file_name
+
+
+def _file_name(name: str) -> str:
+    return name.replace("\\", "/").rpartition("/")[2]
+
+
+def _answered(item: Scored, rows: Sequence[Prediction], task: str) -> Scored:
+    if not rows:
+        return item
+    row = rows[-1]
+    verdict = parse(row.answer or "") if task == "judgement" else row.verdict
+    return replace(
+        item,
+        fake_probability=row.fake_probability,
+        verdict=verdict,
+        answer=row.answer,
+        question=row.question or item.question,
+        status=row.status,
+        in_domain=row.in_domain,
+    )
+
+
+def _said_of_duplicates(
+    duplicates: Sequence[str], answers: Mapping[str, Sequence[Prediction]]
+) -> list[str]:
+    if not duplicates:
+        return []
+    differ = sum(
+        any(not row.same_answer(answers[name][0]) for row in answers[name]) for name in duplicates
+    )
+    return [
+        f"{len(duplicates):,} items were predicted more than once, {differ:,} of them with "
+        "different answers; the last one counts."
+    ]

@@ -1,0 +1,316 @@
+"""Files of answers, told apart by their content. Standard library only.
+
+``detections``: records of ``m2f2 detect``. ``judgements`` and ``explanations``: the published
+answer files, ``{"image", "prompt", "text"}`` and ``{"key", "image", "prompt", "text"}`` a line.
+``frames``: the published CSV ``image_id,ground_truth,prediction``, whose labels and probabilities
+speak of real. ``docs/metrics.md`` has an example of each.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from m2f2cli.errors import InputError
+from m2f2cli.evaluation.judgement import plain
+from m2f2cli.records import SCHEMA_VERSION, STATUSES, VERDICTS
+
+CSV_HEADER = ["image_id", "ground_truth", "prediction"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One row of a file of answers.
+
+    Attributes:
+        name: The picture, or the key of the question, as the file spells it.
+        fake_probability: In [0, 1], or None.
+        verdict: ``real``, ``fake``, ``uncertain`` or None.
+        answer: The text, as the file has it.
+        question: The prompt.
+        status: A key of ``records.STATUSES``.
+        in_domain: As in ``records.Detection``.
+    """
+
+    name: str
+    fake_probability: float | None = None
+    verdict: str | None = None
+    answer: str | None = None
+    question: str | None = None
+    status: str = "ok"
+    in_domain: bool | None = None
+
+    def same_answer(self, other: Prediction) -> bool:
+        """Whether two rows say the same; marks of the tokeniser do not count."""
+        texts = [plain(row.answer) if row.answer is not None else None for row in (self, other)]
+        mine, others = ((r.fake_probability, r.verdict, r.status) for r in (self, other))
+        return mine == others and texts[0] == texts[1]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A file of answers.
+
+    Attributes:
+        path: The file.
+        layout: ``detections``, ``judgements``, ``explanations`` or ``frames``.
+        rows: Every row in the file's order, repeated ones too.
+        threshold: Of the model that made them; None when the file does not say.
+        model: Its name; None as above.
+        model_fingerprint: ``sha256:…``; None as above.
+        labels: Layout ``frames``: the file's own truth, name to 0 real or 1 fake.
+        notes: What to know about how the file was read.
+    """
+
+    path: Path
+    layout: str
+    rows: tuple[Prediction, ...]
+    threshold: float | None = None
+    model: str | None = None
+    model_fingerprint: str | None = None
+    labels: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def task(self) -> str:
+        """What they answer: a task of ``scored.TASKS``."""
+        tasks = {"judgements": "judgement", "explanations": "explanation"}
+        return tasks.get(self.layout, "scores")
+
+
+class BadRow(ValueError):
+    """A row is not what its file's layout asks for; the message says what is wrong."""
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read a file of answers.
+
+    Raises:
+        InputError: It is missing, empty, no text, of no known layout, or a row is broken; the
+            message names the line.
+    """
+    text = read_text(path)
+    if text.lstrip().startswith("{"):
+        return _read_lines(path, text)
+    if [word.strip() for word in text.partition("\n")[0].split(",")] == CSV_HEADER:
+        return _read_frames(path, text)
+    raise InputError(
+        f"'{path}' is no file of answers that m2f2 knows.",
+        hint="It reads the .jsonl records of 'm2f2 detect --output', the published .jsonl answers "
+        f"and the published CSV with the header '{','.join(CSV_HEADER)}'.",
+    )
+
+
+def read_text(path: Path) -> str:
+    """The whole of a UTF-8 file.
+
+    Raises:
+        InputError: It is missing, empty or no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file '{path}'.", "missing", "Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"'{path}' is not a text file (UTF-8).") from error
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read: {error.strerror}.") from error
+    if not text.strip():
+        raise InputError(f"'{path}' is empty.", "empty")
+    return text
+
+
+def json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON Lines file with their line numbers; blank lines are passed over.
+
+    Raises:
+        InputError: A line is no JSON object; that it is cut is said where it is the last one.
+    """
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            fault = "is cut off" if number == len(lines) else f"is no JSON ({error})"
+            raise InputError(
+                f"Line {number} of '{path}' {fault}.",
+                "truncated" if number == len(lines) else "unreadable",
+                "Remove that line, or make the file again.",
+            ) from error
+        if not isinstance(row, dict):
+            raise bad_line(path, number, "is no JSON object")
+        yield number, row
+
+
+def bad_line(path: Path, number: int, fault: str) -> InputError:
+    """The sentence for a broken line."""
+    return InputError(f"Line {number} of '{path}' {fault}.", hint="Correct or remove that line.")
+
+
+def value_of(row: Mapping[str, Any], key: str, kind: type, *, required: bool = False) -> Any:
+    """One value of a row, None where it is absent or null.
+
+    Raises:
+        BadRow: It is of another type, or required and absent.
+    """
+    value = row.get(key)
+    if value is None:
+        if required:
+            raise BadRow(f"lacks '{key}'")
+        return None
+    if not isinstance(value, kind):
+        raise BadRow(f"has {value!r} for '{key}'")
+    return value
+
+
+def probability(value: object, key: str) -> float:
+    """Check a probability.
+
+    Raises:
+        BadRow: It is no number in [0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise BadRow(f"has {value!r} for '{key}', which is no probability in [0, 1]")
+    return float(value)
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _read_lines(path: Path, text: str) -> Predictions:
+    notes: tuple[str, ...] = ()
+    body, newline, last = text.rpartition("\n")
+    # Only our own records are written line by line by runs that may be killed and resumed.
+    if newline and last.lstrip().startswith('{"schema_version"') and not _is_json(last):
+        text = body + newline
+        notes = (f"The last line of '{path}' is cut off and was left out.",)
+    layout, rows = "", []
+    made_by: dict[str, Any] = {}
+    for number, row in json_lines(path, text):
+        layout = layout or _layout(row)
+        if layout not in _READERS:
+            raise bad_line(path, number, "is of no known layout")
+        try:
+            rows.append(_READERS[layout](row))
+            made_by = made_by or _made_by(row)
+            if layout == "detections" and made_by != _made_by(row):
+                raise BadRow("was made by another model, or with another threshold, than the first")
+        except BadRow as error:
+            raise bad_line(path, number, str(error)) from error
+    return Predictions(path, layout, tuple(rows), notes=notes, **made_by)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _layout(row: Mapping[str, Any]) -> str:
+    if "schema_version" in row:
+        return "detections"
+    if "key" in row:
+        return "explanations"
+    return "judgements" if "image" in row else ""
+
+
+def _made_by(row: Mapping[str, Any]) -> dict[str, Any]:
+    if "schema_version" not in row:
+        return {}
+    threshold = row.get("threshold")
+    return {
+        "threshold": None if threshold is None else probability(threshold, "threshold"),
+        "model": value_of(row, "model", str),
+        "model_fingerprint": value_of(row, "model_fingerprint", str),
+    }
+
+
+def _detection(row: Mapping[str, Any]) -> Prediction:
+    if row.get("schema_version") != SCHEMA_VERSION:
+        raise BadRow(f"has the schema version {row.get('schema_version')!r}, not {SCHEMA_VERSION}")
+    if row.get("kind") not in ("image", "video"):
+        raise BadRow(f"has {row.get('kind')!r} for 'kind', which is no record of 'm2f2 detect'")
+    score = row.get("fake_probability")
+    verdict, status = value_of(row, "verdict", str), value_of(row, "status", str, required=True)
+    if verdict not in (None, *VERDICTS):
+        raise BadRow(f"has {verdict!r} for 'verdict'")
+    if status not in STATUSES:
+        raise BadRow(f"has {status!r} for 'status'")
+    if status == "ok" and score is None:
+        raise BadRow("lacks 'fake_probability'")
+    return Prediction(
+        name=value_of(row, "path", str, required=True),
+        fake_probability=None if score is None else probability(score, "fake_probability"),
+        verdict=verdict,
+        status=status,
+        in_domain=value_of(row, "in_domain", bool),
+    )
+
+
+def _judgement(row: Mapping[str, Any]) -> Prediction:
+    return _text(row, "image")
+
+
+def _explanation(row: Mapping[str, Any]) -> Prediction:
+    return _text(row, "key")
+
+
+def _text(row: Mapping[str, Any], key: str) -> Prediction:
+    return Prediction(
+        name=value_of(row, key, str, required=True),
+        answer=value_of(row, "text", str, required=True),
+        question=value_of(row, "prompt", str),
+    )
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], Prediction]] = {
+    "detections": _detection,
+    "judgements": _judgement,
+    "explanations": _explanation,
+}
+
+
+def _read_frames(path: Path, text: str) -> Predictions:
+    """The published CSV: ``ground_truth`` 1 is real, ``prediction`` is the probability of real."""
+    rows = []
+    labels: dict[str, int] = {}
+    reader = csv.reader(io.StringIO(text))
+    next(reader)
+    for row in reader:
+        if not row:
+            continue
+        if len(row) != len(CSV_HEADER):
+            raise bad_line(path, reader.line_num, f"has {len(row)} columns, not {len(CSV_HEADER)}")
+        name, truth, score = (word.strip() for word in row)
+        if truth not in ("0", "1"):
+            raise bad_line(path, reader.line_num, f"has {truth!r} for 'ground_truth', not 0 or 1")
+        label = 1 - int(truth)
+        if labels.setdefault(name, label) != label:
+            raise bad_line(path, reader.line_num, f"gives '{name}' another label than before")
+        try:
+            real = probability(_number(score), "prediction")
+        except BadRow as error:
+            raise bad_line(path, reader.line_num, str(error)) from error
+        rows.append(Prediction(name, fake_probability=1 - real))
+    if not rows:
+        raise InputError(f"'{path}' holds no rows.", "empty")
+    return Predictions(path, "frames", tuple(rows), labels=labels)
+
+
+def _number(word: str) -> float | str:
+    try:
+        value = float(word)
+    except ValueError:
+        return word
+    return value if math.isfinite(value) else word
