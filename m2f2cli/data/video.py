@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,7 +71,9 @@ class VideoFrames:
         notes: What a user should know about the reading, complete once ``frames`` is exhausted.
     """
 
-    def __init__(self, path: Path, count: int, max_pixels: int) -> None:
+    def __init__(
+        self, path: Path, count: int, numbers: Sequence[int] | None, max_pixels: int
+    ) -> None:
         self.path = path
         self.notes: list[str] = []
         self._max_pixels = max_pixels
@@ -90,7 +92,8 @@ class VideoFrames:
             self.notes.append(
                 f"frames for {self.duration:.1f} of {declared:.1f} seconds were found"
             )
-        self.frames = self._decode(listing, count)
+        wanted = evenly(self.total, count) if numbers is None else _within(numbers, self.total)
+        self.frames = self._decode(listing, wanted)
 
     def __enter__(self) -> VideoFrames:
         return self
@@ -146,8 +149,7 @@ class VideoFrames:
         last = 1 / self.fps if self.fps else 0.0
         return span + last
 
-    def _decode(self, listing: _Listing, count: int) -> Generator[Frame, None, None]:
-        wanted = evenly(self.total, count)
+    def _decode(self, listing: _Listing, wanted: list[int]) -> Generator[Frame, None, None]:
         found = 0
         try:
             walk = self._by_time if listing.timed else self._by_order
@@ -232,12 +234,20 @@ class VideoFrames:
         return _turned(raw.to_ndarray(format="rgb24"), _display_matrix(raw))
 
 
-def read_frames(path: Path | str, *, count: int = 16, max_pixels: int = MAX_PIXELS) -> VideoFrames:
+def read_frames(
+    path: Path | str,
+    *,
+    count: int = 16,
+    numbers: Sequence[int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> VideoFrames:
     """Open a video to read ``count`` frames from the middles of as many equal stretches.
 
     Args:
         path: A file in a container that holds its own data (MP4, MOV, MKV, WebM, AVI, …).
         count: Frames wanted; a shorter video gives all of its frames.
+        numbers: The wanted frames themselves, in place of ``count``; those beyond the end are
+            passed over.
         max_pixels: Videos with larger frames are refused.
 
     Returns:
@@ -253,7 +263,7 @@ def read_frames(path: Path | str, *, count: int = 16, max_pixels: int = MAX_PIXE
     path = Path(path)
     if check_file(path) == 0:
         raise InputError(f"'{path}' is empty.", "empty", "Copy the file again.")
-    return VideoFrames(path, count, max_pixels)
+    return VideoFrames(path, count, numbers, max_pixels)
 
 
 def _open(path: Path) -> Any:
@@ -305,6 +315,11 @@ def _list_packets(container: Any, stream: Any) -> _Listing:
     if timed:
         times.sort()
     return _Listing(times, sorted(keys), timed, whole)
+
+
+def _within(numbers: Sequence[int], total: int) -> list[int]:
+    """The numbers below ``total``, ascending, each once."""
+    return sorted({number for number in numbers if 0 <= number < total})
 
 
 def evenly(total: int, count: int) -> list[int]:

@@ -159,6 +159,13 @@ def test_sampling_is_even(total, count):
     assert video.evenly(3, 16) == [0, 1, 2]
 
 
+def test_given_frames_are_read(movie):
+    with read_frames(movie, numbers=[90, 3, 4, 3, 400]) as frames:
+        found = list(frames.frames)
+    assert [frame.index for frame in found] == [3, 4, 90]
+    assert _level(found[2]) == pytest.approx(STEP * 90 % 200, abs=4)
+
+
 @pytest.mark.parametrize("name", ["movie.mp4", "cut.mkv"])
 def test_a_cut_file_gives_the_frames_it_still_has(movie, tmp_path, name):
     whole = movie if name == "movie.mp4" else _make(tmp_path / "whole.mkv")
