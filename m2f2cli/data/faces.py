@@ -141,13 +141,14 @@ def _without_overlaps(faces: list[Face]) -> list[Face]:
     """Keep the higher score of two faces that share much of one of them."""
     kept: list[Face] = []
     for face in sorted(faces, key=lambda face: (-face.score, face.box)):
-        shared = (_intersection(face.box, other.box) / min(face.area, other.area) for other in kept)
+        shared = (shared_area(face.box, other.box) / min(face.area, other.area) for other in kept)
         if all(share < 0.5 for share in shared):
             kept.append(face)
     return kept
 
 
-def _intersection(first: Box, second: Box) -> int:
+def shared_area(first: Box, second: Box) -> int:
+    """Of two boxes, in square pixels; 0 where they do not overlap."""
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
     return max(0, width) * max(0, height)
