@@ -149,8 +149,7 @@ def describe(path: Path, *, verify: bool = False) -> Description:
         raise CheckpointError(f"There is nothing at '{path}'.", "Check the path.")
     found = _describe_folder(path) if path.is_dir() else _describe_file(path)
     if verify:
-        tensors = {key: stored.load() for key, stored in found.tensors.items()}
-        store.check_finite(tensors, what=f"'{path}'")
+        store.check_finite(found.tensors, what=f"'{path}'")
         if found.kind == DETECTOR and path.is_dir():
             store.fingerprint(path, verify=True)
     return found

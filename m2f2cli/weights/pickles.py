@@ -129,7 +129,7 @@ def _load_legacy(path: Path) -> LoadedFile:
 
     def note(key: str, dtype: str, count: int) -> Storage:
         sizes.setdefault(key, (dtype, count))
-        return Storage(key, dtype, count, Region(view, 0, 0))
+        return Storage(key, dtype, count, Region(path, view, 0, 0))
 
     heading = [Reader(stream, path, note).run() for _ in range(3)]
     if heading[:2] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL]:

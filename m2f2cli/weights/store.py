@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m2f2cli.errors import CheckpointError
 from m2f2cli.weights.atomic import MARK, atomic_folder, atomic_write
+from m2f2cli.weights.streams import Stream, all_finite, as_stream, finite
 from m2f2cli.weights.tensorfile import (
     StoredTensor,
     digest_of,
@@ -28,6 +29,7 @@ __all__ = [
     "atomic_write",
     "check_finite",
     "check_names_and_shapes",
+    "combine",
     "fingerprint",
     "json_bytes",
     "name_some",
@@ -53,8 +55,8 @@ def write_checkpoint(
     folder: Path,
     *,
     config: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    stage: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor] | Mapping[str, Stream],
+    stage: Mapping[str, Any] | Callable[[Mapping[str, str]], Mapping[str, Any]],
     extra_files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
@@ -64,8 +66,10 @@ def write_checkpoint(
     Args:
         folder: Where; parents are made.
         config: Becomes ``config.json``.
-        tensors: Becomes ``model.safetensors``, or shards with an index.
-        stage: Becomes ``stage.json``, with the fingerprint added.
+        tensors: Becomes ``model.safetensors``, or shards with an index. Streams are read once,
+            one after the other, so memory does not grow with them.
+        stage: Becomes ``stage.json``, with the fingerprint added. A function is called when the
+            tensors are written, with the digest of each.
         extra_files: Further files by name, for example ``preprocessor_config.json``.
         max_shard_bytes: No file holds more, unless a single tensor does.
         overwrite: Replace an existing checkpoint folder.
@@ -77,21 +81,27 @@ def write_checkpoint(
         CheckpointError: The folder exists, a tensor holds NaN or infinity, or the disk refuses;
             whatever was there before is still there.
     """
-    check_finite(tensors, what=f"The model for '{folder}'")
+    what = f"The model for '{folder}'"
+    check_finite({k: t for k, t in tensors.items() if not isinstance(t, Stream)}, what=what)
+    streams = {
+        key: finite(t, what=f"The tensor '{key}'") if isinstance(t, Stream) else as_stream(t)
+        for key, t in tensors.items()
+    }
     with atomic_folder(folder, overwrite) as partial:
         (partial / "config.json").write_bytes(json_bytes(config))
         for name, data in (extra_files or {}).items():
             if Path(name).name != name:
                 raise CheckpointError(f"'{name}' is no plain file name.")
             (partial / name).write_bytes(data)
-        shards = _split(tensors, max_shard_bytes)
+        shards = _split(streams, max_shard_bytes)
         digests: dict[str, str] = {}
         for name, keys in shards.items():
-            digests |= write_tensor_file(partial / name, {key: tensors[key] for key in keys})
+            digests |= write_tensor_file(partial / name, {key: streams[key] for key in keys})
         if len(shards) > 1:
-            (partial / INDEX).write_bytes(json_bytes(_index(tensors, shards)))
-        mark = _combine(config, digests)
-        (partial / MARK).write_bytes(json_bytes({**stage, "fingerprint": mark}))
+            (partial / INDEX).write_bytes(json_bytes(_index(streams, shards)))
+        mark = combine(config, digests)
+        said = stage(digests) if callable(stage) else stage
+        (partial / MARK).write_bytes(json_bytes({**said, "fingerprint": mark}))
     return mark
 
 
@@ -225,8 +235,8 @@ def fingerprint(folder: Path, *, verify: bool = False) -> str:
     stored = read_stage(folder).get("fingerprint")
     if isinstance(stored, str) and not verify:
         return stored
-    digests = {key: digest_of(tensor.load()) for key, tensor in open_tensors(folder).items()}
-    computed = _combine(read_config(folder), digests)
+    digests = {key: digest_of(tensor) for key, tensor in open_tensors(folder).items()}
+    computed = combine(read_config(folder), digests)
     if isinstance(stored, str) and stored != computed:
         raise CheckpointError(
             f"'{folder}' was changed after it was written: its fingerprint is {computed}, "
@@ -273,7 +283,9 @@ def check_names_and_shapes(
         )
 
 
-def check_finite(tensors: Mapping[str, torch.Tensor], *, what: str) -> None:
+def check_finite(
+    tensors: Mapping[str, torch.Tensor] | Mapping[str, StoredTensor], *, what: str
+) -> None:
     """Refuse NaN and infinite values.
 
     Args:
@@ -283,15 +295,11 @@ def check_finite(tensors: Mapping[str, torch.Tensor], *, what: str) -> None:
     Raises:
         CheckpointError: Names the tensors at fault.
     """
-    import torch
-
-    bad = []
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            wide = tensor if tensor.element_size() > 1 else tensor.float()
-            low, high = torch.aminmax(wide.detach())
-            if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                bad.append(key)
+    bad = [
+        key
+        for key, tensor in tensors.items()
+        if not all(all_finite(block) for block in as_stream(tensor).blocks())
+    ]
     if bad:
         raise CheckpointError(
             f"{what} holds NaN or infinite values in {len(bad)} tensors: {name_some(bad)}.",
@@ -307,11 +315,11 @@ def name_some(names: Iterable[str]) -> str:
     return f"{shown} and {rest} more" if rest > 0 else shown
 
 
-def _split(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, list[str]]:
+def _split(streams: Mapping[str, Stream], limit: int) -> dict[str, list[str]]:
     groups: list[list[str]] = [[]]
     room = limit
-    for key in sorted(tensors):
-        size = tensors[key].numel() * tensors[key].element_size()
+    for key in sorted(streams):
+        size = streams[key].nbytes
         if size > room and groups[-1]:
             groups.append([])
             room = limit
@@ -323,13 +331,14 @@ def _split(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, list[st
     return {f"model-{n:05d}-of-{total:05d}.safetensors": g for n, g in enumerate(groups, start=1)}
 
 
-def _index(tensors: Mapping[str, torch.Tensor], shards: Mapping[str, list[str]]) -> dict[str, Any]:
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
+def _index(streams: Mapping[str, Stream], shards: Mapping[str, list[str]]) -> dict[str, Any]:
+    total = sum(stream.nbytes for stream in streams.values())
     mapping = {key: name for name, keys in shards.items() for key in keys}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(mapping.items()))}
 
 
-def _combine(config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+def combine(config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    """The fingerprint of a model with this configuration and these digests of its tensors."""
     kept = {key: value for key, value in config.items() if key not in _BOOKKEEPING}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for key in sorted(digests):

@@ -1,7 +1,7 @@
 """The safetensors container: written tensor by tensor with a digest of each, read lazily.
 
 Format: https://github.com/huggingface/safetensors (eight bytes of header length, a JSON header, the
-raw little-endian values). Writing streams, so its memory does not grow with the file.
+raw little-endian values). Reading and writing stream, so their memory does not grow with the file.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m2f2cli.errors import CheckpointError
+from m2f2cli.weights.streams import Stream, as_stream
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +39,18 @@ DTYPES = {
 _CODES = {name: code for code, name in DTYPES.items()}
 
 
+class Place(NamedTuple):
+    """Where a tensor's values lie in one piece, in order.
+
+    Attributes:
+        path: The file.
+        offset: Its first byte.
+    """
+
+    path: Path
+    offset: int
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor that is still on disk.
@@ -45,11 +59,13 @@ class StoredTensor:
         shape: Its sizes.
         dtype: Its torch dtype's name, for example ``float32``.
         load: Reads it; the values are mapped from the file, not copied, where the layout allows it.
+        place: Where its values lie, if they lie in one piece.
     """
 
     shape: tuple[int, ...]
     dtype: str
     load: Callable[[], torch.Tensor]
+    place: Place | None = None
 
     def __setstate__(self, state: object) -> None:
         """Ignore it: a pickle that builds one cannot change it."""
@@ -60,48 +76,59 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
-def write_tensor_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def write_tensor_file(
+    path: Path, tensors: Mapping[str, torch.Tensor] | Mapping[str, Stream]
+) -> dict[str, str]:
     """Write one safetensors file and return ``{name: digest}``.
 
     Args:
         path: The file to write.
-        tensors: Any device, any stride; each is copied to contiguous CPU memory in its turn.
+        tensors: Tensors of any device and stride, or streams; each is read in its turn.
 
     Returns:
         For each tensor the hex SHA-256 of its dtype, shape and values.
 
     Raises:
-        CheckpointError: A tensor's dtype has no name in the format.
+        CheckpointError: A tensor's dtype has no name in the format, or a stream cannot be read.
         OSError: The disk refuses.
     """
+    streams = {name: as_stream(tensor) for name, tensor in tensors.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # Widest elements first, so that every tensor is aligned to its element size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(streams, key=lambda name: (-streams[name].width, name))
     end = 0
     for name in order:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        begin, end = end, end + streams[name].nbytes
         header[name] = {
-            "dtype": _code(name, tensor),
-            "shape": list(tensor.shape),
+            "dtype": _code(name, streams[name].dtype),
+            "shape": list(streams[name].shape),
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digests = {}
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for name in order:
-            data = _bytes_of(tensors[name])
-            digests[name] = _digest(tensors[name], data)
-            file.write(data)
-    return digests
+        return {name: _digest(streams[name], file.write) for name in order}
 
 
-def digest_of(tensor: torch.Tensor) -> str:
+def digest_of(tensor: torch.Tensor | StoredTensor | Stream) -> str:
     """Hex SHA-256 of a tensor's dtype, shape and values."""
-    return _digest(tensor, _bytes_of(tensor))
+    return _digest(as_stream(tensor), lambda data: None)
+
+
+def _digest(stream: Stream, each: Callable[[memoryview], Any]) -> str:
+    """Hash a stream and hand its bytes to ``each``, both at the same time."""
+    digest = hashlib.sha256(f"{stream.dtype} {list(stream.shape)}\n".encode())
+    pending: Future[None] | None = None
+    with ThreadPoolExecutor(1) as hashing:
+        for block in stream.blocks():
+            data = _bytes_of(block)
+            if pending is not None:
+                pending.result()
+            pending = hashing.submit(digest.update, data)
+            each(data)
+    return digest.hexdigest()
 
 
 def open_tensor_file(path: Path) -> dict[str, StoredTensor]:
@@ -114,11 +141,14 @@ def open_tensor_file(path: Path) -> dict[str, StoredTensor]:
 
     try:
         file = safe_open(str(path), framework="pt")
+        offsets = _offsets(path)
         found = {}
         for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
             view = file.get_slice(name)
             dtype = DTYPES.get(view.get_dtype(), view.get_dtype())
-            found[name] = StoredTensor(tuple(view.get_shape()), dtype, _loader(file, name))
+            shape = tuple(view.get_shape())
+            place = Place(path, offsets[name])
+            found[name] = StoredTensor(shape, dtype, _loader(file, name), place)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"'{path}' is no complete safetensors file ({_first_line(error)}).",
@@ -135,26 +165,30 @@ def _loader(file: Any, name: str) -> Callable[[], torch.Tensor]:
     return load
 
 
+def _offsets(path: Path) -> dict[str, int]:
+    """Where each tensor of a sound safetensors file begins."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        name: 8 + length + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _code(name: str, tensor: torch.Tensor) -> str:
-    code = _CODES.get(str(tensor.dtype).removeprefix("torch."))
+def _code(name: str, dtype: str) -> str:
+    code = _CODES.get(dtype)
     if code is None:
-        raise CheckpointError(f"Tensor '{name}' has dtype {tensor.dtype}, which cannot be stored.")
+        raise CheckpointError(f"Tensor '{name}' has dtype {dtype}, which cannot be stored.")
     return code
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def _bytes_of(block: torch.Tensor) -> memoryview:
     import torch
 
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
-def _digest(tensor: torch.Tensor, data: memoryview) -> str:
-    kind = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n"
-    digest = hashlib.sha256(kind.encode())
-    digest.update(data)
-    return digest.hexdigest()
+    return block.view(torch.uint8).numpy().data

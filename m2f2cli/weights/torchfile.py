@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m2f2cli.errors import CheckpointError
-from m2f2cli.weights.tensorfile import StoredTensor
+from m2f2cli.weights.tensorfile import Place, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +24,13 @@ class Region:
     """A stretch of a mapped file.
 
     Args:
-        view: The whole file.
+        path: The file.
+        view: All of its bytes.
         begin: First byte.
         end: Byte after the last.
     """
 
+    path: Path
     view: memoryview
     begin: int
     end: int
@@ -77,7 +79,12 @@ class Storage:
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if math.prod(size) and (last >= self.count or math.prod(size) > self.count):
             raise ValueError("a tensor outside its storage")
-        return StoredTensor(size, self.dtype, lambda: self._load(offset, size, stride))
+        place = None
+        if stride == _contiguous(size):
+            begin = self.region.begin + (self.start + offset) * _width(self.dtype)
+            if begin + math.prod(size) * _width(self.dtype) <= self.region.end:
+                place = Place(self.region.path, begin)
+        return StoredTensor(size, self.dtype, lambda: self._load(offset, size, stride), place)
 
     def _load(self, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
         import torch
@@ -156,7 +163,7 @@ class ZipRecords:
         end = begin + entry.file_size
         if len(head) < _LOCAL_HEADER or end > len(self._view):
             raise CheckpointError(f"'{self._path}' is truncated.", "Copy or download it again.")
-        return Region(self._view, begin, end)
+        return Region(self._path, self._view, begin, end)
 
 
 def legacy_regions(
@@ -179,7 +186,7 @@ def legacy_regions(
         end = begin + 8 + count * _width(dtype)
         if found != count or end > len(view):
             raise CheckpointError(f"'{path}' is truncated.", "Copy or download it again.")
-        regions[key] = Region(view, begin + 8, end)
+        regions[key] = Region(path, view, begin + 8, end)
         begin = end
     return regions
 
@@ -191,6 +198,11 @@ def map_file(path: Path) -> memoryview:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' cannot be read: {error}.") from error
+
+
+def _contiguous(size: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor whose values lie in order."""
+    return tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
 
 
 @cache
