@@ -40,6 +40,11 @@ def list_pictures(folder: Path) -> list[Path]:
     Raises:
         InputError: A sub-folder cannot be read.
     """
+    return list_files(folder, IMAGE_SUFFIXES)
+
+
+def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Every file under a folder with one of the suffixes (lower case), as ``list_pictures``."""
 
     def refuse(error: OSError) -> None:
         raise InputError(f"'{error.filename}' cannot be read: {error.strerror}.") from error
@@ -48,7 +53,7 @@ def list_pictures(folder: Path) -> list[Path]:
     for where, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+            if Path(name).suffix.lower() in suffixes and not name.startswith("."):
                 found.append(Path(where, name))
     return sorted(found)
 
