@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.recordfile import RecordFile
-from m2f2cli.inference.sources import expand
+from m2f2cli.inference.sources import Source, expand
 from m2f2cli.records import VERDICTS, Detection, to_csv
 
 if TYPE_CHECKING:
@@ -107,33 +107,62 @@ class Job:
 
     def run(self) -> Iterator[Detection]:
         """Judge, record and yield every item that had no record yet, in order."""
-        from m2f2cli.inference.detect import judge_sources, load, settings_of
-
-        done = self._log.done if self._log else {}
-        left = [source for source in self.sources if source.path not in done]
-        for source in self.sources:
-            if source.path in done:
-                self.tally.earlier += 1
-                self.tally.count(done[source.path][1])
         written: list[Detection] = []
         with ExitStack() as stack:
             if self._log is not None:
                 stack.enter_context(self._log)
-            if not left and self._log is not None:
-                judge = load(self.model, self.options)
-                self._log.bind(settings_of(self.model, judge, self.options))
-            records = judge_sources(left, model=self.model, options=self.options) if left else ()
-            for record in records:
-                if self._log is not None:
-                    self._log.append(record)
+            for record in judge_and_record(
+                self.sources,
+                model=self.model,
+                options=self.options,
+                log=self._log,
+                tally=self.tally,
+            ):
                 if self._table is not None:
                     written.append(record)
-                self.tally.count(record.verdict)
                 yield record
         if self._table is not None:
             from m2f2cli.weights.atomic import atomic_write
 
             atomic_write(self._table, to_csv(written).encode("utf-8", "surrogateescape"))
+
+
+def judge_and_record(
+    sources: Sequence[Source],
+    *,
+    model: str | Judge,
+    options: DetectOptions,
+    log: RecordFile | None,
+    tally: Tally,
+) -> Iterator[Detection]:
+    """Judge, record and yield every source that has no record yet, in order.
+
+    Args:
+        sources: Every item; told apart by ``path``.
+        model: A checkpoint's name, or a detector.
+        options: How to judge.
+        log: Where records are and go; opened, and closed by the caller. None keeps no records.
+        tally: Counts every item, those recorded earlier first.
+
+    Raises:
+        M2F2Error: The records were made with other settings, the model cannot be loaded, or the
+            disk refuses.
+    """
+    from m2f2cli.inference.detect import judge_sources, load, settings_of
+
+    done = log.done if log else {}
+    left = [source for source in sources if source.path not in done]
+    for source in sources:
+        if source.path in done:
+            tally.earlier += 1
+            tally.count(done[source.path][1])
+    if not left and log is not None:
+        log.bind(settings_of(model, load(model, options), options))
+    for record in judge_sources(left, model=model, options=options) if left else ():
+        if log is not None:
+            log.append(record)
+        tally.count(record.verdict)
+        yield record
 
 
 def _table(path: Path, overwrite: bool) -> Path:

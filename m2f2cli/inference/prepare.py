@@ -12,7 +12,6 @@ import numpy as np
 
 from m2f2cli.data.domain import Domain
 from m2f2cli.data.faces import crop_face, find_faces
-from m2f2cli.data.images import read_picture
 from m2f2cli.data.transforms import resize_and_crop
 from m2f2cli.data.video import read_frames
 from m2f2cli.errors import InputError, UsageError
@@ -141,7 +140,7 @@ def prepare(source: Source, *, faces: str, frames: int, recipe: Future[Recipe]) 
     try:
         if source.kind == "video":
             return _prepare_video(source, faces=faces, frames=frames, recipe=recipe)
-        picture = read_picture(Path(source.path))
+        picture = source.picture()
         view = _view(picture.pixels, faces=faces, recipe=recipe)
         found = Prepared(source, "ok", None, picture.sha256, picture.size, (view,), picture.note)
     except InputError as error:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from m2f2cli.data.images import read_picture
 from m2f2cli.data.video import read_frames
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.inference.prepare import Crop, Prepared, View
@@ -114,12 +113,11 @@ def _most_fake(views: Sequence[View], scores: Mapping[bytes, Score]) -> View:
 
 def _pixels(prepared: Prepared, view: View, frames: int) -> np.ndarray | None:
     """Decode again what was judged; None when the file has changed since."""
-    path = Path(prepared.source.path)
     try:
         if prepared.source.kind == "image":
-            picture = read_picture(path)
+            picture = prepared.source.picture()
             return picture.pixels if picture.sha256 == prepared.sha256 else None
-        with read_frames(path, count=frames) as video:
+        with read_frames(Path(prepared.source.path), count=frames) as video:
             for frame in video.frames:
                 if frame.index == view.index and video.sha256 == prepared.sha256:
                     pixels: np.ndarray = frame.pixels

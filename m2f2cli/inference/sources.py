@@ -5,11 +5,15 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from m2f2cli.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from m2f2cli.data.images import Picture
 
 _MAGIC = frozenset("*?[")
 
@@ -23,11 +27,24 @@ class Source:
         kind: ``image`` or ``video``, by the suffix.
         name: Where files about this item go below an output folder: the sub-folders of a given
             folder are kept, and no two items of a run share a name, whatever the file system.
+        read: Gives the picture where it is no file of its own, such as a frame in an HDF5 file;
+            None reads the file ``path``. Called in a decoding thread; raises ``InputError``.
     """
 
     path: str
     kind: str
     name: PurePosixPath
+    read: Callable[[], Picture] | None = None
+
+    def picture(self) -> Picture:
+        """Decode it.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        from m2f2cli.data.images import read_picture
+
+        return self.read() if self.read else read_picture(Path(self.path))
 
 
 def expand(paths: Sequence[str], *, recursive: bool = False) -> list[Source]:
