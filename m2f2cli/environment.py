@@ -46,6 +46,13 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def library_versions() -> dict[str, str]:
+    """Versions of m2f2, Python and the libraries that results may depend on; imports none."""
+    found = {name: _version(name) for name in (*PACKAGES, "pycocoevalcap", "matplotlib")}
+    own = {"m2f2cli": __version__, "python": platform.python_version()}
+    return own | {name: number for name, number in found.items() if number}
+
+
 def describe_extras() -> list[dict[str, Any]]:
     """For each extra its packages' versions, whether it is complete, and how to install it."""
     extras = []
