@@ -41,29 +41,34 @@ class Ranking:
     Args:
         labels: (N,), 0 or 1.
         scores: (N,), any monotone scale; pictures of one score enter together.
+        columns: (N,) int, which column of the weights counts each picture; None for its own.
     """
 
-    def __init__(self, labels: np.ndarray, scores: np.ndarray) -> None:
+    def __init__(
+        self, labels: np.ndarray, scores: np.ndarray, columns: np.ndarray | None = None
+    ) -> None:
         labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
-        if not len(scores):  # one picture of neither class: every figure is undefined
-            labels, scores = np.full(1, -1), np.zeros(1)
-        self._order = np.argsort(-scores, kind="stable")
-        ordered = scores[self._order]
+        order = np.argsort(-scores, kind="stable")
+        ordered = scores[order]
+        self._columns = order if columns is None else columns[order]
         self._last = np.append(np.flatnonzero(np.diff(ordered)), len(ordered) - 1)
-        self._scores = ordered[self._last]
-        self._fake, self._real = (labels[self._order] == label for label in (1, 0))
+        self._scores = ordered[self._last] if len(ordered) else ordered
+        self._fake, self._real = (labels[order] == label for label in (1, 0))
 
     def curve(self, weights: np.ndarray | None = None) -> Curve:
         """The operating points.
 
         Args:
-            weights: (..., N), how often each picture counts; None for once each.
+            weights: (..., columns), how often each picture counts; None for once each.
         """
-        if weights is None or not weights.shape[-1]:
-            weights = np.ones(len(self._order))
-        weights = np.take(weights, self._order, axis=-1).astype(np.float64, copy=False)
-        hits = np.cumsum(weights * self._fake, axis=-1)[..., self._last]
-        alarms = np.cumsum(weights * self._real, axis=-1)[..., self._last]
+        if weights is None:
+            weights = np.ones(self._columns.max(initial=-1) + 1)
+        if not len(self._scores):  # no pictures: a point where nothing was counted
+            nothing = np.zeros((*weights.shape[:-1], 1))
+            return Curve(np.zeros(1), nothing, nothing)
+        counted = np.take(weights, self._columns, axis=-1).astype(np.float64, copy=False)
+        hits = np.cumsum(counted * self._fake, axis=-1)[..., self._last]
+        alarms = np.cumsum(counted * self._real, axis=-1)[..., self._last]
         return Curve(self._scores, hits, alarms)
 
 
@@ -156,7 +161,8 @@ def confusion(labels: np.ndarray, called_fake: np.ndarray) -> Confusion:
         called_fake: (N,) bool.
     """
     fake, called = np.asarray(labels) == 1, np.asarray(called_fake, dtype=bool)
-    return Confusion(*(np.float64((a & b).sum()) for a in (called, ~called) for b in (fake, ~fake)))
+    counts = [np.asarray((a & b).sum()) for a in (called, ~called) for b in (fake, ~fake)]
+    return Confusion(*counts)
 
 
 class Reliability(NamedTuple):

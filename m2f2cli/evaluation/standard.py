@@ -1,0 +1,244 @@
+"""The standard protocol: what m2f2 reports about probabilities, judgements and explanations.
+
+``docs/metrics.md`` defines every figure. Intervals come from a bootstrap over videos, or over
+pictures where they stand alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from m2f2cli.errors import UsageError
+from m2f2cli.evaluation import intervals
+from m2f2cli.evaluation.intervals import LEVEL, RESAMPLES, SEED, Groups, Measure
+from m2f2cli.evaluation.judgement import plain
+from m2f2cli.evaluation.metrics import BINS
+from m2f2cli.evaluation.pictures import DEFAULT_THRESHOLD, FALSE_ALARMS, Pictures
+from m2f2cli.evaluation.scored import FAKE, REAL, Figure, Measures, ScoredSet
+
+PROTOCOL = "standard"
+
+
+def measure(
+    scored: ScoredSet,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+    level: float = LEVEL,
+    java: bool = True,
+) -> Measures:
+    """Measure a set of answers.
+
+    Args:
+        scored: Items with truth and answers.
+        resamples: Of the bootstrap; 0 for no intervals.
+        seed: Of the bootstrap.
+        level: Of the intervals, in (0, 1).
+        java: Explanations: whether METEOR and SPICE are tried.
+
+    Raises:
+        UsageError: ``resamples`` or ``level`` is out of range.
+        MissingExtraError: The task is explanation and pycocoevalcap is not installed.
+    """
+    if resamples < 0:
+        raise UsageError(f"The number of resamples must be at least 0, not {resamples}.")
+    if not 0 < level < 1:
+        raise UsageError(f"The level of the intervals must lie between 0 and 1, not {level}.")
+    definition = {
+        "task": scored.task,
+        "interval": "percentile bootstrap over groups (videos, or pictures), by class",
+        "resamples": resamples,
+        "seed": seed,
+        "level": level,
+    }
+    groups, figures_of, reasons = _sampler(scored)
+    seen = figures_of(np.ones((1, len(groups))))
+    drawn: Mapping[str, np.ndarray] = {}
+    if len(groups) > 1:  # a lone group is drawn as itself, which says nothing about chance
+        drawn = intervals.resample(groups, figures_of, resamples=resamples, seed=seed)
+    found = {
+        name: _figure(float(values[0]), drawn.get(name), level, reasons.get(name))
+        for name, values in seen.items()
+    }
+    figures, per_kind = _by_kind(found, scored)
+    if scored.task == "explanation":
+        more, definition_of_task = _texts(scored, java)
+        figures |= more
+    else:
+        definition_of_task = _decisions(scored)
+    return Measures(
+        PROTOCOL,
+        figures,
+        per_kind,
+        counts(scored),
+        definition | definition_of_task,
+        (*scored.notes, *_notes(scored)),
+    )
+
+
+def difference(
+    first: ScoredSet,
+    second: ScoredSet,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+    level: float = LEVEL,
+) -> dict[str, tuple[float, float, float] | None]:
+    """Compare two sets of answers to the same items by a paired bootstrap.
+
+    Returns:
+        For each figure of both (``KIND.figure`` for those of one manipulation): second minus
+        first and the interval of that; None where it is undefined.
+
+    Raises:
+        UsageError: They are of different items or tasks.
+    """
+    if first.data_fingerprint != second.data_fingerprint or first.task != second.task:
+        raise UsageError(
+            "The two evaluations are not of the same task and items, so they cannot be paired.",
+            "Evaluate both models on the same data and truth.",
+        )
+    (groups, one, _), (_, other, _) = _sampler(first), _sampler(second)
+    return intervals.difference(groups, (one, other), resamples=resamples, seed=seed, level=level)
+
+
+def counts(scored: ScoredSet) -> dict[str, int]:
+    """How many items of which sort; ``videos`` is 0 where no group has several items."""
+    items = scored.items
+    groups = len({item.group for item in items})
+    answered = [i for i in items if i.fake_probability is not None or i.answer is not None]
+    missing = set(scored.missing)
+    return {
+        "items": len(items),
+        "real": sum(item.label == REAL for item in items),
+        "fake": sum(item.label == FAKE for item in items),
+        "videos": groups if groups < len(items) and scored.task != "explanation" else 0,
+        "answered": len(answered),
+        "missing": len(scored.missing),
+        "duplicates": len(scored.duplicates),
+        "unknown": len(scored.unknown),
+        "unparsed": sum(i.answer is not None and i.verdict is None for i in answered)
+        if scored.task == "judgement"
+        else 0,
+        "failed": len(items) - len(answered) - len(missing),
+        "uncertain": sum(item.verdict == "uncertain" for item in items),
+    }
+
+
+def _sampler(scored: ScoredSet) -> tuple[Groups, Measure, Mapping[str, str]]:
+    """The groups, what measures weighted groups, and why a figure may be undefined."""
+    if scored.task != "explanation":
+        pictures = Pictures(scored)
+        return pictures.groups, pictures.measure, pictures.reasons()
+    from m2f2cli.evaluation.language import score_texts
+
+    texts = score_texts(_references(scored), _answers(scored))
+    groups = Groups([i.group for i in scored.items], [i.label for i in scored.items])
+
+    def by_answer(weights: np.ndarray) -> dict[str, np.ndarray]:
+        return texts.measure(weights[:, groups.of_item])
+
+    return groups, by_answer, {}
+
+
+def _references(scored: ScoredSet) -> dict[str, tuple[str, ...]]:
+    return {item.name: scored.references[item.name] for item in scored.items}
+
+
+def _answers(scored: ScoredSet) -> dict[str, str]:
+    return {item.name: plain(item.answer or "") for item in scored.items}
+
+
+def _figure(value: float, drawn: np.ndarray | None, level: float, reason: str | None) -> Figure:
+    if np.isnan(value):
+        return Figure(None, note=reason or "undefined")
+    ends = intervals.interval(drawn, level) if drawn is not None else None
+    return Figure(value, *(ends or (None, None)))
+
+
+def _by_kind(
+    found: Mapping[str, Figure], scored: ScoredSet
+) -> tuple[dict[str, Figure], dict[str, dict[str, Figure]]]:
+    figures = {name: figure for name, figure in found.items() if "." not in name}
+    per_kind: dict[str, dict[str, Figure]] = {}
+    for name, figure in found.items():
+        kind, dot, short = name.rpartition(".")
+        if dot:
+            per_kind.setdefault(kind, {})[short] = figure
+    for kind, own in per_kind.items():
+        own["count"] = Figure(float(sum(item.kind == kind for item in scored.items)))
+    return figures, per_kind
+
+
+def _texts(scored: ScoredSet, java: bool) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """METEOR and SPICE, and how explanations are measured."""
+    from m2f2cli.evaluation.java import meteor, spice
+    from m2f2cli.evaluation.language import TOKENISER
+
+    figures = {}
+    for name, run in (("meteor", meteor), ("spice", spice)):
+        if not java:
+            figures[name] = Figure(None, note="skipped: not asked for")
+            continue
+        score = run(_references(scored), _answers(scored))
+        figures[name] = Figure(score.value, note=score.reason or "no interval is computed")
+    return figures, {
+        "tokeniser": TOKENISER,
+        "marks_removed": ["<s>", "</s>"],
+        "unanswered": "an empty text",
+        "repeated": "the last answer counts",
+        "cider_document_frequency": "over the references of all items, also in resamples",
+    }
+
+
+def _decisions(scored: ScoredSet) -> dict[str, Any]:
+    """How probabilities and judgements are measured."""
+    definition: dict[str, Any] = {
+        "unanswered": "wrong in what counts calls, left out of what ranks scores",
+        "repeated": "the last answer counts",
+    }
+    if scored.task == "judgement":
+        definition["parser"] = "words with negations, the first claim stands"
+    else:
+        known = scored.threshold is not None
+        definition["threshold"] = scored.threshold if known else DEFAULT_THRESHOLD
+        definition["threshold_from"] = "the predictions" if known else "the default"
+        definition["uncertain"] = "called by the threshold"
+    if any(item.fake_probability is not None for item in scored.items):
+        definition |= {
+            "video_score": "mean fake probability of its frames",
+            "eer": "ROC curve straight between operating points",
+            "tpr_at_fpr": {"false_positive_rates": list(FALSE_ALARMS.values()), "between": "none"},
+            "calibration_bins": BINS,
+        }
+    return definition
+
+
+def _notes(scored: ScoredSet) -> list[str]:
+    found = counts(scored)
+    as_what = "an empty text" if scored.task == "explanation" else "wrong"
+    said = {
+        "missing": f"Items without an answer, taken as {as_what}",
+        "failed": "Items that could not be judged (no face, unreadable), taken as wrong",
+        "unparsed": "Answers that say neither real nor fake, taken as wrong",
+        "unknown": "Predictions about nothing in the truth, left out",
+        "uncertain": "Uncertain verdicts, called by the threshold",
+    }
+    notes = [f"{text}: {found[name]:,}." for name, text in said.items() if found[name]]
+    if scored.task == "scores" and scored.threshold is None:
+        notes.append(f"The predictions name no threshold: {DEFAULT_THRESHOLD} is used.")
+    if found["videos"] and (mixed := _mixed_videos(scored)):
+        notes.append(
+            f"Videos with both real and forged frames, left out of the video AUC: {mixed:,}."
+        )
+    return notes
+
+
+def _mixed_videos(scored: ScoredSet) -> int:
+    labels: dict[str, set[int]] = {}
+    for item in scored.items:
+        labels.setdefault(item.group, set()).add(item.label)
+    return sum(len(found) > 1 for found in labels.values())
