@@ -1,0 +1,269 @@
+"""Make a detector's probabilities mean what they say: temperature, threshold, uncertain band.
+
+NumPy only. None of the three changes the order of scores, so the AUC stays. ``docs/calibrate.md``
+has the definitions and what they do not promise; ``calibrated`` stores them in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from m2f2cli.errors import InputError, UsageError
+from m2f2cli.evaluation.intervals import Groups
+from m2f2cli.evaluation.metrics import Ranking, calibration_error
+
+TARGET_FPR, BAND_LEVEL = 0.05, 0.95
+FEWEST = 20  # pictures of each class below which nothing is fitted
+RESAMPLES = 2000
+FACTORS = (0.2, 20.0)  # how far from the present temperature the fitted one may lie
+_DIGITS = 6  # of the probabilities in records
+_SATURATED = 0.5 * 10**-_DIGITS  # what a score of 0 or 1 in a record stands for, at most
+_STEPS = 80  # halvings of the interval that holds the temperature
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was learnt, and from how much.
+
+    Attributes:
+        temperature: What the logits are to be divided by, in all.
+        temperature_before: What they were divided by when the scores were made.
+        threshold: Calibrated probability from which the verdict is fake.
+        uncertain: (low, high) of the uncertain band, ends included; None for no band.
+        target_fpr: Share of real pictures that may be called fake.
+        band_level: Level of the band's bootstrap interval; 0 for no band.
+        real: Real pictures that it was learnt from.
+        fake: Forged pictures.
+        false_positives: Real ones at or above the threshold.
+        detected: Forged ones at or above the threshold.
+        nll: Mean negative log-likelihood in nats, before and after.
+        calibration_error: Expected calibration error, before and after.
+        notes: What to know about it.
+    """
+
+    temperature: float
+    temperature_before: float
+    threshold: float
+    uncertain: tuple[float, float] | None
+    target_fpr: float
+    band_level: float
+    real: int
+    fake: int
+    false_positives: int
+    detected: int
+    nll: tuple[float, float]
+    calibration_error: tuple[float, float]
+    notes: tuple[str, ...] = ()
+
+    def apply(self, probabilities: np.ndarray) -> np.ndarray:
+        """Calibrated probabilities for those that a model with the former temperature gave.
+
+        Args:
+            probabilities: (N,), in [0, 1].
+
+        Returns:
+            (N,), rounded as records are.
+        """
+        z = _log_odds(probabilities) * (self.temperature_before / self.temperature)
+        return np.round(_sigmoid(z), _DIGITS)
+
+    def sentences(self) -> tuple[str, ...]:
+        """What was learnt, in words for the user."""
+        low, high = wilson_interval(self.false_positives, self.real)
+        band = "none"
+        if self.uncertain:
+            band = f"{self.uncertain[0]:.4f} to {self.uncertain[1]:.4f}"
+        return (
+            f"temperature {self.temperature_before:.4g} -> {self.temperature:.4g}: negative "
+            f"log-likelihood {self.nll[0]:.4f} -> {self.nll[1]:.4f}, calibration error "
+            f"{self.calibration_error[0]:.4f} -> {self.calibration_error[1]:.4f}",
+            f"threshold {self.threshold:.4f}: {self.false_positives} of {self.real} real pictures "
+            f"called fake (asked for at most {100 * self.target_fpr:g} %; on new pictures "
+            f"{100 * low:.1f} to {100 * high:.1f} %), {self.detected} of {self.fake} forged found",
+            f"uncertain band: {band}",
+            *self.notes,
+        )
+
+
+def fit(
+    labels: Sequence[int] | np.ndarray,
+    probabilities: Sequence[float] | np.ndarray,
+    *,
+    groups: Sequence[str] | None = None,
+    temperature: float = 1.0,
+    target_fpr: float = TARGET_FPR,
+    band_level: float = BAND_LEVEL,
+    seed: int = 0,
+) -> Calibration:
+    """Learn temperature, threshold and uncertain band.
+
+    Args:
+        labels: (N,), 0 real and 1 fake.
+        probabilities: (N,), the fake probabilities that the model gave.
+        groups: (N,), what the bootstrap draws together, such as the video; None for each alone.
+        temperature: What the model divided its logits by.
+        target_fpr: Share of real pictures that may be called fake, in (0, 1).
+        band_level: Level of the band in (0, 1), or 0 for no band.
+        seed: Of the bootstrap.
+
+    Raises:
+        UsageError: ``target_fpr`` or ``band_level`` is out of range.
+        InputError: A class is empty or has too few pictures, too few real ones for the target, or
+            no threshold reaches it.
+    """
+    if not 0 < target_fpr < 1:
+        raise UsageError(f"--target-fpr lies between 0 and 1, not {target_fpr}.", "Try 0.05.")
+    if not 0 <= band_level < 1:
+        raise UsageError(f"The band's level lies in [0, 1), not {band_level}.", "Try 0.95.")
+    truth, scores = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
+    _check_enough(truth, target_fpr)
+    z = _log_odds(scores)
+    factor, notes = _fit_factor(truth, z)
+    found = np.round(_sigmoid(z / factor), _DIGITS)
+    real = truth == 0
+    threshold = find_threshold(found, real, target_fpr)
+    band = None
+    if band_level:
+        names = np.arange(len(truth)).astype(str) if groups is None else np.asarray(groups)
+        rule = (threshold, target_fpr, band_level)
+        band = _band(found[real], list(names[real]), rule, seed)
+    saturated = int(np.sum((scores <= _SATURATED) | (scores >= 1 - _SATURATED)))
+    if saturated:
+        notes.append(f"{saturated} of {len(scores)} scores are 0 or 1 to {_DIGITS} digits")
+    called = found >= threshold
+    return Calibration(
+        temperature=round(temperature * factor, 9),
+        temperature_before=temperature,
+        threshold=threshold,
+        uncertain=band,
+        target_fpr=target_fpr,
+        band_level=band_level,
+        real=int(real.sum()),
+        fake=int((~real).sum()),
+        false_positives=int((called & real).sum()),
+        detected=int((called & ~real).sum()),
+        nll=(_nll(truth, z), _nll(truth, z / factor)),
+        calibration_error=(calibration_error(truth, scores), calibration_error(truth, found)),
+        notes=tuple(notes),
+    )
+
+
+def find_threshold(scores: np.ndarray, real: np.ndarray, target_fpr: float) -> float:
+    """The smallest threshold at which at most ``target_fpr`` of the real pictures are called fake.
+
+    It lies half-way between the highest real score that must stay below it and the next score
+    above, so that the last digit of a score decides nothing.
+
+    Args:
+        scores: (N,), of all pictures, rounded as records are.
+        real: (N,), bool.
+        target_fpr: In (0, 1).
+
+    Raises:
+        InputError: Too many real pictures score 1.
+    """
+    below = float(_excluded(scores[real], np.ones((1, int(real.sum()))), target_fpr)[0])
+    step = 10**-_DIGITS
+    if below > 1 - step:
+        raise InputError(
+            f"No threshold keeps the false positive rate at {target_fpr:g}: more real pictures "
+            f"than that have the probability 1.",
+            hint="Ask for a higher --target-fpr; this detector errs with certainty.",
+        )
+    above = scores[scores > below]
+    following = float(above.min()) if len(above) else below + step
+    return round(min(following, math.ceil((below + following) / 2 / step) * step), _DIGITS)
+
+
+def wilson_interval(hits: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of Wilson (1927) for a share that ``hits`` of ``total`` estimate."""
+    z = 1.959964
+    share, extra = hits / total, z * z / total
+    centre = (share + extra / 2) / (1 + extra)
+    half = z / (1 + extra) * math.sqrt(share * (1 - share) / total + extra / (4 * total))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _excluded(real_scores: np.ndarray, weights: np.ndarray, target_fpr: float) -> np.ndarray:
+    """The highest score that a threshold must lie above, for each row of weights (R, N): (R,)."""
+    curve = Ranking(np.zeros(len(real_scores)), real_scores).curve(weights)
+    allowed = target_fpr * curve.alarms[:, -1:] + 1e-9
+    return curve.scores[np.argmax(curve.alarms > allowed, axis=1)]
+
+
+def _band(
+    scores: np.ndarray, groups: Sequence[str], rule: tuple[float, float, float], seed: int
+) -> tuple[float, float]:
+    """Where the threshold lies in ``level`` of the bootstrap resamples of the real pictures.
+
+    Args:
+        scores: (N,), of the real pictures.
+        groups: (N,), what is drawn together.
+        rule: The threshold, its target and the level.
+        seed: Decides the draws.
+    """
+    threshold, target_fpr, level = rule
+    drawn = Groups(groups, [0] * len(groups))
+    found = [
+        _excluded(scores, weights[:, drawn.of_item], target_fpr)
+        for weights in drawn.weights(RESAMPLES, seed)
+    ]
+    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    return round(min(float(low), threshold), _DIGITS), round(max(float(high), threshold), _DIGITS)
+
+
+def _check_enough(truth: np.ndarray, target_fpr: float) -> None:
+    counts = {"real": int((truth == 0).sum()), "forged": int((truth == 1).sum())}
+    for word, count in counts.items():
+        if count < FEWEST:
+            raise InputError(
+                f"There are {count} {word} pictures with a score; a calibration needs at least "
+                f"{FEWEST} of each class.",
+                "empty",
+                "Give more pictures.",
+            )
+    needed = math.ceil(1 / target_fpr - 1e-9)
+    if counts["real"] < needed:
+        raise InputError(
+            f"A false positive rate of {target_fpr:g} cannot be told from {counts['real']} real "
+            f"pictures: it takes at least {needed}.",
+            "empty",
+            f"Give more real pictures, or --target-fpr {math.ceil(100 / counts['real']) / 100:g}.",
+        )
+
+
+def _fit_factor(truth: np.ndarray, z: np.ndarray) -> tuple[float, list[str]]:
+    """What to divide log-odds by so that their likelihood is largest, within ``FACTORS``.
+
+    The negative log-likelihood is convex in the inverse, so its slope has one zero.
+    """
+
+    def slope(inverse: float) -> float:
+        return float(np.mean(z * (_sigmoid(z * inverse) - truth)))
+
+    low, high = 1 / FACTORS[1], 1 / FACTORS[0]
+    if slope(low) >= 0:
+        return FACTORS[1], ["the temperature is at its upper bound: the scores hardly tell"]
+    if slope(high) <= 0:
+        return FACTORS[0], ["the temperature is at its lower bound: the scores tell the classes"]
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return 2 / (low + high), []
+
+
+def _log_odds(probabilities: np.ndarray) -> np.ndarray:
+    clipped = np.clip(np.asarray(probabilities, dtype=np.float64), _SATURATED, 1 - _SATURATED)
+    return np.log(clipped) - np.log1p(-clipped)
+
+
+def _sigmoid(z: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -z))
+
+
+def _nll(truth: np.ndarray, z: np.ndarray) -> float:
+    return float(np.mean(np.logaddexp(0, np.where(truth == 1, -z, z))))
