@@ -38,12 +38,15 @@ class Entry(NamedTuple):
 
 COMMANDS = (
     Entry("detect", "m2f2cli.cli.infer:detect", "Judge pictures"),
+    Entry("prepare faces", "m2f2cli.cli.prepare:faces", "Prepare data"),
     Entry("train-detector", "m2f2cli.cli.train:train_detector", "Train"),
     Entry("import", "m2f2cli.cli.weights:import_checkpoint", "Checkpoints"),
     Entry("info", "m2f2cli.cli.info:info", "Checkpoints"),
 )
 # What the groups of commands are for.
-GROUPS: dict[str, str] = {}
+GROUPS: dict[str, str] = {
+    "prepare": "Make the files that training and evaluation read.",
+}
 
 
 def build() -> typer.Typer:

@@ -21,7 +21,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from m2f2cli.data.clips import ClipNotes, FrameReader, check_pixels, write_notes
+from m2f2cli.data.clips import ClipNotes, ClipShape, FrameReader, check_pixels, write_notes
 from m2f2cli.weights.atomic import sync_folder, write_error
 
 
@@ -58,17 +58,17 @@ class ClipWriter:
             dataset = file.create_dataset(key, data=frames, chunks=(1, *frames.shape[1:]))
             write_notes(dataset, notes)
 
-    def done(self) -> dict[str, ClipNotes | None]:
-        """The notes of every clip there is, in the file or in a part, by key.
+    def done(self) -> dict[str, tuple[ClipShape, ClipNotes | None]]:
+        """The size and notes of every clip there is, in the file or in a part, by key.
 
         Raises:
             InputError: The file is there but broken or of another layout.
         """
         with FrameReader() as reader:
             return {
-                key: reader.notes(file, key)
+                key: (shape, reader.notes(file, key))
                 for file in self._files()
-                for key in reader.shapes(file)
+                for key, shape in reader.shapes(file).items()
             }
 
     def discard(self) -> None:

@@ -34,9 +34,10 @@ class ClipNotes:
         source: The video, as a path inside the folder it was taken from.
         source_sha256: Of the video's bytes, hexadecimal.
         source_bytes: The video's size.
-        detector: What found the faces.
+        detector: What finds the faces, with its version.
         margin: Share by which a crop is larger than the face box.
         fps: Frames a second of the video; 0 where unknown, and for pictures.
+        asked: The largest number of frames wanted.
         looked_at: How many frames were looked at; those without a face are left out.
         interpolated: How many of the boxes were filled in between two found ones.
         boxes_from: SHA-256 of the video whose boxes these are; empty for the clip's own.
@@ -51,6 +52,7 @@ class ClipNotes:
     detector: str
     margin: float
     fps: float
+    asked: int
     looked_at: int
     interpolated: int
     boxes_from: str
@@ -203,7 +205,7 @@ def read_notes(attributes: Mapping[str, Any]) -> ClipNotes | None:
     values: dict[str, Any] = {item.name: attributes.get(item.name) for item in fields(ClipNotes)}
     if any(value is None for value in values.values()):
         return None
-    for name in ("source_bytes", "looked_at", "interpolated"):
+    for name in ("source_bytes", "asked", "looked_at", "interpolated"):
         values[name] = int(values[name])
     for name in ("margin", "fps"):
         values[name] = float(values[name])

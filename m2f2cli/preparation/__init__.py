@@ -1,0 +1,1 @@
+"""From videos and annotations to the files that training and evaluation read."""
