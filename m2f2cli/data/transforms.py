@@ -18,6 +18,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # A picture more than this many times longer than wide is cut to it before it is resized, so that
 # a 1-pixel-wide strip cannot ask for gigabytes; what is cut lies far outside the centre crop.
 _LONGEST_RATIO = 16
+# A longer picture is shrunk before it is padded: the square of its edge could fill the memory.
+_LONGEST_PADDED = 4096
 
 
 def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -115,3 +117,30 @@ def pad_to_square(pixels: np.ndarray, fill: tuple[int, int, int] = (122, 116, 10
     top, left = (edge - height) // 2, (edge - width) // 2
     square[top : top + height, left : left + width] = pixels
     return square
+
+
+def explainer_views(
+    pixels: np.ndarray, *, size: int, mean: Sequence[float], std: Sequence[float], aspect: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """What an explainer's CLIP tower and its backbone see of a picture.
+
+    Args:
+        pixels: uint8 (H, W, 3), RGB.
+        size: Edge of the network's input in pixels.
+        mean: Three means of the unit range.
+        std: Three standard deviations of the unit range.
+        aspect: ``pad``: CLIP sees all of the picture on a square; ``square``: its centre. The
+            backbone always sees the centre.
+
+    Returns:
+        Two float32 (3, size, size); one array twice where both see the same.
+    """
+    centre = preprocess(pixels, size=size, mean=mean, std=std)
+    height, width = pixels.shape[:2]
+    if aspect == "square" or height == width:
+        return centre, centre
+    if max(height, width) > _LONGEST_PADDED:
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
+        picture.thumbnail((_LONGEST_PADDED, _LONGEST_PADDED))
+        pixels = np.asarray(picture)
+    return preprocess(pad_to_square(pixels), size=size, mean=mean, std=std), centre

@@ -308,7 +308,14 @@ class Explainer(PreTrainedModel, GenerationMixin):
         if input_ids is not None:
             features = None if pixels is None else self.encode_pictures(pixels, seen)
             kwargs["inputs_embeds"] = self.embed(input_ids, features)
+        if self.generation_config.pad_token_id is None:
+            kwargs.setdefault("pad_token_id", 0)  # fills rows after their end; any token does
         return super().generate(**kwargs)
+
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        ends = self.generation_config.eos_token_id
+        return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 def _match_pictures(
