@@ -88,6 +88,9 @@ def _convert(flag: str, value: Any, kind: Any) -> Any:
     kind = next(member for member in members if member is not types.NoneType)
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)
+        if inner[-1] is Ellipsis:  # one or several words
+            several = value if isinstance(value, (list, tuple)) else (value,)
+            return tuple(_convert(flag, one, inner[0]) for one in several)
         if not isinstance(value, (list, tuple)) or len(value) != len(inner):
             raise ConfigError(f"{flag} needs {len(inner)} values, not {value!r}.")
         return tuple(_convert(flag, one, want) for one, want in zip(value, inner, strict=True))
@@ -112,13 +115,15 @@ def _number(flag: str, value: int | str) -> float:
 
 
 def _check(flag: str, value: Any, limits: Limits) -> None:
-    if limits.choices and value not in limits.choices:
-        near = get_close_matches(str(value), limits.choices, n=1)
-        hint = f"Did you mean '{near[0]}'?" if near else f"Use one of: {', '.join(limits.choices)}."
-        raise ConfigError(f"{flag} does not know '{value}'.", hint)
-    if value == "":
-        raise ConfigError(f"{flag} is empty.", f"Leave out {flag} to get its default.")
     values = value if isinstance(value, tuple) else (value,)
+    for word in values if limits.choices else ():
+        if word not in limits.choices:
+            near = get_close_matches(str(word), limits.choices, n=1)
+            known = f"Use one of: {', '.join(limits.choices)}."
+            hint = f"Did you mean '{near[0]}'?" if near else known
+            raise ConfigError(f"{flag} does not know '{word}'.", hint)
+    if not values or "" in values:
+        raise ConfigError(f"{flag} is empty.", f"Leave out {flag} to get its default.")
     numbers = [n for n in values if isinstance(n, (int, float)) and not isinstance(n, bool)]
     for number in numbers:
         if not math.isfinite(number):
@@ -187,7 +192,9 @@ class OptionGroups:
             value = getattr(getattr(self, group), item.name)
             if isinstance(value, Path):
                 value = str(value)
-            flat[item.name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
+            if isinstance(value, tuple):
+                value = list(value) if len(value) > 1 else value[0]  # one word stays a word
+            flat[item.name.replace("_", "-")] = value
         return flat
 
     def to_yaml(self) -> str:

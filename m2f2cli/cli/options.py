@@ -7,6 +7,7 @@ file, the file over the default.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,21 +40,33 @@ def _flags_from_file(context: typer.Context, path: Path | None) -> Path | None:
     """Make a YAML file's values the defaults of the running command's flags."""
     if path is None or context.resilient_parsing:
         return path
-    by_flag: dict[str, str] = {}
+    values = as_defaults(context, read_mapping(path), f"'{path}'")
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def as_defaults(context: typer.Context, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values of flags, named with dashes or underscores, by the names of the command's parameters.
+
+    Raises:
+        ConfigError: The command has no such flag.
+    """
+    by_flag: dict[str, Any] = {}
     for parameter in context.command.params:
         if parameter.name is None or parameter.name in ("config", "help"):
             continue
         for spelling in parameter.opts:
             if spelling.startswith("--"):
-                by_flag[spelling.removeprefix("--")] = parameter.name
-    defaults = dict(context.default_map or {})
-    for key, value in read_mapping(path).items():
+                by_flag[spelling.removeprefix("--")] = parameter
+    defaults = {}
+    for key, value in values.items():
         name = key.replace("_", "-")
         if name not in by_flag:
-            raise unknown_key(key, sorted(by_flag), f"'{path}'")
-        defaults[by_flag[name]] = value
-    context.default_map = defaults
-    return path
+            raise unknown_key(key, sorted(by_flag), where)
+        parameter = by_flag[name]
+        one_of_several = getattr(parameter, "multiple", False) and isinstance(value, str)
+        defaults[parameter.name] = [value] if one_of_several else value
+    return defaults
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

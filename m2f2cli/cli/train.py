@@ -9,18 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
+
 from m2f2cli.cli import options as flags
 from m2f2cli.cli.output import Output
 from m2f2cli.config import OptionGroups, flag_name
 from m2f2cli.runtime import first_process
 from m2f2cli.training.options import TrainDetectorOptions
+from m2f2cli.training.recipes import read_recipe
 
 EXAMPLES = {
     "train-detector": (
         "m2f2 train-detector --data faces/ --output detector/",
         "m2f2 train-detector --config recipe.yaml --output detector/ --resume",
         "m2f2 train-detector --data ddvqa/ --init lite --train head --epochs 5 --output tuned/",
-        "m2f2 train-detector --data faces/ --output detector/ --print-config",
+        "m2f2 train-detector --data ffpp:ffpp_h5/ --recipe published --output detector/",
+        "m2f2 train-detector --data ffpp:ffpp_h5/ --data faces/ --balance --output detector/",
+        "m2f2 train-detector --recipe published --print-config",
     )
 }
 
@@ -44,7 +49,19 @@ _METAVARS: dict[Any, str] = {
     Path | None: "PATH",
     tuple[float, float]: "LOW HIGH",
     tuple[int, int]: "LOW HIGH",
+    tuple[str, ...]: "DIR",
+    tuple[str, ...] | None: "DIR",
 }
+
+
+def _flags_from_recipe(context: typer.Context, name: str | None) -> str | None:
+    """Make a recipe's values the defaults of the flags that no --config file sets."""
+    if name is not None and not context.resilient_parsing:
+        values = flags.as_defaults(context, read_recipe(name), f"The recipe '{name}'")
+        context.default_map = {**values, **(context.default_map or {})}
+    return name
+
+
 PrintConfig = Annotated[
     bool,
     flags.flag("print-config", "Print the settings as a --config file, and stop.", switch=True),
@@ -56,9 +73,13 @@ def train_detector(**values: Any) -> None:
 
     The epoch that does best on held-out identities becomes a checkpoint folder, for 'm2f2 detect
     --model DIR'. A killed run goes on with --resume and ends with the weights it would have had.
-    The defaults are the published settings; --print-config shows them as a file for --config.
+    The defaults are the published settings; --recipe names others, and --print-config shows the
+    whole as a file for --config. Flags win over M2F2_* in the environment, that over the file, the
+    file over the recipe.
     """
     quiet, show = values.pop("quiet"), values.pop("print_config")
+    if show:
+        values |= {name: values[name] or "DIR" for name in ("data", "output")}
     values.pop("config")
     leads = first_process()
     output = Output(quiet=quiet or not leads)
@@ -93,16 +114,21 @@ def signature_of(options: type[OptionGroups], *others: inspect.Parameter) -> ins
 def _parameter(item: dataclasses.Field[Any], hint: Any, panel: str) -> inspect.Parameter:
     """A flag with the field's name, type, default and help; the field itself checks values."""
     wanted = item.default is dataclasses.MISSING
+    default: Any = None if wanted else item.default
     extra: dict[str, Any] = {"rich_help_panel": panel, "show_default": not wanted}
     if hint is bool:
         extra |= {"negatable": True, "metavar": ""}
     else:
         extra["metavar"] = "|".join(item.metadata["limits"].choices) or _METAVARS[hint]
+    if hint in (tuple[str, ...], tuple[str, ...] | None):
+        hint, default = list[str] | None, default and list(default)
+    if item.name == "recipe":
+        extra |= {"is_eager": True, "callback": _flags_from_recipe}
     name = flag_name(item.name).removeprefix("--")
     return inspect.Parameter(
         item.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=None if wanted else item.default,
+        default=default,
         annotation=Annotated[
             hint | None if wanted else hint, flags.flag(name, item.metadata["help"], **extra)
         ],

@@ -13,8 +13,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from m2f2cli.training.epochs import BatchSampler
 from m2f2cli.training.objective import Objective
-from m2f2cli.training.pictures import EpochSampler
 
 Advance = Callable[[int, str], None]
 Notify = Callable[[str], None]
@@ -25,13 +25,13 @@ class Housekeeping(TrainerCallback):
 
     Args:
         trainer: The trainer it serves.
-        sampler: Of its training pictures.
+        sampler: Of its training batches.
         save_steps: Steps between saved states within an epoch; 0 for none.
         steps_per_epoch: Optimiser steps an epoch.
     """
 
     def __init__(
-        self, trainer: Trainer, sampler: EpochSampler, *, save_steps: int, steps_per_epoch: int
+        self, trainer: Trainer, sampler: BatchSampler, *, save_steps: int, steps_per_epoch: int
     ) -> None:
         self.objective: Objective = trainer.model
         self.sampler = sampler

@@ -13,21 +13,17 @@ from typing import Any
 import torch
 
 from m2f2cli.data.ddvqa import FLAWS, REGIONS
-from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
-from m2f2cli.errors import ConfigError, InputError, UsageError
+from m2f2cli.errors import ConfigError, UsageError
 from m2f2cli.runtime import first_process, seed_everything
 from m2f2cli.training.build import build_detector
 from m2f2cli.training.callbacks import Advance, Housekeeping, Notify, Reporter, epoch_records
 from m2f2cli.training.domain import fit_domain
 from m2f2cli.training.objective import Objective, moving_groups
 from m2f2cli.training.options import INCIDENTAL, TrainDetectorOptions
-from m2f2cli.training.pictures import (
-    Batcher,
-    MeasuringPictures,
-    PictureStore,
-    TrainingPictures,
-)
-from m2f2cli.training.settings import picture_recipe, trainer_arguments
+from m2f2cli.training.picture_store import PictureStore
+from m2f2cli.training.pictures import MeasuringPictures, TrainingPictures
+from m2f2cli.training.settings import picture_settings, trainer_arguments
+from m2f2cli.training.sources import read_sources
 from m2f2cli.training.trainer import DetectorTrainer, last_state
 from m2f2cli.weights import store
 from m2f2cli.weights.atomic import refuse_existing
@@ -89,7 +85,7 @@ class Training:
         if state is not None:
             self.notify(f"Going on after step {state.name[11:]} of {self.steps}.")
         trainer.add_callback(Reporter(advance or (lambda *_: None), self.notify))
-        trainer.train(resume_from_checkpoint=str(state) if state is not None else None)
+        trainer.train_from(state)
         if trainer.is_world_process_zero():
             self._write()
         trainer.accelerator.wait_for_everyone()
@@ -111,6 +107,12 @@ class Training:
         epochs = epoch_records(trainer.state)
         chosen = next(record for record in epochs if record["step"] == best)
         stage = self.record | {"metrics": {"selected": chosen, "epochs": epochs}}
+        if trainer.gave_up(trainer.state):
+            stage["metrics"]["stopped_after"] = epochs[-1]["epoch"]
+            self.notify(
+                f"Stopped after epoch {epochs[-1]['epoch']}: no better "
+                f"{self.options.optimiser.select} for {self.options.optimiser.early_stop} epochs."
+            )
         processor = store.preprocessor_config(
             detector.config.image_size, detector.config.image_mean, detector.config.image_std
         )
@@ -157,26 +159,29 @@ def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> T
         return Training(options, None, 0, {}, notify)
     _claim_output(options)
     arguments = trainer_arguments(options, state_folder(run.output))
-    train, held = read_split(options)
+    left_out: list[str] = []
+    train, held = read_sources(options.data, seed=run.seed, tell=left_out.append)
     skip = options.data.unreadable == "skip"
     stores = [PictureStore(part, options.data.cache, skip=skip) for part in (train, held)]
-    for picture in (name for part in stores for name in part.skipped):
-        notify(f"left out, unreadable: {picture}")
+    left_out += [name for part in stores for name in part.skipped]
+    for name in left_out:
+        notify(f"left out, missing or unreadable: {name}")
     seed_everything(run.seed)
     detector = build_detector(options.model, options.data.crop_margin)
     kinds = tuple(train.kinds()) if options.objective.kind_weight else ()
-    recipe = picture_recipe(options, detector, train, kinds)
+    settings = picture_settings(options, detector, train, kinds)
     objective = Objective(detector, options, kinds=len(kinds), judgements=len(REGIONS) + len(FLAWS))
-    pictures = TrainingPictures(stores[0], recipe)
+    pictures = TrainingPictures(stores[0], settings)
+    measured = MeasuringPictures(stores[1], settings)
     trainer = DetectorTrainer(
         objective,
         arguments,
         options=options.optimiser,
         pictures=pictures,
-        measured=MeasuringPictures(stores[1], recipe),
-        batcher=Batcher(options.objective.mixup, run.seed),
+        measured=measured,
+        mixup=options.objective.mixup,
     )
-    per_epoch = _steps_per_epoch(trainer)
+    per_epoch = trainer.steps_per_epoch
     arguments.logging_steps = min(10, per_epoch)
     trainer.add_callback(
         Housekeeping(trainer, trainer.sampler, save_steps=run.save_steps, steps_per_epoch=per_epoch)
@@ -186,10 +191,18 @@ def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> T
         "parent": detector.fingerprint,
         "options": options.to_flat(),
         "data": {
-            "train": {"fingerprint": train.fingerprint(), **stores[0].samples.counts()},
-            "validation": {"fingerprint": held.fingerprint(), **stores[1].samples.counts()},
-            "unreadable": [name for part in stores for name in part.skipped],
-        },
+            part: {
+                "fingerprint": read.fingerprint(),
+                **store.samples.counts(),
+                "videos": sum(sample.clip is not None for sample in store.samples.samples),
+                "items": len(items),
+            }
+            for part, read, store, items in (
+                ("train", train, stores[0], pictures),
+                ("validation", held, stores[1], measured),
+            )
+        }
+        | {"unreadable": left_out},
         "trained_values": moving_groups(objective),
         "versions": _versions(),
     }
@@ -199,27 +212,6 @@ def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> T
         *stores, size=detector.config.image_size, quantile=options.data.domain_quantile
     )
     return Training(options, trainer, steps, record, notify, domain)
-
-
-def read_split(options: TrainDetectorOptions) -> tuple[SampleSet, SampleSet]:
-    """The pictures to train on and those to measure on, with no identity in both.
-
-    Raises:
-        InputError: The data cannot be read or cut, or one identity is in both folders.
-    """
-    data = options.data
-    whole = read_samples(data.data, data.identities)
-    if data.validation is None:
-        return split_by_identity(whole, data.validation_share, data.split_seed)
-    held = read_samples(data.validation)
-    shared = sorted(whole.people() & held.people())
-    if shared:
-        raise InputError(
-            f"{len(shared)} identities are in both --data and --validation, '{shared[0]}' first.",
-            hint="Validation must show people that training has not seen; if these are different "
-            "people of one name, rename their folders or files.",
-        )
-    return whole, held
 
 
 def _claim_output(options: TrainDetectorOptions) -> None:
@@ -253,12 +245,6 @@ def _same_options(noted: Mapping[str, Any], options: TrainDetectorOptions, where
             )
 
 
-def _steps_per_epoch(trainer: DetectorTrainer) -> int:
-    arguments = trainer.args
-    steps = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())
-    return int(steps[1])
-
-
 def _versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
@@ -273,8 +259,12 @@ def _summary(record: Mapping[str, Any]) -> str:
     parts = []
     for word in ("train", "validation"):
         counts = {k: n for k, n in record["data"][word].items() if isinstance(n, int)}
-        people = counts.pop("identities")
+        people, videos, items = (counts.pop(key) for key in ("identities", "videos", "items"))
+        total = sum(counts.values())
+        nouns = [f"{total - videos} pictures"] if total > videos else []
+        nouns += [f"{videos} videos"] if videos else []
         each = ", ".join(f"{n} {kind}" for kind, n in counts.items())
-        parts.append(f"{word}: {sum(counts.values())} pictures of {people} identities ({each})")
+        often = f", {items} an epoch" if items != total else ""
+        parts.append(f"{word}: {' and '.join(nouns)} of {people} identities ({each}){often}")
     values = ", ".join(f"{group} {n:,}" for group, n in record["trained_values"].items())
     return "\n".join((*parts, f"trains: {values}"))

@@ -73,6 +73,7 @@ class Objective(nn.Module):
         pixel_values: torch.Tensor,
         labels: torch.Tensor,
         target: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
         **more: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Compute the loss of a batch.
@@ -81,6 +82,7 @@ class Objective(nn.Module):
             pixel_values: (B, 3, S, S), normalised.
             labels: (B,) int64, 0 real and 1 fake; the target when measuring.
             target: (B,) float32, fake probability to learn, in [0, 1].
+            weight: () what the batch counts beside the others of its step; 1 if unset.
             **more: Targets of the further tasks, each zero where unknown: ``kind`` (B, K) weights
                 over ``real`` and the manipulations; ``judgement`` (B, J) in [0, 1] with
                 ``judgement_known`` (B,); ``map`` (B, g, g) forged share of each cell with
@@ -113,6 +115,8 @@ class Objective(nn.Module):
             loss = loss + aims.map_weight * _known_binary(
                 told, more["map"].flatten(1), more["map_known"]
             )
+        if weight is not None:
+            loss = loss * weight
         return {"loss": loss, "logits": logits.float()}
 
     def _measured(self, pixel_values: torch.Tensor) -> torch.Tensor:

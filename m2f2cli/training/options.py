@@ -2,71 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from m2f2cli.config import Checked, OptionGroups, flag_name, option, required
 from m2f2cli.errors import ConfigError
+from m2f2cli.training.data_options import DataOptions
 from m2f2cli.training.picture_options import AugmentOptions, PseudoFakeOptions
-
-
-@dataclass(frozen=True)
-class DataOptions(Checked):
-    """What to train on and what to measure on."""
-
-    data: str = required(
-        "Pictures to train on: a folder with real/ and fake/ (sub-folders included), or of DD-VQA "
-        "crops named <manipulation>_<video>.jpg. 'folder:DIR' or 'ddvqa:DIR' settles which."
-    )
-    validation: str | None = option(
-        None, "A second such folder to measure on, instead of a share of the first."
-    )
-    validation_share: float = option(
-        0.15,
-        "Share of the pictures held out to measure on, cut between identities.",
-        low=0.0,
-        high=0.9,
-        open_low=True,
-    )
-    split_seed: int = option(0, "Seed that decides which identities are held out.", low=0)
-    identities: Path | None = option(
-        None,
-        "CSV file with lines 'picture,identity,...' (paths inside --data) that says who is in "
-        "which picture. Without it, folders and file names tell.",
-    )
-    annotations: Path | None = option(
-        None,
-        "Folder of DD-VQA annotation files: what people saw in forged faces. Feeds "
-        "--judgement-weight.",
-    )
-    unreadable: str = option(
-        "error",
-        "A picture that cannot be read ends the run (error), or is left out and named (skip).",
-        "error",
-        "skip",
-    )
-    cache: str = option(
-        "auto",
-        "Keep decoded pictures in memory: always, never, or if they take at most 2 GiB (auto).",
-        "auto",
-        "always",
-        "never",
-    )
-    workers: int = option(0, "Processes that prepare pictures beside the training one.", low=0)
-    crop_margin: float = option(
-        0.3,
-        "Margin around the face box that the pictures were cropped with; stored in the detector "
-        "so that detect crops alike.",
-        low=0.0,
-        high=4.0,
-    )
-    domain_quantile: float = option(
-        0.99,
-        "Share of the held-out pictures whose texture counts as familiar: the detector stores the "
-        "limit, and 'm2f2 detect' answers uncertain beyond it. 0 stores no check.",
-        low=0.0,
-        high=1.0,
-    )
+from m2f2cli.training.recipes import read_recipe
 
 
 @dataclass(frozen=True)
@@ -136,8 +81,8 @@ class OptimiserOptions(Checked):
     """How the weights move."""
 
     epochs: int = option(200, "Passes over the data (published: 200).", low=1)
-    batch_size: int = option(80, "Pictures a step and process (published: 80).", low=1)
-    accumulate: int = option(1, "Batches whose gradients are summed into one step.", low=1)
+    batch_size: int = option(80, "Pictures a batch and process (published: 80).", low=1)
+    accumulate: int = option(1, "Batches whose gradients make one step together.", low=1)
     optimiser: str = option("adam", "Update rule (published: adam).", "adam", "adamw")
     beta2: float = option(0.999, "Decay of its second moment.", low=0.5, high=0.99999)
     learning_rate: float = option(1e-3, "Of the backbone (published: 1e-3).", low=0.0)
@@ -191,9 +136,17 @@ class OptimiserOptions(Checked):
     select: str = option(
         "auc", "Validation figure that decides which epoch is kept.", "auc", "ap", "loss", "last"
     )
+    early_stop: int = option(
+        0, "Stop after so many epochs in a row without a better --select figure; 0 never.", low=0
+    )
 
     def check(self) -> None:
-        """A warm-up needs a schedule that has one."""
+        """A warm-up needs a schedule that has one; an early stop a figure to watch."""
+        if self.early_stop and self.select == "last":
+            raise ConfigError(
+                "--early-stop has no figure to watch with --select last.",
+                "Use --select auc, ap or loss.",
+            )
         if self.warmup and self.schedule == "plateau":
             raise ConfigError(
                 "--warmup has no effect with --schedule plateau.",
@@ -250,6 +203,11 @@ class RunOptions(Checked):
     """Where the result goes and how the machine is used."""
 
     output: Path = required("Folder for the detector; it must not exist yet.")
+    recipe: str | None = option(
+        None,
+        "Settings to start from, by name: published, published-efficientnet-b4, robust or "
+        "small-data. Flags, environment and --config file go before them.",
+    )
     seed: int = option(0, "Seed of every random choice but the split.", low=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
     save_dtype: str = option(
@@ -294,7 +252,7 @@ class RunOptions(Checked):
 
 # How a run is carried out, never what comes of it: these may differ on --resume.
 INCIDENTAL = frozenset(
-    ("output", "workers", "cache", "save-steps", "resume", "overwrite", "report-to")
+    ("output", "recipe", "workers", "cache", "save-steps", "resume", "overwrite", "report-to")
 )
 
 
@@ -309,6 +267,18 @@ class TrainDetectorOptions(OptionGroups):
     augment: AugmentOptions
     pseudo: PseudoFakeOptions
     run: RunOptions
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> TrainDetectorOptions:
+        """As ``OptionGroups.from_flat``; what is missing is taken from the recipe, if one is named.
+
+        Raises:
+            ConfigError: As there, or the recipe is unknown.
+        """
+        given = {name.replace("-", "_"): value for name, value in values.items()}
+        if given.get("recipe") is not None:
+            given = {**read_recipe(given["recipe"]), **given}
+        return super().from_flat(given)
 
     def __post_init__(self) -> None:
         if self.objective.judgement_weight and self.data.annotations is None:

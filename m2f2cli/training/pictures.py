@@ -1,4 +1,4 @@
-"""The pictures of a training: read, kept in memory where they fit, changed, and put in batches.
+"""The pictures of a training: taken in an epoch's order, changed, and put in batches.
 
 Every random choice is drawn from a generator seeded by (seed, epoch, position), so neither worker
 processes nor a resumed run change what the network sees.
@@ -6,99 +6,30 @@ processes nor a resumed run change what the network sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from m2f2cli.data.augment import Augment
-from m2f2cli.data.images import read_picture
-from m2f2cli.data.samples import REAL, Sample, SampleSet, check_classes
+from m2f2cli.data.samples import REAL, Sample
 from m2f2cli.data.synthesis import Forgery, compress_h264, forge
 from m2f2cli.data.transforms import preprocess
-from m2f2cli.errors import InputError
+from m2f2cli.data.video import evenly
+from m2f2cli.training.epochs import Epochs, Steps
 from m2f2cli.training.picture_options import AugmentOptions, PseudoFakeOptions
+from m2f2cli.training.picture_store import PictureStore
 
 Item = dict[str, np.ndarray]
 
-_CACHE_BYTES = 2 * 2**30
-_AHEAD = 256  # pictures decoded before the reader has taken them
-_ORDER, _CHANGE, _MIX = 1, 2, 3  # streams of random numbers that never meet
-
-
-class PictureStore:
-    """Decoded pictures of a sample set, from memory or from their files.
-
-    Every picture is decoded once at the start, so a broken one is known before training begins.
-
-    Args:
-        samples: The pictures.
-        cache: ``always`` or ``never`` keep them decoded, or ``auto``: if they take at most 2 GiB.
-        skip: Leave out pictures that cannot be read, instead of failing.
-
-    Attributes:
-        samples: The pictures that can be read.
-        skipped: Names of those that cannot.
-
-    Raises:
-        InputError: A picture cannot be read and ``skip`` is off; it is named.
-    """
-
-    def __init__(self, samples: SampleSet, cache: str, *, skip: bool) -> None:
-        keep, taken = cache != "never", 0
-        self._kept: list[np.ndarray] = []
-        good: list[int] = []
-        failed: list[tuple[Sample, InputError]] = []
-        for index, result in enumerate(_decode_all(samples.samples)):
-            if isinstance(result, InputError):
-                failed.append((samples.samples[index], result))
-                continue
-            good.append(index)
-            taken += result.nbytes
-            keep = keep and (cache == "always" or taken <= _CACHE_BYTES)
-            if keep:
-                self._kept.append(result)
-            else:
-                self._kept.clear()
-        if failed and not skip:
-            sample, error = failed[0]
-            raise InputError(
-                f"{len(failed)} of {len(samples)} pictures cannot be read, '{sample.path}' first: "
-                f"{error.message}",
-                error.status,
-                "Mend or remove them, or leave them out with --unreadable skip.",
-            )
-        self.skipped = [sample.name for sample, _ in failed]
-        self.samples = samples.subset(good)
-        check_classes(self.samples, f"'{samples.root}' that can be read")
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Pixels of a picture, uint8 (H, W, 3) RGB."""
-        if self._kept:
-            return self._kept[index]
-        return read_picture(self.samples.samples[index].path).pixels
-
-
-def _decode_all(samples: Sequence[Sample]) -> Iterator[np.ndarray | InputError]:
-    """Decode in threads, a bounded number ahead of the reader."""
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(samples), _AHEAD):
-            yield from pool.map(_decode, samples[start : start + _AHEAD])
-
-
-def _decode(sample: Sample) -> np.ndarray | InputError:
-    try:
-        return read_picture(sample.path).pixels
-    except InputError as error:
-        return error
+_CHANGE, _MIX = 2, 3  # streams of random numbers; ``training.epochs`` has the others
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PictureSettings:
     """How a training item is made of pictures.
 
     Attributes:
@@ -109,6 +40,8 @@ class Recipe:
         augment: Changes of every picture.
         pseudo: Pseudo-fakes.
         balance: Whether real and forged pictures take turns.
+        frames_per_video: Frames of a video in an epoch; 0 for all.
+        validation_frames: Frames of a video to measure on; 0 for all.
         grid: Edge of the forgery map, for its target; 0 for none.
         kinds: Manipulations told apart, without ``real``; empty for none.
         judgements: Annotators' judgements by sample name, each float32 (J,); empty for none.
@@ -123,6 +56,8 @@ class Recipe:
     augment: AugmentOptions
     pseudo: PseudoFakeOptions
     balance: bool = False
+    frames_per_video: int = 1
+    validation_frames: int = 0
     grid: int = 0
     kinds: tuple[str, ...] = ()
     judgements: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -135,23 +70,28 @@ class TrainingPictures(Dataset[Item]):
 
     Args:
         store: The pictures.
-        recipe: What is made of them.
+        settings: What is made of them.
+
+    Attributes:
+        epochs: Which picture stands where.
     """
 
-    def __init__(self, store: PictureStore, recipe: Recipe) -> None:
+    def __init__(self, store: PictureStore, settings: PictureSettings) -> None:
         self.store = store
-        self.recipe = recipe
+        self.settings = settings
+        self.epochs = Epochs(
+            store.samples,
+            seed=settings.seed,
+            balance=settings.balance,
+            frames_per_video=settings.frames_per_video,
+        )
         self._samples = store.samples.samples
-        self._augment = Augment(**asdict(recipe.augment))
-        labels = store.samples.labels()
-        self._by_class = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
-        larger = max(len(members) for members in self._by_class)
-        self._length = 2 * larger if recipe.balance else len(labels)
-        self._plan: tuple[int, np.ndarray] = (-1, labels)
+        self._augment = Augment(**asdict(settings.augment))
+        self._reals = np.flatnonzero(store.samples.labels() == 0)
 
     def __len__(self) -> int:
         """Items an epoch."""
-        return self._length
+        return len(self.epochs)
 
     def __getitem__(self, index: int) -> Item:
         """One item.
@@ -162,38 +102,23 @@ class TrainingPictures(Dataset[Item]):
             ``kind`` (K,) one-hot, ``judgement`` (J,) with ``judgement_known`` (), ``map`` (g, g)
             with ``map_known`` ().
         """
-        epoch, position = divmod(index, self._length)
-        number = int(self._order(epoch)[position])
-        rng = np.random.default_rng((self.recipe.seed, _CHANGE, epoch, position))
-        sample = self._samples[number]
+        turn = self.epochs[index]
+        rng = np.random.default_rng((self.settings.seed, _CHANGE, turn.epoch, turn.position))
+        sample = self._samples[turn.sample]
         forgery = self._forgery(sample, rng)
-        pixels = forgery.pixels if forgery else self.store[number]
+        pixels = forgery.pixels if forgery else self.store.read(turn.sample, turn.frame)
         mask = forgery.mask if forgery else None
         pixels, mask = self._augment.apply(pixels, mask, rng)
         item = self._targets(sample, forgery, mask)
         item["index"] = np.array(index, dtype=np.int64)
         item["pixel_values"] = preprocess(
-            pixels, size=self.recipe.size, mean=self.recipe.mean, std=self.recipe.std
+            pixels, size=self.settings.size, mean=self.settings.mean, std=self.settings.std
         )
         return item
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """Positions in the sample set, in the order of an epoch."""
-        if self._plan[0] != epoch:
-            rng = np.random.default_rng((self.recipe.seed, _ORDER, epoch))
-            order: np.ndarray = rng.permutation(len(self._samples))
-            if self.recipe.balance:  # real and forged take turns
-                half = self._length // 2
-                order = np.empty(self._length, dtype=np.int64)
-                for first, own in enumerate(self._by_class):
-                    rounds = [rng.permutation(own) for _ in range(-(-half // len(own)))]
-                    order[first::2] = np.concatenate(rounds)[:half]
-            self._plan = (epoch, order)
-        return self._plan[1]
-
     def _forgery(self, sample: Sample, rng: np.random.Generator) -> Forgery | None:
         """The pseudo-fake that takes a forged picture's place, if the dice say so."""
-        pseudo = self.recipe.pseudo
+        pseudo = self.settings.pseudo
         draw = rng.random()
         if sample.label == 0 or draw >= pseudo.total:
             return None
@@ -201,43 +126,47 @@ class TrainingPictures(Dataset[Item]):
             draw -= share
             if draw < 0:
                 break
-        reals = self._by_class[0]
-        base = int(rng.choice(reals))
+        base = int(rng.choice(self._reals))
         other = None
         if kind == "swap_blend":
             people = set(self._samples[base].identities)
-            order = (int(number) for number in rng.permutation(reals))
+            order = (int(number) for number in rng.permutation(self._reals))
             strangers = (n for n in order if people.isdisjoint(self._samples[n].identities))
-            other = self.store[next(strangers, base)]
-        forgery = forge(self.store[base], rng, kind=kind, other=other)
+            other = self._any_frame(next(strangers, base), rng)
+        forgery = forge(self._any_frame(base, rng), rng, kind=kind, other=other)
         if rng.random() < pseudo.pseudo_h264:
             low, high = pseudo.pseudo_crf
             crf = int(rng.integers(low, high, endpoint=True))
             forgery = forgery._replace(pixels=compress_h264(forgery.pixels, crf))
         return forgery
 
+    def _any_frame(self, number: int, rng: np.random.Generator) -> np.ndarray:
+        """Pixels of a picture, or of a random frame of a video."""
+        frames = self._samples[number].frames
+        return self.store.read(number, int(rng.integers(frames)) if frames > 1 else 0)
+
     def _targets(self, sample: Sample, forgery: Forgery | None, mask: np.ndarray | None) -> Item:
-        recipe = self.recipe
+        settings = self.settings
         target = float(sample.label)
-        if forgery is None and sample.name in recipe.soft:
-            target += recipe.soft_weight * (recipe.soft[sample.name] - target)
+        if forgery is None and sample.name in settings.soft:
+            target += settings.soft_weight * (settings.soft[sample.name] - target)
         item: Item = {
             "labels": np.array(sample.label, dtype=np.int64),
             "target": np.array(target, dtype=np.float32),
         }
-        if recipe.kinds:
-            kinds = (REAL, *recipe.kinds)
+        if settings.kinds:
+            kinds = (REAL, *settings.kinds)
             item["kind"] = np.zeros(len(kinds), dtype=np.float32)
             if forgery is None and sample.kind in kinds:
                 item["kind"][kinds.index(sample.kind)] = 1.0
-        if recipe.judgements:
-            judged = recipe.judgements.get(sample.name) if forgery is None else None
-            length = len(next(iter(recipe.judgements.values())))
+        if settings.judgements:
+            judged = settings.judgements.get(sample.name) if forgery is None else None
+            length = len(next(iter(settings.judgements.values())))
             blank = np.zeros(length, dtype=np.float32)
             item["judgement"] = blank if judged is None else judged
             item["judgement_known"] = np.array(judged is not None, dtype=np.float32)
-        if recipe.grid:
-            item["map"] = _pool(mask, recipe.grid)
+        if settings.grid:
+            item["map"] = _pool(mask, settings.grid)
             known = forgery is not None or sample.label == 0
             item["map_known"] = np.array(known, dtype=np.float32)
         return item
@@ -254,48 +183,36 @@ def _pool(mask: np.ndarray | None, grid: int) -> np.ndarray:
 
 
 class MeasuringPictures(Dataset[Item]):
-    """Pictures as the detector will see them; ``pixel_values`` and ``labels`` only.
+    """Pictures, and evenly spaced frames of videos, as the detector will see them.
 
     Args:
         store: The pictures.
-        recipe: Gives size, mean and deviation.
+        settings: Gives size, mean and deviation, and the frames of a video.
     """
 
-    def __init__(self, store: PictureStore, recipe: Recipe) -> None:
+    def __init__(self, store: PictureStore, settings: PictureSettings) -> None:
         self.store = store
-        self.recipe = recipe
+        self.settings = settings
+        self._places = [
+            (number, frame)
+            for number, sample in enumerate(store.samples.samples)
+            for frame in evenly(sample.frames, settings.validation_frames or sample.frames)
+        ]
 
     def __len__(self) -> int:
-        return len(self.store.samples)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Item:
+        """``pixel_values`` float32 (3, S, S) and ``labels`` int64 () only."""
+        number, frame = self._places[index]
         pixels = preprocess(
-            self.store[index], size=self.recipe.size, mean=self.recipe.mean, std=self.recipe.std
+            self.store.read(number, frame),
+            size=self.settings.size,
+            mean=self.settings.mean,
+            std=self.settings.std,
         )
-        label = self.store.samples.samples[index].label
+        label = self.store.samples.samples[number].label
         return {"pixel_values": pixels, "labels": np.array(label, dtype=np.int64)}
-
-
-class EpochSampler(Sampler[int]):
-    """Item numbers of one epoch of ``TrainingPictures``, in order.
-
-    Args:
-        length: Items an epoch.
-
-    Attributes:
-        epoch: The epoch whose items the next iteration gives, from 0.
-    """
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        start = self.epoch * self.length
-        return iter(range(start, start + self.length))
 
 
 class Batcher:
@@ -304,14 +221,21 @@ class Batcher:
     Args:
         alpha: Of mixup's Beta distribution; 0 mixes nothing.
         seed: Of the share and the partners, with the first item's number.
+        steps: How items are dealt out to batches, which decides what a batch counts.
     """
 
-    def __init__(self, alpha: float, seed: int) -> None:
+    def __init__(self, alpha: float, seed: int, steps: Steps) -> None:
         self.alpha = alpha
         self.seed = seed
+        self.steps = steps
 
     def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
-        """Stack items along a new first axis; all but ``labels`` are mixed, targets linearly."""
+        """Stack items along a new first axis; all but ``labels`` are mixed, targets linearly.
+
+        Returns:
+            What the items have, without ``index``; training items also get ``weight`` float32 (),
+            what the batch's mean loss counts in its step.
+        """
         batch = {key: np.stack([item[key] for item in items]) for key in items[0]}
         index = batch.pop("index", None)
         if self.alpha > 0 and index is not None:
@@ -322,4 +246,8 @@ class Batcher:
             for key, values in batch.items():
                 if key != "labels":
                     batch[key] = share * values + (1 - share) * values[partners]
-        return {key: torch.from_numpy(values) for key, values in batch.items()}
+        tensors = {key: torch.from_numpy(values) for key, values in batch.items()}
+        if index is not None:
+            weight = self.steps.weight(int(index[0]) % self.steps.length, len(items))
+            tensors["weight"] = torch.tensor(weight, dtype=torch.float32)
+        return tensors

@@ -1,4 +1,4 @@
-"""Options turned into the settings of the Trainer and the recipe of its pictures."""
+"""Options turned into the settings of the Trainer and of its pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m2f2cli.errors import ConfigError, InputError, MissingExtraError
 from m2f2cli.models.detector import Detector
 from m2f2cli.runtime import pick_device
 from m2f2cli.training.options import TrainDetectorOptions
-from m2f2cli.training.pictures import Recipe
+from m2f2cli.training.pictures import PictureSettings
 
 
 def trainer_arguments(options: TrainDetectorOptions, folder: Path) -> TrainingArguments:
@@ -84,9 +84,9 @@ def trainer_arguments(options: TrainDetectorOptions, folder: Path) -> TrainingAr
     return arguments
 
 
-def picture_recipe(
+def picture_settings(
     options: TrainDetectorOptions, detector: Detector, train: SampleSet, kinds: tuple[str, ...]
-) -> Recipe:
+) -> PictureSettings:
     """How training pictures are made.
 
     Args:
@@ -112,7 +112,7 @@ def picture_recipe(
             raise InputError(f"'{data.annotations}' speaks of no picture in '{train.root}'.")
     if aims.map_weight and not config.forgery_map:
         raise ConfigError("--map-weight needs the forgery map, which the --init detector lacks.")
-    return Recipe(
+    return PictureSettings(
         seed=options.run.seed,
         size=config.image_size,
         mean=tuple(config.image_mean),
@@ -120,6 +120,8 @@ def picture_recipe(
         augment=options.augment,
         pseudo=options.pseudo,
         balance=aims.balance,
+        frames_per_video=data.frames_per_video,
+        validation_frames=data.validation_frames,
         grid=grid if aims.map_weight else 0,
         kinds=kinds,
         judgements=judgements,

@@ -17,16 +17,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import EvalPrediction
 
-from m2f2cli.errors import CheckpointError, M2F2Error
+from m2f2cli.errors import CheckpointError, InputError, M2F2Error
 from m2f2cli.evaluation.metrics import average_precision, roc_auc
+from m2f2cli.training.epochs import BatchSampler, Steps
 from m2f2cli.training.objective import Objective
 from m2f2cli.training.options import OptimiserOptions
-from m2f2cli.training.pictures import Batcher, EpochSampler, MeasuringPictures, TrainingPictures
+from m2f2cli.training.pictures import Batcher, MeasuringPictures, TrainingPictures
 from m2f2cli.training.stages import optimiser_groups
 from m2f2cli.weights.tensorfile import write_tensor_file
 
@@ -63,10 +65,13 @@ class DetectorTrainer(Trainer):
     Args:
         objective: What is trained.
         arguments: The Trainer's settings.
-        options: Learning rates, schedule and selection.
+        options: Learning rates, schedule, selection, early stop.
         pictures: What to train on.
         measured: What to measure on after each epoch.
-        batcher: Makes batches of training items.
+        mixup: Alpha of mixup.
+
+    Attributes:
+        sampler: Which training items come in which batch of this process.
     """
 
     model: Objective
@@ -81,22 +86,53 @@ class DetectorTrainer(Trainer):
         options: OptimiserOptions,
         pictures: TrainingPictures,
         measured: MeasuringPictures,
-        batcher: Batcher,
+        mixup: float,
     ) -> None:
         self.options = options
-        self.sampler = EpochSampler(len(pictures))
+        steps = Steps(len(pictures), options.batch_size, options.accumulate, arguments.world_size)
+        self.sampler = BatchSampler(steps, arguments.process_index)
         super().__init__(
             model=objective,
             args=arguments,
-            data_collator=batcher,
+            data_collator=Batcher(mixup, arguments.seed, steps),
             train_dataset=pictures,
             eval_dataset=measured,
             compute_metrics=measure,
         )
         self.remove_callback(PrinterCallback)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return self.sampler
+    def train_from(self, saved: Path | None) -> None:
+        """Train from the start or from a saved state, unless that has stopped early.
+
+        Raises:
+            InputError: A picture cannot be read any more.
+        """
+        if saved is not None:
+            self.state = TrainerState.load_from_json(str(saved / TRAINER_STATE_NAME))
+            if self.gave_up(self.state):
+                return
+        try:
+            self.train(resume_from_checkpoint=str(saved) if saved is not None else None)
+        except InputError as error:  # a worker's has its whole traceback for a message
+            message = error.message.rpartition(f"{InputError.__name__}: ")[2].strip()
+            hint = "Mend the file and give the same command with --resume."
+            raise InputError(message, error.status, hint) from error
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps an epoch."""
+        return len(self.sampler.steps)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This process's batches; accelerate would repeat items to make processes even."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+        )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build Adam or AdamW over the stage's groups; every trainable parameter exactly once."""
@@ -131,6 +167,9 @@ class DetectorTrainer(Trainer):
         return self.lr_scheduler
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        if self.args.world_size > 1:  # each process has its own BatchNorm statistics; one is saved
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
         if isinstance(self.lr_scheduler, ReduceLROnPlateau) and not skip_scheduler:
             self.lr_scheduler.step(metrics["eval_ce"])
@@ -149,7 +188,14 @@ class DetectorTrainer(Trainer):
         if better:
             self.state.best_metric = value
             self.state.best_global_step = self.state.global_step
+        if self.gave_up(self.state):
+            self.control.should_training_stop = True
         return better
+
+    def gave_up(self, state: TrainerState) -> bool:
+        """Whether the selected figure has not got better for ``early_stop`` epochs."""
+        waited = (state.global_step - (state.best_global_step or 0)) // self.steps_per_epoch
+        return 0 < self.options.early_stop <= waited
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a state; it counts once its mark is there, and only then do older ones go."""
@@ -160,6 +206,7 @@ class DetectorTrainer(Trainer):
                 f"The state cannot be saved in '{self.args.output_dir}': {error}.",
                 "Free some space and give the same command with --resume.",
             ) from error
+        self.accelerator.wait_for_everyone()  # each process saves something
         if self.args.should_save:
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             _sync(folder)

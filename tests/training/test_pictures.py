@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from m2f2cli.data.samples import read_samples
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.errors import InputError
+from m2f2cli.training.epochs import BatchSampler, Steps
 from m2f2cli.training.picture_options import AugmentOptions, PseudoFakeOptions
+from m2f2cli.training.picture_store import PictureStore
 from m2f2cli.training.pictures import (
     Batcher,
-    EpochSampler,
     MeasuringPictures,
-    PictureStore,
-    Recipe,
+    PictureSettings,
     TrainingPictures,
 )
 
@@ -23,14 +23,19 @@ PLAIN = AugmentOptions(flip=0.0, blur=0.0, jpeg=0.0)
 HALF = (0.5, 0.5, 0.5)
 
 
-def recipe(**changes) -> Recipe:
+def settings_of(**changes) -> PictureSettings:
     fields = {"seed": 3, "size": 32, "mean": HALF, "std": HALF, "augment": AugmentOptions()}
-    return Recipe(**(fields | {"pseudo": PseudoFakeOptions()} | changes))
+    return PictureSettings(**(fields | {"pseudo": PseudoFakeOptions()} | changes))
 
 
 @pytest.fixture(scope="module")
 def store(toy_data) -> PictureStore:
     return PictureStore(read_samples(toy_data), "auto", skip=False)
+
+
+def order(pictures: TrainingPictures, epoch: int) -> list[int]:
+    start = epoch * len(pictures)
+    return [pictures.epochs[start + position].sample for position in range(len(pictures))]
 
 
 def same(a, b) -> bool:
@@ -39,42 +44,42 @@ def same(a, b) -> bool:
 
 def test_items_hang_on_seed_epoch_and_position_only(store):
     changes = {"pseudo": PseudoFakeOptions(self_blend=0.5, swap_blend=0.5), "grid": 4}
-    pictures = TrainingPictures(store, recipe(**changes))
-    again = TrainingPictures(store, recipe(**changes))
+    pictures = TrainingPictures(store, settings_of(**changes))
+    again = TrainingPictures(store, settings_of(**changes))
     numbers = [0, 30, 5, 47, 5]
     wanted = [pictures[n] for n in numbers]
     assert all(same(a, b) for a, b in zip(wanted, (again[n] for n in numbers), strict=True))
     assert same(wanted[2], wanted[4])
     assert not same(pictures[5], pictures[5 + len(pictures)])
-    other = TrainingPictures(store, recipe(**changes, balance=True))
+    other = TrainingPictures(store, settings_of(**changes, balance=True))
     assert len(other) == len(pictures) == 24
-    reseeded = TrainingPictures(store, recipe(seed=4, **changes))
+    reseeded = TrainingPictures(store, settings_of(seed=4, **changes))
     assert not same(reseeded[5], pictures[5])
 
 
 def test_an_epoch_shows_every_picture_once(store):
-    pictures = TrainingPictures(store, recipe(augment=PLAIN))
+    pictures = TrainingPictures(store, settings_of(augment=PLAIN))
     for epoch in (0, 3):
-        assert sorted(pictures._order(epoch)) == list(range(24))
-    orders = [tuple(pictures._order(epoch)) for epoch in range(3)]
+        assert sorted(order(pictures, epoch)) == list(range(24))
+    orders = [tuple(order(pictures, epoch)) for epoch in range(3)]
     assert len(set(orders)) == 3
 
 
 def test_balanced_epochs_take_turns_and_miss_nobody(store):
     fewer = PictureStore(store.samples.subset([*range(12), 12, 13, 14]), "auto", skip=False)
-    pictures = TrainingPictures(fewer, recipe(balance=True))
+    pictures = TrainingPictures(fewer, settings_of(balance=True))
     assert len(pictures) == 24
     labels = [int(pictures[n]["labels"]) for n in range(24, 48)]
     assert labels == [0, 1] * 12
-    assert set(pictures._order(1)) == set(range(15))
+    assert set(order(pictures, 1)) == set(range(15))
 
 
 def test_without_changes_an_item_is_what_detect_would_see(store):
-    pictures = TrainingPictures(store, recipe(augment=PLAIN))
-    number = int(pictures._order(0)[7])
-    seen = preprocess(store[number], size=32, mean=HALF, std=HALF)
+    pictures = TrainingPictures(store, settings_of(augment=PLAIN))
+    number = int(order(pictures, 0)[7])
+    seen = preprocess(store.read(number), size=32, mean=HALF, std=HALF)
     assert np.array_equal(pictures[7]["pixel_values"], seen)
-    measured = MeasuringPictures(store, recipe())[number]
+    measured = MeasuringPictures(store, settings_of())[number]
     assert np.array_equal(measured["pixel_values"], seen)
     assert measured["labels"] == pictures[7]["labels"]
 
@@ -82,7 +87,7 @@ def test_without_changes_an_item_is_what_detect_would_see(store):
 def test_pseudo_fakes_replace_forged_pictures_only(store):
     pseudo = PseudoFakeOptions(self_blend=0.4, swap_blend=0.3, expression_warp=0.3)
     told = {"augment": PLAIN, "grid": 4, "kinds": ("fake",)}
-    pictures = TrainingPictures(store, recipe(pseudo=pseudo, **told))
+    pictures = TrainingPictures(store, settings_of(pseudo=pseudo, **told))
     for position in range(24):
         item = pictures[position]
         assert item["map_known"] == 1
@@ -93,16 +98,18 @@ def test_pseudo_fakes_replace_forged_pictures_only(store):
             assert 0 < item["map"].max() <= 1
             assert item["kind"].tolist() == [0, 0]
             assert item["target"] == 1
-    plain = TrainingPictures(store, recipe(**told))
+    plain = TrainingPictures(store, settings_of(**told))
     forged = next(item for item in map(plain.__getitem__, range(24)) if item["labels"] == 1)
     assert forged["map_known"] == 0
     assert forged["kind"].tolist() == [0, 1]
 
 
 def test_h264_changes_pseudo_fakes(store):
-    plain = TrainingPictures(store, recipe(augment=PLAIN, pseudo=PseudoFakeOptions(self_blend=1.0)))
+    plain = TrainingPictures(
+        store, settings_of(augment=PLAIN, pseudo=PseudoFakeOptions(self_blend=1.0))
+    )
     pseudo = PseudoFakeOptions(self_blend=1.0, pseudo_h264=1.0, pseudo_crf=(45, 45))
-    coded = TrainingPictures(store, recipe(augment=PLAIN, pseudo=pseudo))
+    coded = TrainingPictures(store, settings_of(augment=PLAIN, pseudo=pseudo))
     for position in range(4):
         a, b = plain[position], coded[position]
         equal = np.array_equal(a["pixel_values"], b["pixel_values"])
@@ -113,7 +120,7 @@ def test_map_follows_the_flip(store):
     def maps(flip):
         augment = AugmentOptions(flip=flip, blur=0.0, jpeg=0.0)
         pseudo = PseudoFakeOptions(mouth_warp=1.0)
-        pictures = TrainingPictures(store, recipe(augment=augment, pseudo=pseudo, grid=4))
+        pictures = TrainingPictures(store, settings_of(augment=augment, pseudo=pseudo, grid=4))
         return [pictures[n]["map"] for n in range(24)]
 
     for straight, mirrored in zip(maps(0.0), maps(1.0), strict=True):
@@ -125,9 +132,9 @@ def test_soft_labels_and_judgements(store):
     judged = {forged.name: np.array([1.0, 0.5], dtype=np.float32)}
     soft = {forged.name: 0.6, real.name: 0.2}
     pictures = TrainingPictures(
-        store, recipe(augment=PLAIN, soft=soft, soft_weight=0.5, judgements=judged)
+        store, settings_of(augment=PLAIN, soft=soft, soft_weight=0.5, judgements=judged)
     )
-    place = {int(number): position for position, number in enumerate(pictures._order(0))}
+    place = {int(number): position for position, number in enumerate(order(pictures, 0))}
     items = [pictures[place[number]] for number in (0, 12, 1)]
     assert [round(float(item["target"]), 5) for item in items] == [0.8, 0.1, 1.0]
     assert [float(item["judgement_known"]) for item in items] == [1, 0, 0]
@@ -148,20 +155,23 @@ def test_mixup_is_linear_and_keeps_labels(alpha, count, index):
         }
         for n in range(count)
     ]
-    plain, mixed = Batcher(0.0, 1)(items), Batcher(alpha, 1)(items)
+    steps = Steps(10**9 + 20, 9)
+    plain, mixed = Batcher(0.0, 1, steps)(items), Batcher(alpha, 1, steps)(items)
     assert "index" not in plain
     assert torch.equal(plain["labels"], mixed["labels"])
     assert torch.allclose(mixed["pixel_values"][:, 0, 0, 0], mixed["target"], atol=1e-6)
     assert torch.allclose(mixed["noise"].sum(0), plain["noise"].sum(0), atol=1e-4)
     assert (mixed["target"] - plain["target"]).abs().max() <= 0.5 + 1e-6
-    assert all(torch.equal(mixed[key], value) for key, value in Batcher(alpha, 1)(items).items())
+    assert all(
+        torch.equal(mixed[key], value) for key, value in Batcher(alpha, 1, steps)(items).items()
+    )
 
 
 def test_sampler_counts_through_the_epochs():
-    sampler = EpochSampler(4)
-    assert list(sampler) == [0, 1, 2, 3]
+    sampler = BatchSampler(Steps(4, 3))
+    assert list(sampler) == [[0, 1, 2], [3]]
     sampler.epoch = 2
-    assert list(sampler) == [8, 9, 10, 11]
+    assert list(sampler) == [[8, 9, 10], [11]]
 
 
 @pytest.mark.parametrize("cache", ["auto", "never", "always"])
@@ -176,7 +186,9 @@ def test_unreadable_pictures_are_named_or_left_out(toy_data, tmp_path, cache):
     store = PictureStore(samples, cache, skip=True)
     assert store.skipped == ["fake/p03.png"]
     assert len(store.samples) == 23
-    assert np.array_equal(store[3], PictureStore(read_samples(toy_data), cache, skip=False)[4])
+    assert np.array_equal(
+        store.read(3), PictureStore(read_samples(toy_data), cache, skip=False).read(4)
+    )
 
 
 def test_nothing_readable_left_of_a_class(toy_data, tmp_path):

@@ -1,0 +1,217 @@
+"""What a training reads: sources of several layouts as one set to train on and one to measure on.
+
+FaceForensics++ brings its official splits. All other pictures are cut between identities, so that
+nobody is on both sides: whoever the official splits know goes where they put him.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from m2f2cli.data.ffpp import looks_like_ffpp, read_ffpp
+from m2f2cli.data.folder import read_people
+from m2f2cli.data.samples import (
+    Sample,
+    SampleSet,
+    check_classes,
+    identity_groups,
+    read_samples,
+    split_by_identity,
+)
+from m2f2cli.errors import InputError
+from m2f2cli.training.data_options import DataOptions
+
+_FFPP = "ffpp:"
+Tell = Callable[[str], None]
+
+
+def read_sources(
+    data: DataOptions, *, seed: int = 0, tell: Tell | None = None
+) -> tuple[SampleSet, SampleSet]:
+    """The pictures and videos to train on and those to measure on, with no identity in both.
+
+    Args:
+        data: The sources, how they are cut, and how many of each class are used.
+        seed: Draws those that ``data.limit`` leaves.
+        tell: Called with the name of each video that is passed over.
+
+    Raises:
+        InputError: A source cannot be read or cut, or one identity is on both sides.
+    """
+    tell = tell or (lambda _: None)
+    prefixes = _prefixes(data.data)
+    official: list[SampleSet] = []
+    judged: list[SampleSet] = []
+    free: list[SampleSet] = []
+    for source in data.data:
+        if not is_ffpp(source):
+            free.append(_prefixed(read_samples(source), prefixes[source]))
+            continue
+        official.append(_prefixed(_read_videos(source, data, "train", tell), prefixes[source]))
+        if data.validation is None:
+            videos = _read_videos(source, data, "validation", tell)
+            judged.append(_prefixed(videos, prefixes[source]))
+    if data.identities is not None:
+        free = _with_people(free, data.identities)
+    if data.validation is not None:
+        train, held = _joined([*official, *free]), _read_held(data, tell)
+        _refuse_shared(train, held)
+    elif not official:
+        train, held = split_by_identity(_joined(free), data.validation_share, data.split_seed)
+    else:
+        train, held = _joined(official), _joined(judged)
+        _refuse_shared(train, held)
+        for part in free:
+            more, rest = _cut_along(part, train.people(), held.people(), data)
+            train, held = _joined([train, more]), _joined([held, rest])
+    return _limited(train, data.limit, seed), _limited(held, data.limit, seed)
+
+
+def is_ffpp(source: str) -> bool:
+    """Whether a source is of FaceForensics++ videos in HDF5 files, by its prefix or contents."""
+    return source.startswith(_FFPP) or (":" not in source[2:] and looks_like_ffpp(_root(source)))
+
+
+def _root(source: str) -> Path:
+    """The folder of a source, without the name of its layout."""
+    layout, colon, rest = source.partition(":")
+    return Path(rest if colon and len(layout) > 1 else source).expanduser()
+
+
+def _read_videos(source: str, data: DataOptions, split: str, tell: Tell) -> SampleSet:
+    """The videos of an official split as samples, sorted by name."""
+    found = read_ffpp(
+        _root(source),
+        compression=data.compression,
+        manipulations=data.manipulations,
+        split=split,
+        splits=data.splits,
+        allow_missing=data.unreadable == "skip",
+    )
+    for name in found.missing:
+        tell(name)
+    samples = [
+        Sample(
+            clip.file,
+            f"{clip.kind}/{clip.key}",
+            clip.label,
+            clip.kind,
+            clip.identities,
+            clip.key,
+            clip.frames,
+        )
+        for clip in found.clips
+    ]
+    videos = SampleSet(found.root, "ffpp", tuple(sorted(samples, key=lambda sample: sample.name)))
+    check_classes(videos, f"the split '{split}' of '{found.root}'")
+    return videos
+
+
+def _read_held(data: DataOptions, tell: Tell) -> SampleSet:
+    sources = data.validation or ()
+    prefixes = _prefixes(sources)
+    return _joined(
+        [
+            _prefixed(
+                _read_videos(source, data, "validation", tell)
+                if is_ffpp(source)
+                else read_samples(source),
+                prefixes[source],
+            )
+            for source in sources
+        ]
+    )
+
+
+def _prefixes(sources: Sequence[str]) -> dict[str, str]:
+    """What goes before the names of each source's pictures: its folder's name, if it is not alone.
+
+    Folders of one name are numbered: ``faces``, ``faces-2``.
+    """
+    if len(sources) == 1:
+        return {sources[0]: ""}
+    taken: dict[str, str] = {}
+    for source in sources:
+        name = base = _root(source).absolute().name
+        number = 2
+        while name in taken.values():
+            name, number = f"{base}-{number}", number + 1
+        taken[source] = name
+    return taken
+
+
+def _prefixed(part: SampleSet, prefix: str) -> SampleSet:
+    if not prefix:
+        return part
+    return replace(part, samples=tuple(replace(s, name=f"{prefix}/{s.name}") for s in part.samples))
+
+
+def _with_people(parts: Sequence[SampleSet], file: Path) -> list[SampleSet]:
+    people = read_people(file, {s.name for part in parts for s in part.samples})
+    return [
+        replace(part, samples=tuple(replace(s, identities=people[s.name]) for s in part.samples))
+        for part in parts
+    ]
+
+
+def _joined(parts: Sequence[SampleSet]) -> SampleSet:
+    if len(parts) == 1:
+        return parts[0]
+    roots = dict.fromkeys(str(part.root) for part in parts)
+    samples = sorted((s for part in parts for s in part.samples), key=lambda sample: sample.name)
+    return SampleSet(Path(" + ".join(roots)), "mixed", tuple(samples))
+
+
+def _refuse_shared(train: SampleSet, held: SampleSet) -> None:
+    shared = sorted(train.people() & held.people())
+    if shared:
+        raise InputError(
+            f"{len(shared)} identities are in both --data and --validation, '{shared[0]}' first.",
+            hint="Validation must show people that training has not seen; if these are different "
+            "people of one name, rename their folders or files.",
+        )
+
+
+def _cut_along(
+    part: SampleSet, trained: set[str], held_out: set[str], data: DataOptions
+) -> tuple[SampleSet, SampleSet]:
+    """Cut a set so that whoever is already on a side stays there; the others by share.
+
+    Raises:
+        InputError: A chain of shared identities joins the two sides.
+    """
+    sides: dict[str, list[int]] = {"train": [], "held": [], "loose": []}
+    for group in identity_groups(part.samples):
+        people = {person for index in group for person in part.samples[index].identities}
+        if people & trained and people & held_out:
+            raise InputError(
+                f"Pictures of '{part.root}' join '{min(people & trained)}', whom the official "
+                f"split trains on, with '{min(people & held_out)}', whom it measures on.",
+                hint="Leave out those pictures, or give --validation DIR.",
+            )
+        side = "train" if people & trained else "held" if people & held_out else "loose"
+        sides[side] += group
+    if sides["loose"]:
+        loose = part.subset(sides["loose"])
+        for side, cut in zip(
+            ("train", "held"),
+            split_by_identity(loose, data.validation_share, data.split_seed),
+            strict=True,
+        ):
+            names = {sample.name for sample in cut.samples}
+            sides[side] += [i for i, s in enumerate(part.samples) if s.name in names]
+    return part.subset(sides["train"]), part.subset(sides["held"])
+
+
+def _limited(part: SampleSet, limit: int, seed: int) -> SampleSet:
+    """At most ``limit`` samples of each class; equal seeds draw equal ones."""
+    if not limit:
+        return part
+    rng = np.random.default_rng(seed)
+    labels = part.labels()
+    drawn = [rng.permutation(np.flatnonzero(labels == label))[:limit] for label in (0, 1)]
+    return part.subset(int(index) for index in np.concatenate(drawn))
