@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -49,6 +51,41 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             picture = toy_picture(rng, forged=word == "fake")
             picture.save(root / word / f"p{person:02d}.png")
     return root
+
+
+# Pairs of the toy's official splits; the last is of nobody else.
+TOY_SPLITS = {
+    "train": [["000", "001"], ["002", "003"], ["004", "005"]],
+    "val": [["006", "007"], ["008", "009"]],
+    "test": [["010", "011"]],
+}
+TOY_KINDS = ("Deepfakes", "FaceSwap")
+
+
+def write_toy_ffpp(root: Path, *, frames: int = 5, edge: int = 40) -> Path:
+    """FaceForensics++ of 12 people: 12 original and 24 forged videos, and the split files."""
+    rng = np.random.default_rng(1)
+    (root / "splits").mkdir(parents=True)
+    pairs = [pair for split in TOY_SPLITS.values() for pair in split]
+    for split, rows in TOY_SPLITS.items():
+        (root / "splits" / f"{split}.json").write_text(json.dumps(rows))
+    for name in ("original", *TOY_KINDS):
+        with h5py.File(root / f"FF++_{name}_c23.h5", "w") as file:
+            for a, b in pairs:
+                for key in (a, b) if name == "original" else (f"{a}_{b}", f"{b}_{a}"):
+                    pictures = [
+                        toy_picture(rng, forged=name != "original", edge=edge)
+                        for _ in range(frames)
+                    ]
+                    clip = np.stack([np.asarray(picture) for picture in pictures])
+                    file.create_dataset(key, data=clip, chunks=(1, edge, edge, 3))
+    return root
+
+
+@pytest.fixture(scope="session")
+def toy_ffpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See ``write_toy_ffpp``; never changed by a test."""
+    return write_toy_ffpp(tmp_path_factory.mktemp("ffpp") / "crops")
 
 
 @pytest.fixture(scope="session")
