@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,8 +14,12 @@ from m2f2cli.runtime import pick_device, pick_dtype
 from m2f2cli.weights import store
 
 
-def resolve_checkpoint(name: str) -> Path:
+def resolve_checkpoint(name: str, *, patterns: Sequence[str] = ("*.json", "*.safetensors")) -> Path:
     """The folder behind ``lite`` (bundled), a path, or a Hub id ``owner/name``.
+
+    Args:
+        name: As the user wrote it.
+        patterns: The files to fetch from the Hub.
 
     Raises:
         CheckpointError: Nothing is found under that name.
@@ -27,13 +32,13 @@ def resolve_checkpoint(name: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
             f"There is no checkpoint at '{name}'.",
-            "Give a detector folder, 'lite' for the bundled model, or a Hub id like owner/name.",
+            "Give a checkpoint folder, 'lite' for the bundled model, or a Hub id like owner/name.",
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"'{name}' is neither a folder here nor a model the Hub gives: {type(error).__name__}.",
