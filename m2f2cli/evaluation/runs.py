@@ -18,6 +18,7 @@ from m2f2cli.data.ffpp import FfppSet
 from m2f2cli.data.images import Picture, read_picture
 from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
 from m2f2cli.errors import InputError, UsageError
+from m2f2cli.evaluation.scored import Scored, Truth
 from m2f2cli.inference.detect import DetectOptions
 from m2f2cli.inference.job import Tally, judge_and_record
 from m2f2cli.inference.recordfile import RecordFile
@@ -196,6 +197,27 @@ def _cut_of(stage: Mapping[str, Any], model: Path, split: str) -> Mapping[str, A
         )
     checked: Mapping[str, Any] = options
     return checked
+
+
+def truth_of(samples: SampleSet | FfppSet, options: DetectOptions, split: str = "all") -> Truth:
+    """What is true of the items that ``score_set`` writes for a set, by the same names.
+
+    Args:
+        samples: Pictures, or videos in HDF5 files.
+        options: Says how many frames of a video.
+        split: As the report shall call it; a test set is called ``test`` whatever is said here.
+    """
+    marked = "test" if is_test_set(samples, split) else split
+    if isinstance(samples, FfppSet):
+        items = [
+            Scored(clip.frame_name(index), clip.label, clip.kind, f"{clip.kind}/{clip.key}")
+            for clip in samples.clips
+            for index in clip.spread(options.frames)
+        ]
+        return Truth("ffpp", tuple(items), marked)
+    dataset = "ddvqa" if samples.layout == "ddvqa" else "images"
+    pictures = [Scored(s.name, s.label, s.kind, s.name, file=s.path) for s in samples.samples]
+    return Truth(dataset, tuple(pictures), marked)
 
 
 def is_test_set(samples: SampleSet | FfppSet, split: str = "all") -> bool:
