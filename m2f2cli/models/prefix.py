@@ -53,9 +53,9 @@ class SharedPrompts:
             [model.embed(torch.tensor([ids], device=model.device), seen)[0] for ids in prompts]
             for prompts, seen in zip(groups, features, strict=True)
         ]
-        self._starts = [common_start(prompts) for prompts in groups]
+        self.starts = [common_start(prompts) for prompts in groups]
         beginnings = [
-            prompts[0][:start] for prompts, start in zip(self._prompts, self._starts, strict=True)
+            prompts[0][:start] for prompts, start in zip(self._prompts, self.starts, strict=True)
         ]
         states, self._mask = _pad_left(beginnings)
         self._cache = DynamicCache()
@@ -90,7 +90,7 @@ class SharedPrompts:
         """
         if which is None:
             which = [(g, q) for g, prompts in enumerate(self._prompts) for q in range(len(prompts))]
-        rest, mask = _pad_left([self._prompts[g][q][self._starts[g] :] for g, q in which])
+        rest, mask = _pad_left([self._prompts[g][q][self.starts[g] :] for g, q in which])
         rows = torch.tensor([g for g, _ in which], device=mask.device)
         cache = DynamicCache()
         for number, layer in enumerate(self._cache.layers):

@@ -18,7 +18,6 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from m2f2cli.errors import CheckpointError
 from m2f2cli.weights.store import read_json
 
-FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
