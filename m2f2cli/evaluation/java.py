@@ -11,6 +11,7 @@ import math
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,7 +49,7 @@ def meteor(
     Args:
         references: Key to one or more texts, at least one key.
         answers: The same keys.
-        timeout: Seconds that each of the two runs may take.
+        timeout: Seconds that it may take.
     """
     return _score(_run_meteor, references, answers, timeout)
 
@@ -97,14 +98,9 @@ def _program(name: tuple[str, str]) -> tuple[str, Path]:
     return java, jar
 
 
-def _run(command: Sequence[str], jar: Path, *, text: str, timeout: float) -> list[str]:
-    done = subprocess.run(
-        command, cwd=jar.parent, input=text.encode(), capture_output=True, timeout=timeout
-    )
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise _Skipped(f"java ended with code {done.returncode} ({lines[-1]})")
-    return done.stdout.decode(errors="replace").splitlines()
+def _last_line(output: bytes) -> str:
+    lines = output.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no message"
 
 
 def _run_meteor(references: References, answers: Mapping[str, str], timeout: float) -> float:
@@ -112,15 +108,61 @@ def _run_meteor(references: References, answers: Mapping[str, str], timeout: flo
     if not (jar.parent / "data" / "paraphrase-en.gz").is_file():
         raise _Skipped("its paraphrase table is not there")
     command = [java, "-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
-    asked = [
-        " ||| ".join(["SCORE", *map(_field, texts), _field(answers[key])])
-        for key, texts in references.items()
-    ]
-    counted = _run(command, jar, text="\n".join(asked) + "\n", timeout=timeout)
-    if len(counted) != len(asked):
-        raise ValueError(f"{len(counted)} lines for {len(asked)} answers")
-    scores = _run(command, jar, text=" ||| ".join(["EVAL", *counted]) + "\n", timeout=timeout)
-    return float(scores[-1])  # one line an answer, then the whole set
+    # One line asked, one line answered, so that neither side waits for a full pipe.
+    with (
+        tempfile.TemporaryFile() as complaints,
+        subprocess.Popen(
+            command,
+            cwd=jar.parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            encoding="utf-8",
+        ) as process,
+    ):
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(timeout, stop)
+        timer.start()
+        try:
+            return _ask_meteor(process, references, answers)
+        except (OSError, EOFError):
+            if late.is_set():
+                raise subprocess.TimeoutExpired(command, timeout) from None
+            complaints.seek(0)
+            raise _Skipped(f"java ended early ({_last_line(complaints.read())})") from None
+        finally:
+            timer.cancel()
+            process.kill()
+
+
+def _ask_meteor(
+    process: subprocess.Popen[str], references: References, answers: Mapping[str, str]
+) -> float:
+    asked, answered = process.stdin, process.stdout
+    if asked is None or answered is None:
+        raise OSError("METEOR has no pipes")
+
+    def ask(*fields: str) -> None:
+        asked.write(" ||| ".join(fields) + "\n")
+        asked.flush()
+
+    def answer() -> str:
+        if not (line := answered.readline()):
+            raise EOFError
+        return line.strip()
+
+    counted = []
+    for key, texts in references.items():
+        ask("SCORE", *map(_field, texts), _field(answers[key]))
+        counted.append(answer())
+    ask("EVAL", *counted)
+    return [float(answer()) for _ in range(len(counted) + 1)][-1]  # the last is of the whole set
 
 
 def _field(text: str) -> str:
@@ -140,6 +182,8 @@ def _run_spice(references: References, answers: Mapping[str, str], timeout: floa
         asked, found = Path(folder, "asked.json"), Path(folder, "found.json")
         asked.write_text(json.dumps(rows), encoding="utf-8")
         command = [java, "-Xmx8G", "-jar", jar.name, str(asked), "-out", str(found), "-silent"]
-        _run(command, jar, text="", timeout=timeout)
+        done = subprocess.run(command, cwd=jar.parent, capture_output=True, timeout=timeout)
+        if done.returncode:
+            raise _Skipped(f"java ended early ({_last_line(done.stderr)})")
         scores = [float(row["scores"]["All"]["f"]) for row in json.loads(found.read_text())]
     return math.fsum(scores) / len(scores)

@@ -217,7 +217,7 @@ def join(truth: Truth, predictions: Predictions) -> ScoredSet:
     duplicates = tuple(name for name, rows in answers.items() if len(rows) > 1)
     notes = [*truth.notes, *predictions.notes]
     if by_file_name:
-        notes.append(f"{by_file_name:,} predictions were matched by file name alone.")
+        notes.append(f"Predictions matched by file name alone: {by_file_name:,}.")
     notes += _said_of_duplicates(duplicates, answers)
     if task == "explanation":
         told = sum(stated_label(item.question or "") is not None for item in joined)
@@ -291,6 +291,6 @@ def _said_of_duplicates(
         any(not row.same_answer(answers[name][0]) for row in answers[name]) for name in duplicates
     )
     return [
-        f"{len(duplicates):,} items were predicted more than once, {differ:,} of them with "
-        "different answers; the last one counts."
+        f"Items predicted more than once: {len(duplicates):,}, {differ:,} of them with different "
+        "answers; the last one counts."
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -72,7 +74,7 @@ def test_average_precision_is_the_mean_precision_over_forged_pictures(data):
 def test_equal_error_rate_is_where_the_line_crosses(data):
     labels, scores = data
     path = points(labels, scores)
-    for (x0, y0), (x1, y1) in zip(path, path[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(path):
         if x1 + y1 >= 1:
             # x0 + t (x1 - x0) = 1 - y0 - t (y1 - y0)
             share = (1 - x0 - y0) / ((x1 - x0) + (y1 - y0))
@@ -99,9 +101,7 @@ def test_calibration_error_by_hand(data):
     labels, scores = data
     error = 0.0
     for number in range(10):
-        inside = [
-            i for i, s in enumerate(scores) if min(int(np.floor(s * 10 + 1e-9)), 9) == number
-        ]
+        inside = [i for i, s in enumerate(scores) if min(int(np.floor(s * 10 + 1e-9)), 9) == number]
         if inside:
             error += abs(scores[inside].mean() - labels[inside].mean()) * len(inside)
     assert calibration_error(labels, scores) == pytest.approx(error / len(labels), abs=1e-12)
