@@ -39,12 +39,17 @@ class Entry(NamedTuple):
 COMMANDS = (
     Entry("detect", "m2f2cli.cli.infer:detect", "Judge pictures"),
     Entry("prepare faces", "m2f2cli.cli.prepare:faces", "Prepare data"),
+    Entry("evaluate ddvqa", "m2f2cli.cli.evaluate:ddvqa", "Measure"),
+    Entry("evaluate images", "m2f2cli.cli.evaluate:images", "Measure"),
+    Entry("evaluate ffpp", "m2f2cli.cli.evaluate:ffpp", "Measure"),
+    Entry("evaluate compare", "m2f2cli.cli.evaluate:compare", "Measure"),
     Entry("train-detector", "m2f2cli.cli.train:train_detector", "Train"),
     Entry("import", "m2f2cli.cli.weights:import_checkpoint", "Checkpoints"),
     Entry("info", "m2f2cli.cli.info:info", "Checkpoints"),
 )
 # What the groups of commands are for.
 GROUPS: dict[str, str] = {
+    "evaluate": "Measure answers against the truth, report, gate and compare.",
     "prepare": "Make the files that training and evaluation read.",
 }
 

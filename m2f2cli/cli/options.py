@@ -100,7 +100,7 @@ def unknown_key(key: str, known: list[str], where: str) -> ConfigError:
     return ConfigError(f"{where} sets '{key}', which this command does not know.", hint)
 
 
-_INPUT, _MODEL, _VERDICT, _RESULT = "Input", "Model", "Verdict", "Output"
+_INPUT, _MODEL, _VERDICT, _RESULT, _GATES = "Input", "Model", "Verdict", "Output", "Gates"
 
 Config = Annotated[
     Path | None,
@@ -281,3 +281,47 @@ Verify = Annotated[
         rich_help_panel=_INPUT,
     ),
 ]
+Check = Annotated[
+    Path | None,
+    flag(
+        "check",
+        "Leave with exit code 4 if a figure is not what this file expects; it may be an earlier "
+        "report.json.",
+        metavar="FILE.json",
+        rich_help_panel=_GATES,
+    ),
+]
+MinAuc = Annotated[
+    float | None,
+    flag(
+        "min-auc",
+        "Leave with exit code 4 if the AUC is below this or undefined.",
+        metavar="0..1",
+        rich_help_panel=_GATES,
+    ),
+]
+MinAccuracy = Annotated[
+    float | None,
+    flag(
+        "min-accuracy",
+        "Leave with exit code 4 if the accuracy is below this or undefined.",
+        metavar="0..1",
+        rich_help_panel=_GATES,
+    ),
+]
+Report = Annotated[
+    Path,
+    typer.Argument(
+        help="A folder that --report made, or the report.json in it.",
+        metavar="REPORT",
+        show_default=False,
+    ),
+]
+CommonItems = Annotated[
+    bool,
+    flag("common-items", "Compare what both have although their data differ.", switch=True),
+]
+Resamples = Annotated[
+    int, flag("resamples", "Bootstrap resamples behind the intervals.", min=1, metavar="N")
+]
+Seed = Annotated[int, flag("seed", "Seed of the bootstrap.", min=0, metavar="N")]

@@ -107,7 +107,8 @@ def signature_of(options: type[OptionGroups], *others: inspect.Parameter) -> ins
     for group, kind in options.groups().items():
         hints = typing.get_type_hints(kind)
         for item in dataclasses.fields(kind):  # type: ignore[arg-type]
-            parameters.append(_parameter(item, hints[item.name], PANELS[group]))
+            panel = PANELS.get(group, group.capitalize())
+            parameters.append(_parameter(item, hints[item.name], panel))
     return inspect.Signature(parameters)
 
 

@@ -7,13 +7,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m2f2cli.errors import InputError
+from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.report import is_report, read_json
 
 TOLERANCE = 1e-6
 # The first of these that a report has is what a floor is held against.
 AUC = ("frame_auc", "auc", "video_auc")
 ACCURACY = ("accuracy",)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a report is held against.
+
+    Attributes:
+        expectation: What figures should be; None for anything.
+        min_auc: Smallest accepted AUC (the first of ``AUC``); None for any.
+        min_accuracy: Smallest accepted accuracy; None for any.
+    """
+
+    expectation: Expectation | None = None
+    min_auc: float | None = None
+    min_accuracy: float | None = None
+
+    @classmethod
+    def of(cls, check: Path | None, *, min_auc: float | None, min_accuracy: float | None) -> Gates:
+        """Make sure, before the work, that the gates can be held against something.
+
+        Raises:
+            UsageError: A floor is no share.
+            InputError: ``check`` cannot be read (see ``read_expectation``).
+        """
+        for flag, floor in (("--min-auc", min_auc), ("--min-accuracy", min_accuracy)):
+            if floor is not None and not 0 <= floor <= 1:
+                raise UsageError(f"{flag} must lie between 0 and 1, not {floor:g}.")
+        return cls(read_expectation(check) if check else None, min_auc, min_accuracy)
+
+    def trips(self, report: Mapping[str, Any]) -> list[str]:
+        """Why the report does not pass, a sentence each; empty when it does."""
+        found = drifts(report, self.expectation) if self.expectation else []
+        for names, floor in ((AUC, self.min_auc), (ACCURACY, self.min_accuracy)):
+            sentence = None if floor is None else below(report, names, floor)
+            found += [sentence] if sentence else []
+        return found
 
 
 class Expected(NamedTuple):

@@ -15,7 +15,7 @@ from PIL import Image
 from m2f2cli.data.images import read_picture
 from m2f2cli.errors import InputError
 from m2f2cli.evaluation import plots
-from m2f2cli.evaluation.mistakes import DEFAULT_THRESHOLD, Mistake, find_mistakes
+from m2f2cli.evaluation.mistakes import Mistake, find_mistakes, threshold_of
 from m2f2cli.evaluation.scored import FAKE, REAL, Scored, ScoredSet
 
 if TYPE_CHECKING:
@@ -130,10 +130,8 @@ def _table(
 
 
 def number(value: float | None) -> str:
-    """A figure for reading, four decimals; counts keep their whole digits."""
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    """A figure for reading: four decimals."""
+    return "–" if value is None else f"{value:.4f}"
 
 
 def interval(figure: Mapping[str, Any]) -> str:
@@ -239,8 +237,7 @@ def _mistakes(scored: ScoredSet) -> list[str]:
         title = "Wrong and unread answers" if text else "Most confident mistakes"
     shown = found[:SHOWN]
     count = f"{len(shown)} of {len(found):,}, " if len(found) > len(shown) else ""
-    threshold = DEFAULT_THRESHOLD if scored.threshold is None else scored.threshold
-    rule = "" if text else f" at the threshold {threshold:g}"
+    rule = "" if text else f" at the threshold {threshold_of(scored):g}"
     if not found:
         return [f"<h2>{title}</h2>", _instead(f"There are none{rule}.")]
     items = "".join(_mistake(mistake) for mistake in shown)

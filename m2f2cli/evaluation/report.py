@@ -267,7 +267,9 @@ def _scored_set(report: Mapping[str, Any], data: bytes) -> ScoredSet:
 def _check_item(item: Scored, number: int) -> None:
     score = item.fake_probability
     sound = (
-        item.label in (REAL, FAKE, UNKNOWN)
+        isinstance(item.name, str)
+        and isinstance(item.group, str)
+        and item.label in (REAL, FAKE, UNKNOWN)
         and item.verdict in (None, *VERDICTS)
         and item.status in STATUSES
         and (score is None or (isinstance(score, (int, float)) and math.isfinite(score)))
