@@ -1,13 +1,13 @@
 """What is true of each picture or question, read from files; from file names only when asked.
 
-NumPy and the standard library; torch is never imported.
+The labels of a folder of pictures and of HDF5 files come from ``evaluation.runs.truth_of``.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -221,58 +221,6 @@ def _truth_from_names(data: Path | None, predictions: Predictions | None, split:
 
 def _base_names(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(re.split(r"[/\\]", name)[-1] for name in names))
-
-
-def images_truth(folder: str | Path, *, split: str = "all") -> Truth:
-    """The labels of a folder of pictures, in any layout that ``data.samples`` reads.
-
-    Args:
-        folder: As ``data.samples.read_samples`` takes it.
-        split: What the report should call it.
-
-    Raises:
-        InputError: The folder is missing, holds no pictures, or lacks one of the two classes.
-    """
-    from m2f2cli.data.samples import read_samples
-
-    samples = read_samples(folder).samples
-    items = [Scored(s.name, s.label, s.kind, s.name, file=s.path) for s in samples]
-    return Truth("images", tuple(items), split)
-
-
-def ffpp_truth(
-    root: Path,
-    *,
-    compression: str,
-    manipulations: Sequence[str],
-    split: str = "test",
-    frames: int | None = None,
-    splits: Path | None = None,
-) -> Truth:
-    """The labels of FaceForensics++ frames in HDF5 files; the group of a frame is its video.
-
-    Args:
-        root: The folder of the HDF5 files.
-        compression: As ``data.ffpp.read_ffpp`` takes it.
-        manipulations: As above.
-        split: As above.
-        frames: How many of a video, evenly spaced; None for all.
-        splits: The folder of the official splits.
-
-    Raises:
-        InputError: A file, video or split is missing.
-    """
-    from m2f2cli.data.ffpp import read_ffpp
-
-    found = read_ffpp(
-        root, compression=compression, manipulations=manipulations, split=split, splits=splits
-    )
-    items = [
-        Scored(clip.frame_name(index), clip.label, clip.kind, f"{clip.kind}/{clip.key}")
-        for clip in found.clips
-        for index in clip.spread(frames)
-    ]
-    return Truth("ffpp", tuple(items), found.split)
 
 
 def frames_truth(predictions: Predictions) -> Truth:

@@ -13,7 +13,7 @@ from PIL import Image
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.predictions import Prediction, Predictions, read_predictions
 from m2f2cli.evaluation.scored import Scored, Truth, fingerprint, join
-from m2f2cli.evaluation.truth import ddvqa_truth, file_truth, frames_truth, images_truth
+from m2f2cli.evaluation.truth import ddvqa_truth, file_truth, frames_truth
 
 
 def lines(path, *rows):
@@ -153,20 +153,15 @@ def test_explanations_need_references(tmp_path):
         join(file_truth(labels), answers(said("k", ""), layout="explanations"))
 
 
-def test_a_folder_of_pictures(tmp_path):
-    for name in ("real/a.png", "fake/swap/b.png", "fake/swap/c.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / name)
-    found = images_truth(tmp_path)
-    assert {i.name: i.kind for i in found.items} == {
-        "fake/swap/b.png": "swap",
-        "fake/swap/c.png": "swap",
-        "real/a.png": "real",
-    }
-    absolute = str(tmp_path / "real" / "a.png")
-    joined = join(found, answers(Prediction(absolute, 0.25, "real"), layout="detections"))
-    assert [item.fake_probability for item in joined.items] == [None, None, 0.25]
-    assert joined.missing == ("fake/swap/b.png", "fake/swap/c.png")
+def test_a_prediction_may_name_the_file_itself(ddvqa, monkeypatch):
+    truth = ddvqa_truth(task="scores", data=ddvqa)
+    file = truth.items[1].file
+    monkeypatch.chdir(file.parent)
+    for name in (str(file), "./5_012.jpg"):
+        joined = join(truth, answers(Prediction(name, 0.25, "real"), layout="detections"))
+        assert [item.fake_probability for item in joined.items] == [None, 0.25]
+        assert joined.missing == ("0_005_010.jpg",)
+        assert joined.notes == ()
 
 
 def test_frames_bring_their_own_truth(tmp_path):
