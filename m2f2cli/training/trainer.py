@@ -206,7 +206,6 @@ class DetectorTrainer(Trainer):
                 f"The state cannot be saved in '{self.args.output_dir}': {error}.",
                 "Free some space and give the same command with --resume.",
             ) from error
-        self.accelerator.wait_for_everyone()  # each process saves something
         if self.args.should_save:
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             _sync(folder)
@@ -216,6 +215,9 @@ class DetectorTrainer(Trainer):
             for other in folder.parent.glob("checkpoint-*"):
                 if int(other.name.rpartition("-")[2]) not in keep:
                     shutil.rmtree(other)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Nothing to save: every draw is seeded by step, epoch and position."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:

@@ -150,17 +150,3 @@ def test_finished_output_is_kept(options):
     train_detector(options(epochs=1, overwrite=True, seed=1))
     assert weights(folder) != before
     assert load_file(folder / "model.safetensors")
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_detector(options, tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    wanted = options(epochs=2, batch_size=3, ema=0.9)
-    recipe.write_text(wanted.to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "m2f2cli", "train-detector", "--config", str(recipe)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.split() == [str(wanted.run.output)]
-    assert done.stderr.count("epoch 2/2: loss") == 1
-    assert load_file(wanted.run.output / "model.safetensors")

@@ -98,7 +98,7 @@ def damage(root):
         raw.write(b"\0" * 64)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_frame_that_breaks_later_ends_the_run_in_one_sentence(ffpp, toy_ffpp, tmp_path, workers):
     root = shutil.copytree(toy_ffpp, tmp_path / "damaged")
     damage(root)
