@@ -47,8 +47,11 @@ def compare_reports(
             has two labels.
     """
     one, other = read_report(first), read_report(second)
-    notes = [f"'{s.path}' was made with the paper protocol; compared are the standard figures."
-             for s in (one, other) if s.report["protocol"]["name"] != standard.PROTOCOL]  # fmt: skip
+    notes = [
+        f"'{saved.path}' was made with the paper protocol; compared are the standard figures."
+        for saved in (one, other)
+        if saved.report["protocol"]["name"] != standard.PROTOCOL
+    ]
     if one.scored.data_fingerprint != other.scored.data_fingerprint and not common_items:
         raise InputError(
             f"'{one.path}' and '{other.path}' are about different data.",
@@ -87,7 +90,7 @@ def compare_reports(
 
 
 def _common(one: SavedReport, other: SavedReport) -> tuple[ScoredSet, ScoredSet]:
-    """Both sets cut to the items of both, in the first one's order and with its kinds and groups."""
+    """Both sets cut to what is in both, in the first one's order, with its kinds and groups."""
     theirs = {item.name: item for item in other.scored.items}
     mine = [item for item in one.scored.items if item.name in theirs]
     if not mine:

@@ -97,11 +97,13 @@ class Images:
     def samples(self) -> SampleSet:
         """The pictures of the split."""
         from m2f2cli.evaluation.runs import read_split
-        from m2f2cli.models.loading import resolve_checkpoint
 
         folder, split = Path(self._data.folder or ""), self._data.split
-        cut = split in ("train", "validation")
-        return read_split(folder, split, model=resolve_checkpoint(self._model) if cut else None)
+        if split not in ("train", "validation"):
+            return read_split(folder, split)
+        from m2f2cli.models.loading import resolve_checkpoint
+
+        return read_split(folder, split, model=resolve_checkpoint(self._model))
 
     def truth(self, predictions: Predictions | None, detect: DetectOptions) -> Truth:
         """From ``--truth``, else from the folder."""

@@ -15,6 +15,7 @@ from PIL import Image
 from m2f2cli.data.images import read_picture
 from m2f2cli.errors import InputError
 from m2f2cli.evaluation import plots
+from m2f2cli.evaluation.metrics import roc_auc
 from m2f2cli.evaluation.mistakes import Mistake, find_mistakes, threshold_of
 from m2f2cli.evaluation.scored import FAKE, REAL, Scored, ScoredSet
 
@@ -74,7 +75,7 @@ def render_page(report: Mapping[str, Any], scored: ScoredSet) -> str:
         "<h2>By manipulation</h2>",
         _kinds(report["per_kind"]),
         "<h2>Scores</h2>",
-        _score_plots(report, scored),
+        _score_plots(scored),
         *_mistakes(scored),
         "<h2>How it was measured</h2>",
         _details("Protocol", report["protocol"]),
@@ -102,7 +103,7 @@ def _text(value: object) -> str:
 
 
 def _facts(report: Mapping[str, Any]) -> str:
-    counts = ", ".join(f"{value:,} {name}" for name, value in report["counts"].items())
+    counts = ", ".join(f"{n:,} {name}" for name, n in report["counts"].items() if n)
     facts = {
         "Data": f"{report['dataset']}, split {report['split']}",
         "Items": counts,
@@ -160,8 +161,10 @@ def _kinds(kinds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     names = list(dict.fromkeys(name for figures in kinds.values() for name in figures))
     rows = []
     for kind, figures in kinds.items():
-        found = (figures.get(name) or {"value": None} for name in names)
-        cells = (f"{number(f['value'])} <small>{interval(f)}</small>" for f in found)
+        found = {name: figures.get(name) or {"value": None} for name in names}
+        cells = [f"{number(f['value'])} <small>{interval(f)}</small>" for f in found.values()]
+        if (count := found.get("count")) is not None:
+            cells[names.index("count")] = f"{count['value']:,.0f}"
         rows.append((_text(kind), *cells))
     table = _table(("manipulation", *names), rows, right=range(1, len(names) + 1))
     drawable = [
@@ -178,7 +181,7 @@ def _kinds(kinds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     )
 
 
-def _score_plots(report: Mapping[str, Any], scored: ScoredSet) -> str:
+def _score_plots(scored: ScoredSet) -> str:
     given = [i for i in scored.items if i.fake_probability is not None and i.label in (REAL, FAKE)]
     if not given:
         return _instead(
@@ -189,12 +192,9 @@ def _score_plots(report: Mapping[str, Any], scored: ScoredSet) -> str:
     scores = np.array([item.fake_probability for item in given], dtype=np.float64)
     blocks = []
     if len(set(labels)) == 2:
-        auc = report["figures"].get("frame_auc") or {"value": None}
-        words = (
-            f"{number(auc['value'])} {interval(auc)}".strip() if auc["value"] is not None else ""
-        )
-        drawn = plots.roc(labels, scores, scored.threshold, auc=words)
-        blocks.append(_plot(drawn, f"ROC curve of {len(given):,} items. AUC {words}"))
+        drawn = plots.roc(labels, scores, scored.threshold)
+        words = f"ROC curve of {len(given):,} items, area {roc_auc(labels, scores):.4f}."
+        blocks.append(_plot(drawn, words))
     else:
         absent = "real" if REAL not in labels else "forged"
         blocks.append(
@@ -236,14 +236,14 @@ def _mistakes(scored: ScoredSet) -> list[str]:
     else:
         title = "Wrong and unread answers" if text else "Most confident mistakes"
     shown = found[:SHOWN]
-    count = f"{len(shown)} of {len(found):,}, " if len(found) > len(shown) else ""
     rule = "" if text else f" at the threshold {threshold_of(scored):g}"
+    count = f"{len(found):,} of {len(scored.items):,} items{rule}"
     if not found:
         return [f"<h2>{title}</h2>", _instead(f"There are none{rule}.")]
     items = "".join(_mistake(mistake) for mistake in shown)
     return [
         f"<h2>{title}</h2>",
-        f"<p>{count or f'{len(found):,}, '}of {len(scored.items):,} items{rule}.</p>",
+        f"<p>{count}{f', the first {SHOWN} of them' if len(found) > SHOWN else ''}.</p>",
         f'<div class="grid small">{items}</div>',
     ]
 

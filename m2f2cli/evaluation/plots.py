@@ -33,21 +33,20 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def roc(
-    labels: np.ndarray, scores: np.ndarray, threshold: float | None, *, auc: str = ""
-) -> Figure:
+def roc(labels: np.ndarray, scores: np.ndarray, threshold: float | None) -> Figure:
     """The ROC curve, with the operating point of the stored threshold.
 
     Args:
         labels: int (N,), 0 or 1, both present.
         scores: float (N,), fake probabilities in [0, 1].
         threshold: Fake from here on; None draws no point.
-        auc: The area in words, for the legend.
     """
     figure, axes = _canvas()
-    rates = metrics.Ranking(labels, scores).curve().rates()
+    curve = metrics.Ranking(labels, scores).curve()
     axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, linestyle=":")
-    axes.plot(*rates, color=FAKE_COLOUR, linewidth=1.8, label=f"AUC {auc}".strip())
+    axes.plot(
+        *curve.rates(), color=FAKE_COLOUR, linewidth=1.8, label=f"AUC {metrics.area(curve):.3f}"
+    )
     if threshold is not None:
         at = (scores[labels == 0] >= threshold).mean(), (scores[labels == 1] >= threshold).mean()
         axes.plot(*at, "o", color=INK, label=f"threshold {threshold:.3g}")

@@ -102,14 +102,14 @@ def test_texts_have_no_score_plots_and_say_so(make):
 def test_a_page_of_texts_lists_wrong_unread_and_missing_answers():
     text = read(judgement_set()).text
     wrong = text.split("Wrong and unread answers")[1]
-    assert "3, of 4 items" in wrong
+    assert "3 of 4 items." in wrong
     for words in (
         "5_003.jpg truth: real called fake It is <b>fake</b>.",
         "0_1_2.jpg truth: forged (Deepfakes) the answer says neither real nor fake I cannot tell.",
         "1_1_2.jpg truth: forged (Face2Face) no answer",
     ):
         assert words in wrong
-    assert "Questions without an answer 1, of 2 items. k_1" in read(explanation_set()).text
+    assert "Questions without an answer 1 of 2 items. k_1" in read(explanation_set()).text
 
 
 def test_mistakes_come_most_confident_first_with_small_pictures(tmp_path):
@@ -125,7 +125,7 @@ def test_mistakes_come_most_confident_first_with_small_pictures(tmp_path):
     assert [m.item.name for m in find_mistakes(scored)] == ["b", "a", "d", "e"]
     checker = read(scored)
     text = checker.text.split("Most confident mistakes")[1]
-    assert "4, of 5 items at the threshold 0.6" in text
+    assert "4 of 5 items at the threshold 0.6." in text
     assert "No picture: missing b truth: forged (FaceSwap) fake probability 0.010" in text
     assert "unlike the training pictures" in text
     assert "not judged: truncated" in text
@@ -137,7 +137,9 @@ def test_mistakes_come_most_confident_first_with_small_pictures(tmp_path):
 
 def test_a_full_page_shows_two_dozen_and_says_of_how_many():
     scored = scores_set(400, shift=-0.5)
-    assert re.search(r"24 of \d{3}, of 400 items", read(scored).text)
+    assert re.search(
+        r"\d{3} of 400 items at the threshold 0.5, the first 24 of them\.", read(scored).text
+    )
 
 
 def test_no_mistakes_are_said():
@@ -164,7 +166,7 @@ def test_strings_from_files_stay_strings():
 def test_plots_are_files_a_viewer_reads_and_repeat_themselves():
     rng = np.random.default_rng(0)
     labels, scores = rng.integers(0, 2, 50), rng.random(50)
-    first, second, third = (plots.roc(labels, scores, 0.5, auc="0.5") for _ in range(3))
+    first, second, third = (plots.roc(labels, scores, 0.5) for _ in range(3))
     assert Image.open(io.BytesIO(plots.drawn(first, "png"))).width > 300
     assert plots.drawn(second) == plots.drawn(third)
     assert plots.drawn(second).startswith(b"<?xml")
