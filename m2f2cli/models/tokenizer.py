@@ -18,6 +18,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from m2f2cli.errors import CheckpointError
 from m2f2cli.weights.store import read_json
 
+_ELSEWHERE = "Take the tokeniser's files from the folder of the base LLaVA or LLaMA model."
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -41,26 +42,27 @@ def load_tokenizer(folder: Path) -> Any:
     ready = (folder / "tokenizer.json").is_file()
     if not ready and not (folder / "tokenizer.model").is_file():
         raise CheckpointError(
-            f"'{folder}' has no tokeniser (tokenizer.json or tokenizer.model).",
-            "Take the tokeniser's files from the folder of the base LLaVA or LLaMA model.",
+            f"'{folder}' has no tokeniser (tokenizer.json or tokenizer.model).", _ELSEWHERE
         )
     if not ready and not (find_spec("sentencepiece") and find_spec("google.protobuf")):
         raise CheckpointError(
             f"'{folder / 'tokenizer.model'}' cannot be read without sentencepiece and protobuf.",
             "pip install sentencepiece protobuf",
         )
+    # tokenizers answers damage with a bare Exception, so what it reads is looked at first.
+    if ready and "vocab" not in (read_json(folder / "tokenizer.json").get("model") or {}):
+        raise CheckpointError(f"'{folder / 'tokenizer.json'}' holds no vocabulary.", _ELSEWHERE)
     kind = PreTrainedTokenizerFast if ready else LlamaTokenizer
     try:
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"The tokeniser in '{folder}' is damaged ({type(error).__name__}: {error})."
+            f"The tokeniser in '{folder}' is damaged ({type(error).__name__}: {error}).", _ELSEWHERE
         ) from error
     for name in ("bos_token", "eos_token"):
         if getattr(tokenizer, f"{name}_id") is None:
             raise CheckpointError(
-                f"The tokeniser in '{folder}' has no {name}, which every prompt needs.",
-                "Take the tokeniser's files from the folder of the base LLaVA or LLaMA model.",
+                f"The tokeniser in '{folder}' has no {name}, which every prompt needs.", _ELSEWHERE
             )
     legacy = bool(fields.get("legacy", True))
     if _from_sentencepiece(tokenizer.backend_tokenizer):

@@ -10,6 +10,7 @@ import pytest
 from m2f2cli.models.conversation import (
     IGNORED,
     VICUNA_V1,
+    Turn,
     encode,
     encode_with_labels,
     template,
@@ -76,7 +77,7 @@ def test_conversations(tokenizer, name):
 @pytest.mark.parametrize("name", sorted(CRASHES | UNLEARNT))
 def test_what_is_learnt_are_the_answers(tokenizer, name):
     turns = turns_of(SAMPLES[name]["conversations"])
-    ids, labels = encode_with_labels(*VICUNA_V1.render(turns), tokenizer)
+    _, labels = encode_with_labels(*VICUNA_V1.render(turns), tokenizer)
     learnt = tokenizer.decode([label for label in labels if label != IGNORED])
     for turn in turns:
         assert turn.answer in learnt
@@ -87,7 +88,6 @@ def test_what_is_learnt_are_the_answers(tokenizer, name):
 def test_templates_write_the_published_prompts():
     published = prompts()
     ddvqa, vicuna = template("ddvqa"), template("vicuna_v1")
-    from m2f2cli.models.conversation import Turn
 
     def ask(frame, question):
         return frame.render([Turn(question)])[0]
