@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,9 @@ cure_torchvision()  # before any test module imports transformers, timm or open_
 for name in [n for n in os.environ if n.startswith("M2F2_") and n != "M2F2_DDVQA"]:
     del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"
+# An example may take long on a busy machine, or because it is the first to import something.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 TINY_SIDE = 32
 # How a stored picture must be turned to stand upright, for each EXIF orientation; and back.

@@ -74,7 +74,7 @@ def test_figures_of_frames_and_videos():
         assert figure.low <= figure.value <= figure.high
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.randoms(use_true_random=False))
 def test_the_order_of_frames_and_videos_does_not_matter(shuffler):
     items = videos()
