@@ -19,7 +19,7 @@ from m2f2cli.evaluation.metrics import Ranking, calibration_error
 TARGET_FPR, BAND_LEVEL = 0.05, 0.95
 FEWEST = 20  # pictures of each class below which nothing is fitted
 RESAMPLES = 2000
-FACTORS = (0.2, 20.0)  # how far from the present temperature the fitted one may lie
+TEMPERATURES = (0.2, 20.0)  # between these a fitted temperature lies
 _DIGITS = 6  # of the probabilities in records
 _SATURATED = 0.5 * 10**-_DIGITS  # what a score of 0 or 1 in a record stands for, at most
 _STEPS = 80  # halvings of the interval that holds the temperature
@@ -122,7 +122,7 @@ def fit(
     truth, scores = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
     _check_enough(truth, target_fpr)
     z = _log_odds(scores)
-    factor, notes = _fit_factor(truth, z)
+    factor, notes = _fit_factor(truth, z, temperature)
     found = np.round(_sigmoid(z / factor), _DIGITS)
     real = truth == 0
     threshold = find_threshold(found, real, target_fpr)
@@ -236,8 +236,8 @@ def _check_enough(truth: np.ndarray, target_fpr: float) -> None:
         )
 
 
-def _fit_factor(truth: np.ndarray, z: np.ndarray) -> tuple[float, list[str]]:
-    """What to divide log-odds by so that their likelihood is largest, within ``FACTORS``.
+def _fit_factor(truth: np.ndarray, z: np.ndarray, present: float) -> tuple[float, list[str]]:
+    """What to divide log-odds by so that their likelihood is largest, within ``TEMPERATURES``.
 
     The negative log-likelihood is convex in the inverse, so its slope has one zero.
     """
@@ -245,11 +245,12 @@ def _fit_factor(truth: np.ndarray, z: np.ndarray) -> tuple[float, list[str]]:
     def slope(inverse: float) -> float:
         return float(np.mean(z * (_sigmoid(z * inverse) - truth)))
 
-    low, high = 1 / FACTORS[1], 1 / FACTORS[0]
+    lowest, highest = (bound / present for bound in TEMPERATURES)
+    low, high = 1 / highest, 1 / lowest
     if slope(low) >= 0:
-        return FACTORS[1], ["the temperature is at its upper bound: the scores hardly tell"]
+        return highest, ["the temperature is at its upper bound: the scores tell next to nothing"]
     if slope(high) <= 0:
-        return FACTORS[0], ["the temperature is at its lower bound: the scores tell the classes"]
+        return lowest, ["the temperature is at its lower bound: the scores tell the classes apart"]
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)

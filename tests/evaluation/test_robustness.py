@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+import sys
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from m2f2cli.data import corruptions
+from m2f2cli.data.ffpp import read_ffpp
+from m2f2cli.data.images import read_picture
+from m2f2cli.data.samples import SampleSet, read_samples
+from m2f2cli.errors import ConfigError, UsageError
+from m2f2cli.evaluation import runs
+from m2f2cli.evaluation.metrics import roc_auc
+from m2f2cli.evaluation.robustness import SweepOptions, count_records, sweep
+from m2f2cli.inference.detect import DetectOptions, detect
+from tests.evaluation.test_runs import clips
+from tests.inference.conftest import FLAT_ONLY, MeanJudge, noise_picture
+
+__all__ = ["clips"]
+TWO = SweepOptions(("jpeg", "brightness"), resamples=50)
+CROPS = DetectOptions(faces="none", frames=2)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for number in range(10):
+        noise_picture(tmp_path / "data" / "real" / f"{number}.png", number)
+        noise_picture(tmp_path / "data" / "fake" / f"{number}.png", number + 40)
+    return tmp_path / "data"
+
+
+def report(folder: Path) -> dict:
+    def refuse(word: str) -> float:
+        raise AssertionError(word)
+
+    return json.loads((folder / "robustness.json").read_text(), parse_constant=refuse)
+
+
+def test_every_condition_is_judged_and_measured(data, tmp_path):
+    folder, steps = tmp_path / "sweep", []
+    found = sweep(
+        read_samples(data), model=MeanJudge(), folder=folder, options=TWO,
+        advance=lambda: steps.append(1),
+    )  # fmt: skip
+    assert [(r.corruption, r.severity) for r in found.rows] == [
+        ("none", 0), *[(name, s) for name in TWO.corruptions for s in range(1, 6)]
+    ]  # fmt: skip
+    assert len(steps) == 11 * 20 == count_records(read_samples(data), TWO, CROPS)
+    pictures = read_samples(data).samples
+    for row in found.rows:
+        spoilt = []
+        for sample in pictures:
+            picture = read_picture(sample.path)
+            pixels = picture.pixels
+            if row.severity:
+                change = corruptions.CORRUPTIONS[row.corruption]
+                pixels = change.apply(pixels, row.severity, picture.sha256)
+            spoilt.append(pixels.mean())
+        labels = [sample.label for sample in pictures]
+        # The judge resizes before it takes the mean, which may swap two near ties.
+        assert row.auc.value == pytest.approx(roc_auc(labels, spoilt), abs=0.03)
+        assert row.auc.low <= row.auc.value <= row.auc.high
+        assert (row.judged, row.failed, row.in_domain) == (20, 0, None)
+
+
+def test_untouched_pictures_score_as_detect_scores_them(data, tmp_path):
+    sweep(read_samples(data), model=MeanJudge(), folder=tmp_path / "sweep", options=TWO)
+    wanted = detect([str(data)], model=MeanJudge(), options=CROPS, recursive=True)
+    rows = [json.loads(line) for line in (tmp_path / "sweep/records/none-0.jsonl").open()]
+    assert {str(data / r["path"]): (r["fake_probability"], r["sha256"]) for r in rows} == {
+        record.path: (record.fake_probability, record.sha256) for record in wanted
+    }
+
+
+@pytest.mark.parametrize("after", [1, 90, 219])
+def test_a_killed_sweep_goes_on_to_the_same_table(data, tmp_path, after):
+    class Killed(Exception):
+        pass
+
+    steps = []
+
+    def kill() -> None:
+        steps.append(1)
+        if len(steps) == after:
+            raise Killed
+
+    samples = read_samples(data)
+    sweep(samples, model=MeanJudge(), folder=tmp_path / "whole", options=TWO)
+    with pytest.raises(Killed):
+        sweep(samples, model=MeanJudge(), folder=tmp_path / "cut", options=TWO, advance=kill)
+    assert not (tmp_path / "cut" / "robustness.json").exists()
+    sweep(samples, model=MeanJudge(), folder=tmp_path / "cut", options=TWO, advance=kill)
+    assert len(steps) == 220
+    for name in ("robustness.json", "robustness.svg"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    judge = MeanJudge()
+    sweep(samples, model=judge, folder=tmp_path / "cut", options=TWO)
+    assert judge.batches == []
+
+
+def test_the_file_says_what_was_done(data, tmp_path):
+    folder = tmp_path / "sweep"
+    judge = MeanJudge(domain=FLAT_ONLY, threshold=0.4, uncertain=[0.3, 0.5])
+    options = replace(TWO, split="validation")
+    found = sweep(read_samples(data), model=judge, folder=folder, options=options)
+    saved = report(folder)
+    assert (saved["schema_version"], saved["kind"]) == (1, "robustness")
+    assert saved["model"] == {
+        "name": "MeanJudge", "fingerprint": "sha256:mean", "threshold": 0.4
+    }  # fmt: skip
+    assert saved["data"].items() >= {
+        "dataset": "images", "split": "validation", "real": 10, "fake": 10
+    }.items()  # fmt: skip
+    assert saved["interval"] == {"resamples": 50, "seed": 0, "level": 0.95}
+    assert saved["corruptions"]["jpeg"] == {
+        "parameter": "quality", "values": [25, 18, 15, 10, 7], "source": "ImageNet-C"
+    }  # fmt: skip
+    assert len(saved["rows"]) == 11
+    assert saved["rows"][1].items() >= {"corruption": "jpeg", "severity": 1, "value": 25}.items()
+    assert saved["rows"][1]["auc"].keys() == {"value", "low", "high", "note"}
+    assert saved["rows"][0]["in_domain"] == 0.0  # noise is not flat
+    assert saved["rows"][0]["uncertain"] == 1.0
+    heads, rows = found.table()
+    assert len(rows) == 11
+    assert {len(row) for row in rows} == {len(heads)}
+    assert ET.fromstring((folder / "robustness.svg").read_bytes()).tag.endswith("svg")
+
+
+def test_pictures_are_decoded_once_and_never_written(data, tmp_path, monkeypatch):
+    read: list[Path] = []
+
+    def counting(path: Path):
+        read.append(path)
+        return read_picture(path)
+
+    monkeypatch.setattr(runs, "read_picture", counting)
+    sweep(read_samples(data), model=MeanJudge(), folder=tmp_path / "sweep", options=TWO)
+    assert len(read) <= 20 + 8  # two threads may reach for one picture at the same time
+    assert not {p.suffix for p in (tmp_path / "sweep").rglob("*.*")} - {".jsonl", ".json", ".svg"}
+
+
+def test_an_unreadable_picture_fails_in_every_row_and_no_more(data, tmp_path):
+    samples = read_samples(data)
+    (data / "fake" / "3.png").write_bytes(b"no picture")
+    found = sweep(samples, model=MeanJudge(), folder=tmp_path / "sweep", options=TWO)
+    assert {(row.judged, row.failed) for row in found.rows} == {(19, 1)}
+    assert all(row.auc.value is not None for row in found.rows)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_one_class_or_no_picture_is_said_and_is_no_nan(data, tmp_path, broken):
+    samples = read_samples(data)
+    only = SampleSet(samples.root, "folder", tuple(s for s in samples.samples if s.label == 1))
+    if broken:
+        for sample in only.samples:
+            sample.path.write_bytes(b"")
+    sweep(only, model=MeanJudge(), folder=tmp_path / "sweep", options=TWO)
+    saved = report(tmp_path / "sweep")
+    assert all(row["auc"]["value"] is None for row in saved["rows"])
+    assert all(row["auc"]["note"] for row in saved["rows"])
+    assert (tmp_path / "sweep" / "robustness.svg").stat().st_size
+
+
+def test_a_sweep_of_other_data_or_another_model_is_not_continued(data, tmp_path):
+    folder = tmp_path / "sweep"
+    samples = read_samples(data)
+    sweep(samples, model=MeanJudge(), folder=folder, options=TWO)
+    files = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    other = MeanJudge()
+    other.fingerprint = "sha256:other"
+    with pytest.raises(UsageError, match="model_fingerprint"):
+        sweep(samples, model=other, folder=folder, options=TWO)
+    with pytest.raises(UsageError, match="model_fingerprint"):  # also where work is left
+        sweep(samples, model=other, folder=folder, options=SweepOptions(("jpeg", "blur")))
+    with pytest.raises(UsageError, match="other data"):
+        sweep(samples.subset(range(5, 15)), model=MeanJudge(), folder=folder, options=TWO)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == files
+
+
+def test_more_corruptions_join_an_earlier_sweep(data, tmp_path):
+    folder, judge = tmp_path / "sweep", MeanJudge()
+    sweep(read_samples(data), model=MeanJudge(), folder=folder, options=TWO)
+    options = SweepOptions(("jpeg", "brightness", "contrast"), resamples=0)
+    found = sweep(read_samples(data), model=judge, folder=folder, options=options)
+    assert len(found.rows) == 16
+    assert sum(judge.batches) <= 5 * 20
+    assert found.rows[0].auc.low is None
+
+
+def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds no sweep"):
+        sweep(read_samples(data), model=MeanJudge(), folder=folder, options=TWO)
+    with pytest.raises(UsageError, match="is a file"):
+        sweep(read_samples(data), model=MeanJudge(), folder=folder / "mine.txt", options=TWO)
+    with pytest.raises(ConfigError, match="no corruption 'fog'"):
+        sweep(
+            read_samples(data), model=MeanJudge(), folder=tmp_path / "new",
+            options=SweepOptions(("fog",)),
+        )  # fmt: skip
+    assert [p.name for p in folder.iterdir()] == ["mine.txt"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_matplotlib_there_is_no_plot_and_all_else(data, tmp_path, monkeypatch):
+    for name in ("m2f2cli.evaluation.plots", "m2f2cli.evaluation.robustness_plot"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    found = sweep(read_samples(data), model=MeanJudge(), folder=tmp_path / "sweep", options=TWO)
+    assert "m2f2cli[eval]" in found.notes[0]
+    assert report(tmp_path / "sweep")["notes"] == list(found.notes)
+    assert not (tmp_path / "sweep" / "robustness.svg").exists()
+
+
+def test_videos_are_swept_by_their_frames(clips, tmp_path):
+    assert clips == read_ffpp(clips.root, manipulations=["FaceSwap"], split="all")
+    folder = tmp_path / "sweep"
+    found = sweep(clips, model=MeanJudge(), folder=folder, options=TWO, detect=CROPS)
+    assert {row.judged for row in found.rows} == {8}
+    assert found.rows[0].auc.value == 0.5  # the same frames in both classes
+    assert report(folder)["data"]["dataset"] == "ffpp"
