@@ -44,6 +44,7 @@ COMMANDS = (
     Entry("evaluate ffpp", "m2f2cli.cli.evaluate:ffpp", "Measure"),
     Entry("evaluate compare", "m2f2cli.cli.evaluate:compare", "Measure"),
     Entry("train-detector", "m2f2cli.cli.train:train_detector", "Train"),
+    Entry("init-llava", "m2f2cli.cli.weights:init_llava", "Checkpoints"),
     Entry("import", "m2f2cli.cli.weights:import_checkpoint", "Checkpoints"),
     Entry("info", "m2f2cli.cli.info:info", "Checkpoints"),
 )

@@ -245,8 +245,8 @@ Quiet = Annotated[
 WeightFiles = Annotated[
     list[Path],
     typer.Argument(
-        help="Published weights: .pth, .pt, .bin or .safetensors.",
-        metavar="FILE",
+        help="Published weights: a .pth, .pt, .bin or .safetensors file, or a folder.",
+        metavar="PATH",
         show_default=False,
     ),
 ]
@@ -280,6 +280,54 @@ Verify = Annotated[
         switch=True,
         rich_help_panel=_INPUT,
     ),
+]
+Proof = Annotated[
+    bool,
+    flag(
+        "verify",
+        "Read everything back, load it strictly and run it once on a fixed input.",
+        switch=True,
+        rich_help_panel=_RESULT,
+    ),
+]
+LlavaBase = Annotated[
+    str,
+    flag(
+        "llava",
+        "LLaVA-1.5: a folder in its own or in Hugging Face's layout, or a hub id.",
+        metavar="DIR|HUB-ID",
+        rich_help_panel=_INPUT,
+    ),
+]
+DetectorFolder = Annotated[
+    str,
+    flag(
+        "detector",
+        "The detector: a checkpoint folder or a hub id.",
+        metavar="DIR|HUB-ID",
+        rich_help_panel=_INPUT,
+    ),
+]
+StoredDtype = Annotated[
+    str,
+    flag(
+        "dtype",
+        "Type to store the language model and the projectors in; auto keeps the base's.",
+        metavar="auto|float32|bfloat16|float16",
+        rich_help_panel=_MODEL,
+    ),
+]
+Tower = Annotated[
+    str,
+    flag(
+        "tower",
+        "Whose CLIP tower serves both where the base's and the detector's differ.",
+        metavar="detector|llava",
+        rich_help_panel=_MODEL,
+    ),
+]
+ProjectorSeed = Annotated[
+    int, flag("seed", "Seed of the new projector.", min=0, metavar="N", rich_help_panel=_MODEL)
 ]
 Check = Annotated[
     Path | None,

@@ -1,4 +1,4 @@
-"""Commands on checkpoints: ``import``."""
+"""Commands on checkpoints: ``import`` and ``init-llava``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ EXAMPLES = {
     "import": (
         "m2f2 import M2F2_Det_densenet121.pth --output detector",
         "m2f2 import detector.pth vision_tower.pth --output detector --verbose",
-        "m2f2 import small.pth --clip-config clip/config.json --output small --overwrite",
-    )
+        "m2f2 import llava-v1.5-7b-M2F2-Det/ --output explainer --verify",
+        "m2f2 import llava-v1.5-7b-M2F2-Det/ clip-vit-large-patch14-336/ --output explainer",
+        "m2f2 import stage-3-delta/ --output delta-2",
+    ),
+    "init-llava": (
+        "m2f2 init-llava --llava llava-hf/llava-1.5-7b-hf --detector detector --output explainer-0",
+        "m2f2 init-llava --llava llava-v1.5-7b/ --detector detector --output explainer-0 "
+        "--dtype bfloat16",
+    ),
 }
 
 
@@ -19,29 +26,67 @@ def import_checkpoint(
     output: flags.ImportFolder,
     config: flags.Config = None,
     clip_config: flags.ClipConfig = None,
+    verify: flags.Proof = False,
     overwrite: flags.Overwrite = False,
     verbose: flags.Verbose = False,
     as_json: flags.Json = False,
     quiet: flags.Quiet = False,
 ) -> None:
-    """Turn published detector files into a checkpoint folder.
+    """Turn published weights into a checkpoint folder.
 
-    The files are recognised by what they hold, not by their names: detector B (.pth of the
-    explainer), detector A (stage 1), a CLIP vision tower beside one that lacks it. Every key is
-    mapped, folded or dropped for a stated reason; an unknown one is an error. Nothing that a
-    pickle names is run.
+    They are recognised by what they hold, not by their names: the merged explainer (its folder, or
+    a file of it), the delta of stage 2 or 3, detector B (.pth of the explainer), detector A (stage
+    1), a CLIP vision tower beside one that lacks it. Every key is mapped, folded or dropped for a
+    stated reason; an unknown one is an error. Nothing that a pickle names is run.
     """
-    from m2f2cli.models.importing import import_detector
+    from m2f2cli.models.importing import Import
 
     out = Output(as_json, quiet)
-    made = import_detector(files, output, clip_config=clip_config, overwrite=overwrite)
+    job = Import(files, output, clip_config=clip_config, overwrite=overwrite)
+    with out.progress("Writing", len(job.made.tensors)) as advance:
+        made = job.write(verify=verify, advance=advance)
     if as_json:
         out.json(made.as_dict())
         return
     rows = made.listing() if verbose else made.summary()
     out.table(("file", "key", "fate", "to or why") if verbose else _SUMMARY, rows)
     out.text(f"{output}: {made.kind}, {made.parameters:,} parameters, {made.fingerprint}")
-    out.note(f"Try it: m2f2 detect PHOTO --model {output}")
+    if made.probe is not None:
+        out.text(made.probe.sentence() + ".")
+    out.note(f"See what it is: m2f2 info {output}")
 
 
 _SUMMARY = ("file", "keys>", "fate", "to or why")
+
+
+def init_llava(
+    llava: flags.LlavaBase,
+    detector: flags.DetectorFolder,
+    output: flags.ImportFolder,
+    config: flags.Config = None,
+    dtype: flags.StoredDtype = "auto",
+    tower: flags.Tower = "detector",
+    seed: flags.ProjectorSeed = 0,
+    overwrite: flags.Overwrite = False,
+    as_json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Build an explainer from LLaVA-1.5 and a detector (before stage 2).
+
+    The language model and its projector come from the LLaVA, the detector from its folder, and a
+    new projector for the detector's answer is drawn from N(0, 0.1). One CLIP tower serves both.
+    Tensors are copied one by one, so memory does not grow with the model.
+    """
+    from m2f2cli.models.initialising import InitLlava, InitLlavaOptions
+
+    out = Output(as_json, quiet)
+    options = InitLlavaOptions(dtype=dtype, tower=tower, seed=seed)
+    job = InitLlava(llava, detector, output, options=options, overwrite=overwrite)
+    (out.warning if job.plan.tower.state == "differs" else out.note)(job.plan.tower.sentence())
+    with out.progress("Writing", len(job.plan.tensors)) as advance:
+        made = job.write(advance)
+    if as_json:
+        out.json(made.as_dict())
+        return
+    out.table(("part", "tensors>", "parameters>", "types"), made.rows())
+    out.text(f"{output}: {made.parameters:,} parameters, {made.fingerprint}")

@@ -1,17 +1,42 @@
-"""Published detectors imported into a checkpoint folder, checked against the model they make."""
+"""Published checkpoints imported into folders of ours, checked against the models they make."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from m2f2cli.errors import CheckpointError, UsageError
 from m2f2cli.models.detector import DetectorConfig
+from m2f2cli.models.initialising import (
+    Progress,
+    check_explainer,
+    preprocessor_file,
+    tokenizer_files,
+    versions,
+)
 from m2f2cli.models.loading import build_empty
-from m2f2cli.weights import atomic, importer, reference, store
+from m2f2cli.models.probing import Probe, probe
+from m2f2cli.weights import (
+    atomic,
+    delta,
+    folders,
+    import_delta,
+    import_explainer,
+    importer,
+    kinds,
+    llava_names,
+    reference,
+    store,
+    streams,
+)
+from m2f2cli.weights.assembling import source_fingerprint
+from m2f2cli.weights.folders import Weights
+from m2f2cli.weights.importer import Conversion
 from m2f2cli.weights.reference import Fate
+
+_DELTAS = (kinds.STAGE_2, kinds.STAGE_3, kinds.STAGE_3_PART, kinds.PEFT)
 
 
 @dataclass(frozen=True)
@@ -20,10 +45,11 @@ class Imported:
 
     Args:
         folder: The new checkpoint.
-        kind: ``detector A`` or ``detector B``.
+        kind: What was imported, in words.
         fingerprint: Of the new checkpoint.
         parameters: How many values its tensors hold.
         fates: For each file, what became of each of its keys.
+        probe: The proof, when it was asked for.
     """
 
     folder: Path
@@ -31,6 +57,7 @@ class Imported:
     fingerprint: str
     parameters: int
     fates: dict[str, list[Fate]]
+    probe: Probe | None = None
 
     def summary(self) -> list[tuple[str, int, str, str]]:
         """Rows (file, how many keys, what became of them, reason or destination)."""
@@ -61,6 +88,7 @@ class Imported:
             "kind": self.kind,
             "fingerprint": self.fingerprint,
             "parameters": self.parameters,
+            "verified": self.probe.as_dict() if self.probe else None,
             "keys": [
                 {"file": path, "key": f.key, "action": f.action, "to": f.to, "why": f.why or None}
                 for path, fates in self.fates.items()
@@ -69,59 +97,158 @@ class Imported:
         }
 
 
-def import_detector(
-    paths: Sequence[Path],
-    output: Path,
-    *,
-    clip_config: Path | None = None,
-    overwrite: bool = False,
-) -> Imported:
-    """Import a published detector.
+class Import:
+    """A recognised and converted import: everything is checked, nothing is written yet.
 
     Args:
-        paths: A detector A or B and, where it lacks one, the file of its CLIP vision tower.
+        paths: What was published: a detector, an explainer's folder (or one of its files) or a
+            delta's, and, where it lacks one, a file or folder that brings its CLIP vision tower.
         output: The checkpoint folder to make.
         clip_config: A CLIP ``config.json``, for towers that are none of the known ones.
         overwrite: Replace an existing checkpoint folder.
 
-    Returns:
-        The account of every key.
-
     Raises:
         CheckpointError: A file is unreadable, unknown or incomplete, a tensor has the wrong shape
-            or holds NaN, or the folder cannot be written.
-        UsageError: The files do not make one detector.
+            or holds NaN, or the output exists.
+        UsageError: The files do not make one checkpoint.
     """
-    atomic.refuse_existing(output, overwrite)
-    made = importer.convert(paths, clip_config=clip_config)
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        output: Path,
+        *,
+        clip_config: Path | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        atomic.refuse_existing(output, overwrite)
+        self.output, self.overwrite = output, overwrite
+        homes = dict.fromkeys(folders.home_of(path) for path in paths)
+        opened = [folders.open_weights(home) for home in homes]
+        self._main, others = _main_and_others(opened)
+        if self._main.kind == kinds.EXPLAINER:
+            tower = others[0] if others else None
+            self.made = import_explainer.convert(self._main, tower, clip_config=clip_config)
+            self._extra = _explainer_files(self._main, self.made)
+        elif self._main.kind in _DELTAS:
+            self.made = import_delta.convert(self._main)
+        else:
+            self.made = importer.convert(opened, clip_config=clip_config)
+            self._extra = _detector_files(opened, self.made)
+
+    def write(
+        self, *, verify: bool = False, advance: Progress = lambda steps=1, note="": None
+    ) -> Imported:
+        """Write the checkpoint.
+
+        Args:
+            verify: Read it back, load it and run it on a fixed input.
+            advance: Called with (1, name) after each tensor.
+
+        Raises:
+            CheckpointError: A tensor holds NaN or infinity, the disk refuses, or the proof fails.
+        """
+        made = self.made
+        tensors = {key: streams.as_stream(tensor) for key, tensor in made.tensors.items()}
+        watched = streams.watched(tensors, advance)
+        if self._main.kind in _DELTAS:
+            mark = delta.write_delta(
+                self.output,
+                tensors=watched,
+                stage=self._stage,
+                adapter=made.config or None,
+                overwrite=self.overwrite,
+            )
+        else:
+            mark = store.write_checkpoint(
+                self.output,
+                config=made.config,
+                tensors=watched,
+                stage=self._stage,
+                extra_files=self._extra,
+                overwrite=self.overwrite,
+            )
+        total = sum(stream.size for stream in tensors.values())
+        proof = probe(self.output, made) if verify else None
+        return Imported(self.output, made.kind, mark, total, made.fates, proof)
+
+    def _stage(self, digests: Mapping[str, str]) -> dict[str, Any]:
+        sources = self.made.sources
+        if self._main.kind == kinds.EXPLAINER:
+            fates = self.made.fates[str(self._main.path)]
+            names = {fate.key: fate.to for fate in fates if fate.to is not None}
+            tensors = {key: streams.as_stream(t) for key, t in self.made.tensors.items()}
+            mark = source_fingerprint(self._main, names, tensors, digests)
+            main = {"file": self._main.path.resolve().name, "kind": self._main.kind}
+            sources = [main | {"layout": self._main.layout, "fingerprint": mark}, *sources]
+        said: dict[str, Any] = {"stage": "import", "kind": self.made.kind, "sources": sources}
+        if self._main.kind in _DELTAS:
+            base = ("base_model_name_or_path", "_name_or_path")
+            named = [self._main.config[name] for name in base if self._main.config.get(name)]
+            said |= {"parent": None, "trained_on": next(iter(named), None)}
+        return said | {"versions": versions()}
+
+
+def import_published(paths: Sequence[Path], output: Path, **options: Any) -> Imported:
+    """Import what was published, in one call; see ``Import`` for the options."""
+    return Import(paths, output, **options).write()
+
+
+def _main_and_others(opened: Sequence[Weights]) -> tuple[Weights, list[Weights]]:
+    """What is imported, and what was given with it.
+
+    Raises:
+        CheckpointError: One of them is nothing that can be imported.
+        UsageError: They do not make one checkpoint.
+    """
+    for one in opened:
+        hint = {
+            kinds.OUR_EXPLAINER: "It is a checkpoint already: use it as it is.",
+            kinds.DETECTOR: "It is a checkpoint already: use it as it is.",
+            kinds.DELTA: "It is a delta already: use it as it is.",
+            kinds.LANGUAGE: "Give the whole folder if this is a part of an explainer.",
+        }.get(one.kind)
+        if hint or (one.kind == kinds.PEFT and import_delta.is_ours(one)):
+            raise CheckpointError(f"'{one.path}' is a {one.kind}, nothing to import.", hint)
+    alone = [one for one in opened if one.kind in (kinds.EXPLAINER, *_DELTAS)]
+    main = alone[0] if alone else opened[0]
+    others = [one for one in opened if one is not main]
+    if len(alone) > 1 or (main.kind in _DELTAS and others) or (alone and len(others) > 1):
+        names = ", ".join(f"'{one.path}' is a {one.kind}" for one in opened)
+        raise UsageError(
+            f"These files do not make one checkpoint: {names}.",
+            "Give an explainer and at most one CLIP tower, or a delta alone.",
+        )
+    if not others and main.kind in (kinds.LLAVA, kinds.LLAVA_HF):
+        raise UsageError(
+            f"'{main.path}' is a {main.kind}; it has no detector to import.",
+            f"m2f2 init-llava --llava {main.path} --detector DIR --output DIR",
+        )
+    return main, others
+
+
+def _explainer_files(source: Weights, made: Conversion) -> dict[str, bytes]:
+    check_explainer(made.tensors, made.config, what=f"'{source.path}'", rows=made.rows)
+    return {
+        **tokenizer_files(source.folder, made.config["text_config"]),
+        "preprocessor_config.json": preprocessor_file(made.config["detector_config"]),
+    }
+
+
+def _detector_files(opened: Sequence[Weights], made: Conversion) -> dict[str, bytes]:
     expected = build_empty(DetectorConfig.from_dict(made.config)).state_dict()
     store.check_names_and_shapes(
         reference.to_published(made.tensors, made.rows),
         reference.to_published(expected, made.rows),
-        what=" with ".join(f"'{path}'" for path in paths),
+        what=" with ".join(f"'{one.path}'" for one in opened),
     )
-    config = made.config
-    size, mean, std = config["image_size"], config["image_mean"], config["image_std"]
-    mark = store.write_checkpoint(
-        output,
-        config=config,
-        tensors=made.tensors,
-        stage={
-            "stage": "import",
-            "kind": made.kind,
-            "sources": made.sources,
-            "versions": {name: version(name) for name in ("m2f2cli", "torch")},
-        },
-        extra_files={
-            "preprocessor_config.json": store.json_bytes(store.preprocessor_config(size, mean, std))
-        },
-        overwrite=overwrite,
-    )
-    total = sum(tensor.numel() for tensor in made.tensors.values())
-    return Imported(output, made.kind, mark, total, made.fates)
+    return {"preprocessor_config.json": preprocessor_file(made.config)}
 
 
 def _branch(name: str) -> str:
     """The part of the model a tensor belongs to, for example ``clip.vision.*``."""
-    first, second, *_ = f"{name}.".split(".")
-    return f"{first}.{second}.*" if first == "clip" else f"{first}.*"
+    parts = name.removeprefix(llava_names.DELTA_PREFIX).split(".")
+    depth = 1 + (parts[0] == "detector")
+    if parts[depth - 1] == "clip":
+        depth += 1
+    return ".".join([*parts[:depth], "*"])

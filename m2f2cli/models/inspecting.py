@@ -1,4 +1,4 @@
-"""What a checkpoint is and, for a detector, which tensors it lacks."""
+"""What a checkpoint is and, for a model of ours, which tensors it lacks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from m2f2cli.errors import M2F2Error
-from m2f2cli.weights import describe
+from m2f2cli.weights import describe, kinds
 from m2f2cli.weights.describe import Description
 from m2f2cli.weights.store import check_names_and_shapes
 
 
 def inspect_checkpoint(name: str, *, verify: bool = False) -> Description:
-    """Describe a checkpoint; compare a detector of ours with the model its config describes.
+    """Describe a checkpoint; compare a model of ours with what its config describes.
 
     Args:
         name: A folder, a weights file, or ``lite`` for the bundled detector.
@@ -27,7 +27,8 @@ def inspect_checkpoint(name: str, *, verify: bool = False) -> Description:
 
         path = resolve_checkpoint(name)
     found = describe.describe(path, verify=verify)
-    if found.kind != describe.DETECTOR or not found.config or not found.tensors:
+    ours = (kinds.DETECTOR, kinds.OUR_EXPLAINER)
+    if found.kind not in ours or not found.config or not found.tensors:
         return found
     try:
         _compare(found)
@@ -37,6 +38,11 @@ def inspect_checkpoint(name: str, *, verify: bool = False) -> Description:
 
 
 def _compare(found: Description) -> None:
+    if found.kind == kinds.OUR_EXPLAINER:
+        from m2f2cli.models.initialising import check_explainer
+
+        check_explainer(found.tensors, found.config, what="The folder")
+        return
     from m2f2cli.models.detector import DetectorConfig
     from m2f2cli.models.loading import build_empty
 

@@ -6,66 +6,24 @@ Nothing is loaded: names, shapes and types are read from headers, pickles by the
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from m2f2cli.errors import CheckpointError
-from m2f2cli.weights import reference, store
+from m2f2cli.weights import kinds, store
+from m2f2cli.weights.folders import folder_config, layout_of
 from m2f2cli.weights.pickles import load_tensors_file
 from m2f2cli.weights.tensorfile import StoredTensor
 
-UNKNOWN = "unknown weights"
-DETECTOR = "detector"
-DETECTOR_A = "published detector A (stage 1)"
-DETECTOR_B = "published detector B (of the explainer)"
-EXPLAINER = "published explainer (LLaVA layout)"
-LLAVA = "LLaVA base (original layout)"
-LLAVA_HF = "LLaVA base (Hugging Face layout)"
-STAGE_2 = "published stage-2 delta (projector)"
-STAGE_3 = "published stage-3 delta (LoRA and projectors)"
-STAGE_3_PART = "projectors of a published stage-3 delta"
-PEFT = "PEFT adapter"
-DELTA = "delta"
-CLIP = "CLIP model"
-TOWER = "CLIP vision tower"
-LANGUAGE = "language model"
-
-_WHOLE = (store.WEIGHTS, "pytorch_model.bin")
-_INDICES = (store.INDEX, "pytorch_model.bin.index.json")
-_PARTS = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "delta.safetensors",
-    "mm_projector.bin",
-    "non_lora_trainables.bin",
-)
-# What each published detector must hold, as key prefixes, and in which words it is missed.
-_NEEDED = {
-    DETECTOR_A: (
-        ("clip_vision_encoder.", "the CLIP vision tower (give its file to m2f2 import as well)"),
-        ("deepfake_encoder.", "the backbone"),
-        ("deepfake_proj.", "the backbone's projection"),
-        ("vision_proj.", "the vision projection"),
-        ("output.", "the head"),
-    ),
-    EXPLAINER: (
-        ("model.embed_tokens.", "the word embeddings"),
-        ("lm_head.", "the language model's head"),
-        ("model.mm_projector.", "the vision projector"),
-        ("model.vision_tower.", "the CLIP vision tower (config.json names where it comes from)"),
-        ("deepfake_encoder.", "the detector"),
-        ("deepfake_projector.", "the detector's projector"),
-    ),
-    LLAVA: (
-        ("lm_head.", "the language model's head"),
-        ("model.vision_tower.", "the CLIP vision tower (config.json names where it comes from)"),
-    ),
-    LLAVA_HF: (("vision_tower.", "the CLIP vision tower"),),
-}
-_NEEDED[DETECTOR_B] = (*_NEEDED[DETECTOR_A], ("text_proj.", "the text projection"))
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_OURS = (kinds.DETECTOR, kinds.OUR_EXPLAINER)
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+# The kinds that answer in words, so that their folder needs a tokenizer.
+_TALKING = (kinds.OUR_EXPLAINER, kinds.EXPLAINER, kinds.LLAVA, kinds.LLAVA_HF)
 
 
 @dataclass(frozen=True)
@@ -150,62 +108,15 @@ def describe(path: Path, *, verify: bool = False) -> Description:
     found = _describe_folder(path) if path.is_dir() else _describe_file(path)
     if verify:
         store.check_finite(found.tensors, what=f"'{path}'")
-        if found.kind == DETECTOR and path.is_dir():
+        if found.kind in _OURS and path.is_dir():
             store.fingerprint(path, verify=True)
     return found
-
-
-def kind_of(keys: Iterable[str]) -> str:
-    """Name the kind of weights with these tensor names."""
-    text = [key.removeprefix("module.") for key in keys]
-    for kind, fits in _RULES:
-        if fits(text):
-            return kind
-    return UNKNOWN
-
-
-def _has(*parts: str) -> Callable[[list[str]], bool]:
-    """Every part occurs in some name; a part that begins with ``^`` must stand at its beginning."""
-
-    def fits(keys: list[str]) -> bool:
-        return all(
-            any(k.startswith(part[1:]) if part[0] == "^" else part in k for k in keys)
-            for part in parts
-        )
-
-    return fits
-
-
-def _only(*parts: str) -> Callable[[list[str]], bool]:
-    """Every name holds one of the parts."""
-
-    def fits(keys: list[str]) -> bool:
-        return bool(keys) and all(any(part in k for part in parts) for k in keys)
-
-    return fits
-
-
-_PROJECTORS = _only("deepfake_projector.", "mm_projector.")
-_RULES: tuple[tuple[str, Callable[[list[str]], bool]], ...] = (
-    (PEFT, _has(".lora_A.")),
-    (DETECTOR, _has("^alpha_vision", "^head.", "^backbone.", "^clip.")),
-    (EXPLAINER, _has("model.layers.", "deepfake_encoder.")),
-    (DETECTOR_A, _has("clip_vision_alpha", reference.FOLDED[2])),
-    (DETECTOR_B, _has("clip_vision_alpha")),
-    (STAGE_3_PART, lambda keys: _PROJECTORS(keys) and _has("^base_model.")(keys)),
-    (STAGE_2, _PROJECTORS),
-    (LLAVA, _has("model.layers.", "mm_projector.")),
-    (LLAVA_HF, _has("language_model.", "multi_modal_projector.")),
-    (LANGUAGE, _has("model.layers.", "embed_tokens.")),
-    (CLIP, _has("vision_model.", "text_model.", "logit_scale")),
-    (TOWER, _has("vision_model.embeddings.class_embedding")),
-)
 
 
 def _describe_file(path: Path) -> Description:
     file = load_tensors_file(path)
     tensors = file.tensors
-    kind = kind_of(tensors)
+    kind = kinds.kind_of(tensors)
     notes = [f"{file.layout} layout"]
     if file.where:
         notes.append(f"the weights lie under '{file.where}'")
@@ -219,123 +130,83 @@ def _describe_file(path: Path) -> Description:
         files={path.name: path.stat().st_size},
         tensors=tensors,
         fingerprint=_digest(path),
-        missing=tuple(_missing_parts(kind, tensors)),
-        notes=tuple(notes),
+        missing=tuple(kinds.missing_parts(kind, tensors)),
+        notes=(*notes, *_notes(tensors, {})),
         foreign=file.foreign,
     )
 
 
 def _describe_folder(path: Path) -> Description:
+    layout = layout_of(path)
     tensors: dict[str, StoredTensor] = {}
-    missing: list[str] = []
-    foreign: list[str] = []
-    files = _weight_files(path, missing)
-    for name in files:
+    missing = [f"the shard {name}" for name in layout.absent]
+    foreign: set[str] = set()
+    for name in layout.files:
         try:
             file = load_tensors_file(path / name)
             tensors |= file.tensors
         except CheckpointError as error:
             missing.append(error.message.rstrip("."))
             continue
-        foreign += file.foreign
-    _check_index(path, tensors, missing)
-    config_name = (
-        "adapter_config.json" if (path / "adapter_config.json").exists() else "config.json"
-    )
-    config = store.read_json(path / config_name) if (path / config_name).exists() else {}
-    stage = store.read_stage(path)
-    kind = _folder_kind(config, stage, tensors, files)
-    missing += _missing_files(path, kind, files) + _missing_parts(kind, tensors)
+        foreign |= set(file.foreign)
+    if strays := layout.strays(tensors):
+        missing.append(f"{len(strays)} tensors of {layout.index}: {store.name_some(strays)}")
+    config, stage = folder_config(path), store.read_stage(path)
+    kind = kinds.kind_of_folder(config, stage, tensors, layout.files)
+    missing += _missing_files(path, kind, layout.files) + kinds.missing_parts(kind, tensors)
     mark = stage.get("fingerprint")
     return Description(
         path=path,
         kind=kind,
-        files={name: (path / name).stat().st_size for name in files},
+        files={name: (path / name).stat().st_size for name in layout.files},
         tensors=tensors,
         config=config,
         stage=stage,
         fingerprint=mark if isinstance(mark, str) else None,
         missing=tuple(missing),
-        foreign=tuple(sorted(set(foreign))),
+        notes=tuple(_notes(tensors, config)),
+        foreign=tuple(sorted(foreign)),
     )
 
 
-def _folder_kind(
-    config: Mapping[str, Any],
-    stage: Mapping[str, Any],
-    tensors: Mapping[str, StoredTensor],
-    files: Iterable[str],
-) -> str:
-    names = set(files)
-    if "non_lora_trainables.bin" in names and "peft_type" in config:
-        return STAGE_3
-    if "peft_type" in config:
-        return PEFT
-    if "delta.safetensors" in names and stage:
-        return DELTA
-    kind = kind_of(tensors)
-    by_type = {
-        "m2f2_detector": DETECTOR,
-        "clip": CLIP,
-        "clip_vision_model": TOWER,
-        "llava": LLAVA_HF,
-    }
-    if kind == UNKNOWN:
-        return by_type.get(str(config.get("model_type")), UNKNOWN)
-    return kind
-
-
-def _weight_files(path: Path, missing: list[str]) -> list[str]:
-    """The weight files of a folder in the order they are read; missing shards are noted."""
-    files = [name for name in _WHOLE if (path / name).is_file()][:1]
-    for index in _INDICES:
-        if files or not (path / index).is_file():
-            continue
-        mapping = store.read_json(path / index).get("weight_map")
-        shards = sorted(set(mapping.values())) if isinstance(mapping, dict) else []
-        plain = [s for s in shards if isinstance(s, str) and Path(s).name == s]
-        files += [shard for shard in plain if (path / shard).is_file()]
-        missing += [f"the shard {shard}" for shard in plain if not (path / shard).is_file()]
-        break
-    return files + [name for name in _PARTS if (path / name).is_file()]
-
-
-def _check_index(path: Path, tensors: Mapping[str, StoredTensor], missing: list[str]) -> None:
-    for index in _INDICES:
-        if (path / index).is_file() and not any((path / name).is_file() for name in _WHOLE):
-            mapping = store.read_json(path / index).get("weight_map")
-            absent = set(mapping) - set(tensors) if isinstance(mapping, dict) else set()
-            if absent:
-                missing.append(f"{len(absent)} tensors of {index}: {store.name_some(absent)}")
-
-
-def _missing_files(path: Path, kind: str, files: list[str]) -> list[str]:
+def _missing_files(path: Path, kind: str, files: tuple[str, ...]) -> list[str]:
     needed = ["config.json"]
-    if kind == DETECTOR:
+    if kind in _OURS:
         needed = ["config.json", "preprocessor_config.json", "stage.json"]
-    elif kind in (PEFT, STAGE_3):
+    elif kind in (kinds.PEFT, kinds.STAGE_3):
         needed = ["adapter_config.json"]
         if not any(name.startswith("adapter_model.") for name in files):
             needed.append("adapter_model.safetensors")
-    elif kind in (UNKNOWN, DELTA):
+    elif kind in (kinds.UNKNOWN, kinds.DELTA):
         needed = []
     missing = [name for name in needed if not (path / name).is_file()]
+    if kind in _TALKING and not any((path / name).is_file() for name in _TOKENIZERS):
+        missing.append(" or ".join(_TOKENIZERS))
     return missing if files else [*missing, "any weights"]
 
 
-def _missing_parts(kind: str, tensors: Mapping[str, StoredTensor]) -> list[str]:
-    beginnings = _NEEDED.get(kind, ())
-    prefix = next(
-        (k.removesuffix("clip_vision_alpha") for k in tensors if k.endswith("clip_vision_alpha")),
-        "",
-    )
-    if kind not in (DETECTOR_A, DETECTOR_B):
-        prefix = ""
-    return [
-        words
-        for begin, words in beginnings
-        if not any(key.startswith(prefix + begin) for key in tensors)
-    ]
+def _notes(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> list[str]:
+    """What a reader asks of an explainer or an adapter: sizes, template, base."""
+    notes = []
+    blocks = {int(n) for key in tensors for n in _LAYER.findall(key)}
+    words = [t for key, t in tensors.items() if key.endswith("embed_tokens.weight")]
+    if blocks and len(words) == 1 and len(words[0].shape) == 2:
+        parts = ("embed_tokens.", "lm_head.", "language_model.norm.", "model.norm.")
+        total = sum(
+            tensor.size
+            for key, tensor in tensors.items()
+            if _LAYER.search(key) or any(part in key for part in parts)
+        )
+        vocabulary, width = words[0].shape
+        notes.append(
+            f"language model of {total:,} parameters: {len(blocks)} layers of width {width}, "
+            f"{vocabulary:,} words"
+        )
+    said = {"template": "asked with the template", "image_aspect": "pictures", "r": "LoRA rank"}
+    notes += [f"{words} {config[name]}" for name, words in said.items() if name in config]
+    if base := config.get("base_model_name_or_path"):
+        notes.append(f"trained on {base}")
+    return notes
 
 
 def _digest(path: Path) -> str:

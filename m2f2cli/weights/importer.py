@@ -9,13 +9,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m2f2cli.errors import CheckpointError, UsageError
-from m2f2cli.weights import reference, towers
-from m2f2cli.weights.pickles import LoadedFile, load_tensors_file
+from m2f2cli.weights import reference, streams, towers
+from m2f2cli.weights.folders import Weights
 from m2f2cli.weights.reference import Fate
 from m2f2cli.weights.store import check_finite
+from m2f2cli.weights.streams import Stream
 from m2f2cli.weights.tensorfile import StoredTensor
 
 if TYPE_CHECKING:
@@ -24,100 +25,128 @@ if TYPE_CHECKING:
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 # The published detectors read the hidden state before the last.
-_VISION_LAYER = -2
-_ABOVE = "above the hidden state that the detector reads"
-_SAME_TOWER = "the detector's file brings the same tower"
-_TRAINING = "training state or other data, no weight of the model"
-_NO_TOWER = "not part of the vision tower"
-_VISION_MARK = "vision_model.embeddings.class_embedding"
+VISION_LAYER = -2
+ABOVE = "above the hidden state that the detector reads"
+SAME_TOWER = "the detector's file brings the same tower"
+TRAINING = "training state or other data, no weight of the model"
+NO_TOWER = "not part of the vision tower"
+_VISION_MARK = "embeddings.class_embedding"
 _WORDS = "clip_text_encoder.model.text_model.embeddings.token_embedding.weight"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One recognised file.
+    """One recognised file or folder.
 
     Args:
         file: What was read.
         kind: ``detector A``, ``detector B`` or ``vision tower``.
         prefix: What stands before every key of interest, for example ``module.``.
-        state: The tensors by key without prefix, still on disk.
+        state: The tensors by key without prefix, still on disk; a tower's begin with
+            ``vision_model.`` whatever stands there in the file.
         others: Keys of the file that are not tensors of the model.
     """
 
-    file: LoadedFile
+    file: Weights
     kind: str
     prefix: str
     state: dict[str, StoredTensor]
     others: tuple[str, ...] = ()
 
 
+class PublishedHead(NamedTuple):
+    """A published detector's last layer, before anything is folded into it.
+
+    Attributes:
+        weight: (2, F).
+        bias: (2,).
+        constant: What detector A's bridge adds to the middle of the features; None for B.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    constant: torch.Tensor | None
+
+
 @dataclass(frozen=True)
 class Conversion:
-    """A published detector in our terms.
+    """Published weights in our terms.
 
     Args:
-        kind: ``detector A`` or ``detector B``.
-        config: The content of ``config.json``.
+        kind: What they are, in words.
+        config: The content of ``config.json`` (of ``adapter_config.json`` for an adapter).
         tensors: By our names.
         fates: For each file, what becomes of each of its keys (as they stand in the file).
         sources: For each file its name, layout and kind.
         rows: The key table used, for naming tensors as published.
+        head: Of a detector.
     """
 
     kind: str
     config: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor] | Mapping[str, Stream]
     fates: dict[str, list[Fate]]
     sources: list[dict[str, Any]]
     rows: tuple[reference.Row, ...]
+    head: PublishedHead | None = None
 
 
-def recognise(path: Path) -> Source:
+def recognise(file: Weights) -> Source:
     """Tell what a published weights file is.
 
     Raises:
-        CheckpointError: The file is unreadable, or neither a detector nor a vision tower.
+        CheckpointError: It is neither a detector nor anything with a vision tower.
     """
-    file = load_tensors_file(path)
     keys = file.tensors
-    others = tuple(sorted(set(file.rest)))
     alpha = [key for key in keys if key.endswith("clip_vision_alpha")]
     if len(alpha) == 1:
         prefix = alpha[0].removesuffix("clip_vision_alpha")
         state = {k.removeprefix(prefix): t for k, t in keys.items() if k.startswith(prefix)}
         if len(state) != len(keys):
             raise CheckpointError(
-                f"'{path}' holds a detector inside a larger model.",
+                f"'{file.path}' holds a detector inside a larger model.",
                 "Give the detector's own file; m2f2 info PATH says what this one is.",
             )
         folded = reference.FOLDED[2] in state
-        return Source(file, "detector A" if folded else "detector B", prefix, state, others)
-    marks = [key for key in keys if key.endswith(_VISION_MARK)]
-    if len(marks) == 1 and not any(".layers." in k and "self_attn.o_proj" in k for k in keys):
-        prefix = marks[0].removesuffix(_VISION_MARK)
-        begin = f"{prefix}vision_model."
-        state = {k.removeprefix(prefix): t for k, t in keys.items() if k.startswith(begin)}
-        rest = tuple(k for k in keys if not k.startswith(begin))
-        return Source(file, "vision tower", prefix, state, others + rest)
-    raise CheckpointError(
-        f"'{path}' is neither a published detector nor a CLIP vision tower.",
-        "m2f2 info PATH says what it is.",
-    )
+        kind = "detector A" if folded else "detector B"
+        return Source(file, kind, prefix, state, file.others)
+    return recognise_tower(file)
 
 
-def convert(paths: Sequence[Path], *, clip_config: Path | None = None) -> Conversion:
+def recognise_tower(file: Weights) -> Source:
+    """Find the CLIP vision tower in a tower's own file, a CLIP model or a LLaVA.
+
+    Raises:
+        CheckpointError: There is none, or there are several.
+    """
+    marks = [key for key in file.tensors if key.endswith(_VISION_MARK)]
+    if len(marks) != 1:
+        raise CheckpointError(
+            f"'{file.path}' is neither a published detector nor a CLIP vision tower.",
+            "m2f2 info PATH says what it is.",
+        )
+    begin = marks[0].removesuffix(_VISION_MARK)
+    state = {
+        f"vision_model.{key.removeprefix(begin)}": stored
+        for key, stored in file.tensors.items()
+        if key.startswith(begin)
+    }
+    rest = tuple(key for key in file.tensors if not key.startswith(begin))
+    return Source(file, "vision tower", begin, state, file.others + rest)
+
+
+def convert(files: Sequence[Weights], *, clip_config: Path | None = None) -> Conversion:
     """Turn published files into one detector of ours.
 
     Args:
-        paths: One detector A or B and, where it lacks its vision tower, the tower's file.
+        files: One detector A or B and, where it lacks its vision tower, the tower's.
         clip_config: A CLIP ``config.json`` for towers that are none of the known ones.
 
     Raises:
-        CheckpointError: A file is unreadable, unknown, incomplete or holds NaN.
+        CheckpointError: A file is unknown, incomplete or holds NaN.
         UsageError: The files do not make one detector.
     """
-    detector, tower = _sort([recognise(path) for path in paths])
+    detector, tower = _sort([recognise(file) for file in files])
     what = f"'{detector.file.path}'"
     state = dict(detector.state)
     own = {k: t for k, t in state.items() if ".vision_model." in k}
@@ -129,22 +158,46 @@ def convert(paths: Sequence[Path], *, clip_config: Path | None = None) -> Conver
     if tower is not None:
         of_tower = {f"clip_vision_encoder.model.{k}": t for k, t in tower.state.items()}
         if own:
-            _require_equal(own, of_tower, detector.file.path, tower.file.path)
+            require_equal(own, of_tower, detector.file.path, tower.file.path)
         state.update(of_tower)
     rows = reference.table(detector.kind[-1], _backbone(state, what))
     tensors, fates = _rename(detector.kind, state, rows, what=what)
-    config = _config(tensors, state, towers.read_clip_config(clip_config), what=what)
-    used = towers.blocks_used(config["clip"]["vision"]["num_hidden_layers"], _VISION_LAYER)
-    fates = [_drop_above(fate, used) for fate in fates]
+    words = int(state[_WORDS].shape[0]) if _WORDS in state else 49408
+    config = detector_config(tensors, given_clip(clip_config, tower), words=words, what=what)
+    config["backbone"] = _backbone(state, what)
+    used = towers.blocks_used(config["clip"]["vision"]["num_hidden_layers"], VISION_LAYER)
+    fates = [drop_above(fate, used) for fate in fates]
     kept = {fate.to for fate in fates if fate.to is not None}
     return Conversion(
         kind=detector.kind,
         config=config,
         tensors={key: tensors[key] for key in sorted(kept)},
         fates=_by_file(fates, detector, tower, bool(own)),
-        sources=[_describe(source) for source in (detector, tower) if source is not None],
+        sources=[describe_source(s) for s in (detector, tower) if s is not None],
         rows=rows,
+        head=_head(detector),
     )
+
+
+def given_clip(path: Path | None, tower: Source | None) -> dict[str, dict[str, Any]]:
+    """The CLIP settings the user gave, or those in the folder the tower came from."""
+    if path is not None or tower is None or not tower.file.config:
+        return towers.read_clip_config(path)
+    part = tower.file.config.get("vision_config", tower.file.config)
+    return {"vision": part} if part.get("model_type") == "clip_vision_model" else {}
+
+
+def _head(detector: Source) -> PublishedHead:
+    needed = (
+        "output.weight",
+        "output.bias",
+        *(reference.FOLDED if detector.kind[-1] == "A" else ()),
+    )
+    state = {key: detector.state[key].load() for key in needed}
+    constant = None
+    if detector.kind[-1] == "A":
+        constant = state["clip_text_alpha"] * reference.bridge_constant(state)
+    return PublishedHead(state["output.weight"], state["output.bias"], constant)
 
 
 def _sort(sources: Sequence[Source]) -> tuple[Source, Source | None]:
@@ -194,13 +247,24 @@ def _rename(
     return reference.rename(loaded, rows, what=what), fates
 
 
-def _config(
-    tensors: Mapping[str, torch.Tensor],
-    state: Mapping[str, StoredTensor],
+def detector_config(
+    tensors: Mapping[str, torch.Tensor] | Mapping[str, StoredTensor],
     given: Mapping[str, dict[str, Any]],
     *,
+    words: int,
     what: str,
 ) -> dict[str, Any]:
+    """The content of ``config.json`` for a published detector with densenet121.
+
+    Args:
+        tensors: By our names.
+        given: The ``vision`` and ``text`` settings of its CLIP model, as far as they were given.
+        words: Size of the CLIP vocabulary; nothing is looked up in it.
+        what: The file, for messages.
+
+    Raises:
+        CheckpointError: A tensor is missing, or a size cannot be read or contradicts ``given``.
+    """
     parts = {
         part: {
             key.removeprefix(f"clip.{part}."): tensor
@@ -213,20 +277,19 @@ def _config(
     clip: dict[str, Any] = {"library": "transformers", "vision": vision}
     mapped = bool(parts["text"])
     if mapped:
-        words = int(state[_WORDS].shape[0]) if _WORDS in state else 49408
         clip["text"] = towers.text_fields(parts["text"], given.get("text"), words=words, what=what)
     for key in ("vision_proj.0.weight", *(("forgery_prompt.tokens",) if mapped else ())):
-        if key not in tensors or tensors[key].ndim < 2:
+        if key not in tensors or len(tensors[key].shape) < 2:
             raise CheckpointError(f"{what} lacks its tensor '{key}', or it is misshapen.")
     return {
         "architectures": ["Detector"],
         "model_type": "m2f2_detector",
-        "backbone": _backbone(state, what),
+        "backbone": "densenet121",
         "backbone_kwargs": {},
         "clip": clip,
         "hidden_size": int(tensors["vision_proj.0.weight"].shape[0]),
         "prompt_tokens": int(tensors["forgery_prompt.tokens"].shape[1]) if mapped else 0,
-        "vision_layer": _VISION_LAYER,
+        "vision_layer": VISION_LAYER,
         "forgery_map": mapped,
         "bridge": None,
         "image_size": vision["image_size"],
@@ -241,25 +304,34 @@ def _config(
     }
 
 
-def _drop_above(fate: Fate, used: int) -> Fate:
+def drop_above(fate: Fate, used: int) -> Fate:
     """Drop the vision blocks that do not feed the hidden state in use."""
     name = (fate.to or "").removeprefix("clip.vision.")
     parts = name.split(".")
     above = name.startswith("post_layernorm.") or (
         name.startswith("encoder.layers.") and int(parts[2]) >= used
     )
-    return replace(fate, action="dropped", to=None, why=_ABOVE) if above else fate
+    return replace(fate, action="dropped", to=None, why=ABOVE) if above else fate
 
 
-def _require_equal(
+def require_equal(
     own: Mapping[str, StoredTensor], other: Mapping[str, StoredTensor], first: Path, second: Path
 ) -> None:
-    import torch
+    """Refuse a tower beside another one of other values.
 
+    Args:
+        own: The tower that a model brings.
+        other: The one that was given with it, under the same names; it may hold more.
+        first: The model's file.
+        second: The tower's file.
+
+    Raises:
+        UsageError: Names the first tensor that differs.
+    """
     for key, stored in own.items():
         twin = other.get(key)
-        if twin is None or twin.shape != stored.shape or not torch.equal(
-            twin.load().float(), stored.load().float()
+        if twin is None or twin.shape != stored.shape or streams.largest_difference(
+            streams.from_stored(twin), streams.from_stored(stored)
         ):  # fmt: skip
             raise UsageError(
                 f"'{first}' brings its own CLIP vision tower, and the one in '{second}' differs "
@@ -276,32 +348,48 @@ def _by_file(
     own_keys = detector.state
     sorted_fates[str(detector.file.path)] = [
         *(replace(f, key=detector.prefix + f.key) for f in fates if f.key in own_keys),
-        *(Fate(key, "dropped", None, _TRAINING) for key in detector.others),
+        *(Fate(key, "dropped", None, TRAINING) for key in detector.others),
     ]
     if tower is not None:
         by_key = {f.key.removeprefix("clip_vision_encoder.model."): f for f in fates}
         sorted_fates[str(tower.file.path)] = [
             *(
-                Fate(tower.prefix + key, "dropped", None, _SAME_TOWER)
+                Fate(key_in_file(tower, key), "dropped", None, SAME_TOWER)
                 if own
-                else replace(by_key[key], key=tower.prefix + key)
+                else replace(by_key[key], key=key_in_file(tower, key))
                 for key in tower.state
             ),
-            *(Fate(key, "dropped", None, _NO_TOWER) for key in tower.others),
+            *(Fate(key, "dropped", None, NO_TOWER) for key in tower.others),
         ]
     return sorted_fates
 
 
-def _describe(source: Source) -> dict[str, Any]:
-    path = source.file.path
+def key_in_file(tower: Source, key: str) -> str:
+    """A tower's key as it stands in its file."""
+    return tower.prefix + key.removeprefix("vision_model.")
+
+
+def describe_source(source: Source) -> dict[str, Any]:
+    """What ``stage.json`` says of a file."""
+    return describe_file(source.file) | {"kind": source.kind}
+
+
+def describe_file(file: Weights) -> dict[str, Any]:
+    """Name, kind, layout and SHA-256 of a file or of the files of a folder."""
+    digests = {path.name: _sha256(path) for path in file.files}
+    alone = file.path.is_file()
+    return {
+        "file": file.path.resolve().name,
+        "sha256": digests[file.path.name] if alone else digests,
+        "kind": file.kind,
+        "layout": file.layout,
+        "foreign": list(file.foreign),
+    }
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return {
-        "file": path.name,
-        "sha256": digest.hexdigest(),
-        "kind": source.kind,
-        "layout": source.file.layout,
-        "foreign": list(source.file.foreign),
-    }
+    return digest.hexdigest()

@@ -144,13 +144,16 @@ class Fate:
     why: str = ""
 
 
-def fates(keys: Iterable[str], rows: Sequence[Row], *, what: str) -> list[Fate]:
+def fates(
+    keys: Iterable[str], rows: Sequence[Row], *, what: str, kind: str = "detector"
+) -> list[Fate]:
     """Look every key up.
 
     Args:
         keys: Published keys, without ``module.`` or other prefixes.
         rows: What ``table`` gives.
         what: The file, for the message.
+        kind: What the table describes, for the message.
 
     Raises:
         CheckpointError: Names the keys the table does not know.
@@ -171,11 +174,26 @@ def fates(keys: Iterable[str], rows: Sequence[Row], *, what: str) -> list[Fate]:
         from m2f2cli.weights.store import name_some
 
         raise CheckpointError(
-            f"{what} holds {len(unknown)} tensors that this kind of detector does not have: "
+            f"{what} holds {len(unknown)} tensors that this kind of {kind} does not have: "
             f"{name_some(unknown)}.",
             "The file is of another kind; m2f2 info PATH says what it is.",
         )
     return found
+
+
+def refuse_twins(found: Iterable[Fate], *, what: str) -> None:
+    """Refuse two keys that mean the same tensor of ours.
+
+    Raises:
+        CheckpointError: Names both.
+    """
+    first: dict[str, str] = {}
+    for fate in found:
+        if fate.to is not None and first.setdefault(fate.to, fate.key) != fate.key:
+            raise CheckpointError(
+                f"{what} holds the same tensor twice: {first[fate.to]} and {fate.key}.",
+                "The file was put together from two; take the original.",
+            )
 
 
 def rename(state: Mapping[str, Any], rows: Sequence[Row], *, what: str) -> dict[str, Any]:
@@ -195,8 +213,12 @@ def to_published(state: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any
     Raises:
         CheckpointError: A key is unknown.
     """
-    inverse: list[Row] = [(ours, published, "") for published, ours, _ in rows if ours is not None]
-    return rename(state, inverse, what="The model")
+    return rename(state, inverse(rows), what="The model")
+
+
+def inverse(rows: Sequence[Row]) -> list[Row]:
+    """A table read backwards; of several published names for one of ours the first counts."""
+    return [(ours, published, "") for published, ours, _ in rows if ours is not None]
 
 
 def bridge_constant(state: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -7,7 +7,7 @@ are made from tensors, in memory or on disk, and from other streams.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -143,6 +143,19 @@ def finite(stream: Stream, *, what: str) -> Stream:
             yield block
 
     return replace(stream, blocks=blocks)
+
+
+def watched(streams: Mapping[str, Stream], advance: Callable[..., None]) -> dict[str, Stream]:
+    """The same streams, which call ``advance(1, note=name)`` when they have been read."""
+
+    def watch(name: str, stream: Stream) -> Stream:
+        def blocks() -> Iterator[torch.Tensor]:
+            yield from stream.blocks()
+            advance(1, note=name)
+
+        return replace(stream, blocks=blocks)
+
+    return {name: watch(name, stream) for name, stream in streams.items()}
 
 
 def all_finite(block: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.inference.detect import DetectOptions, load
 from m2f2cli.models.detector import Detector
-from m2f2cli.models.importing import import_detector
+from m2f2cli.models.importing import import_published
 from m2f2cli.models.loading import load_detector
 from tests.parity.published import manifest, state_dict
 from tests.parity.recipe import image_for
@@ -55,7 +55,7 @@ class Plain(nn.Module):
 def test_seconds_a_picture(tmp_path):
     state = state_dict("detector_b")
     torch.save(state, tmp_path / "b.pth")
-    import_detector([tmp_path / "b.pth"], tmp_path / "out")
+    import_published([tmp_path / "b.pth"], tmp_path / "out")
     single = load(str(tmp_path / "out"), DetectOptions(device="cpu", dtype="float32"))
     half = load(str(tmp_path / "out"), DetectOptions(device="cpu", dtype="bfloat16"))
     config = single.config

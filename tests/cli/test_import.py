@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from m2f2cli.cli.app import run
-from m2f2cli.models.importing import import_detector
+from m2f2cli.models.importing import import_published
 from m2f2cli.models.loading import load_detector
 from m2f2cli.weights import store
 from tests.weights import published
@@ -25,6 +25,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(published.stage_1(first), folder / "a.pth")
     torch.save(rest, folder / "b_bare.pth")
     torch.save(tower, folder / "tower.pth")
+    torch.save(tower, folder / "tower_again.pth")
     save_file(second, folder / "b.safetensors")
     wrapped = {"state_dict": {f"module.{k}": v for k, v in second.items()}}
     torch.save(wrapped, folder / "b_wrapped.pth", _use_new_zipfile_serialization=False)
@@ -35,7 +36,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def same(files: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The fingerprint of detector B, imported from its plain file."""
     folder = tmp_path_factory.mktemp("same") / "b"
-    made = import_detector([files / "b.pth"], folder, clip_config=files / "clip.json")
+    made = import_published([files / "b.pth"], folder, clip_config=files / "clip.json")
     assert store.fingerprint(folder, verify=True) == made.fingerprint
     return made.fingerprint
 
@@ -217,7 +218,7 @@ def test_a_clip_configuration_that_contradicts_the_file(do, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [("tower.pth",), ("a.pth", "b.pth"), ("b.pth", "tower.pth", "tower.pth")]
+    "names", [("tower.pth",), ("a.pth", "b.pth"), ("b.pth", "tower.pth", "tower_again.pth")]
 )
 def test_files_that_make_no_detector(do, names, tmp_path):
     code, _, err = do(*names)
@@ -270,4 +271,4 @@ def test_a_detector_inside_a_larger_model(do, tmp_path):
     state["model.layers.0.self_attn.q_proj.weight"] = torch.ones(2, 2)
     code, _, err = do(save(state, tmp_path), extra=("--overwrite",))
     assert code == 1
-    assert "inside a larger model" in err
+    assert "has no config.json, so its language model is unknown" in err

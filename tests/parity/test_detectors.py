@@ -10,7 +10,7 @@ import torch
 
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.models.detector import Detector
-from m2f2cli.models.importing import import_detector
+from m2f2cli.models.importing import import_published
 from m2f2cli.models.loading import load_detector
 from tests.parity.published import golden, manifest, state_dict, write_stage_1
 
@@ -34,7 +34,7 @@ def import_small(folder: Path) -> Path:
     config = manifest("detector_b_small")["config"]
     towers = {"vision_config": config["vision"], "text_config": config["text"]}
     (folder / "clip.json").write_text(json.dumps(towers))
-    import_detector([folder / "b.pth"], folder / "out", clip_config=folder / "clip.json")
+    import_published([folder / "b.pth"], folder / "out", clip_config=folder / "clip.json")
     return folder / "out"
 
 
@@ -87,7 +87,7 @@ def test_a_batch_gives_what_single_pictures_give(tmp_path):
 @pytest.mark.slow
 def test_detector_b_full_size(tmp_path, record_property):
     torch.save(state_dict("detector_b"), tmp_path / "anything.pth")
-    import_detector([tmp_path / "anything.pth"], tmp_path / "out")
+    import_published([tmp_path / "anything.pth"], tmp_path / "out")
     model = load_detector(str(tmp_path / "out"), device="cpu")
     record_property("largest logit difference", check_b(model, "detector_b"))
 
@@ -95,7 +95,7 @@ def test_detector_b_full_size(tmp_path, record_property):
 @pytest.mark.slow
 def test_detector_a(tmp_path, record_property):
     write_stage_1(tmp_path / "current_model_180.pth", state_dict("detector_a"))
-    import_detector([tmp_path / "current_model_180.pth"], tmp_path / "out")
+    import_published([tmp_path / "current_model_180.pth"], tmp_path / "out")
     model = load_detector(str(tmp_path / "out"), device="cpu")
     expected, pictures = golden("detector_a")
     width, worst = model.config.hidden_size, 0.0
