@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from m2f2cli.data.judgement import parse_as_published, plain
 from m2f2cli.errors import UsageError
-from m2f2cli.evaluation.judgement import parse_as_published, plain
 from m2f2cli.evaluation.metrics import Confusion, confusion, roc_auc
 from m2f2cli.evaluation.predictions import Predictions
 from m2f2cli.evaluation.scored import FAKE, REAL, Figure, Measures, ScoredSet

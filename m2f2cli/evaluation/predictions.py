@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from m2f2cli.data.judgement import plain
 from m2f2cli.errors import InputError
-from m2f2cli.evaluation.judgement import plain
 from m2f2cli.records import SCHEMA_VERSION, STATUSES, VERDICTS
 
 CSV_HEADER = ["image_id", "ground_truth", "prediction"]

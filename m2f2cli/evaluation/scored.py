@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from m2f2cli.data.judgement import parse, stated_label
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.evaluation.judgement import parse, stated_label
 from m2f2cli.evaluation.predictions import Prediction, Predictions
 
 TASKS = ("scores", "judgement", "explanation")

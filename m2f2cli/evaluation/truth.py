@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from m2f2cli.data.judgement import stated_label
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.evaluation.judgement import stated_label
 from m2f2cli.evaluation.predictions import (
     BadRow,
     Predictions,

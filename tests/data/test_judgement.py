@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2f2cli.evaluation.judgement import parse, parse_as_published, plain, stated_label
+from m2f2cli.data.judgement import parse, parse_as_published, plain, stated_label
 
 
 @pytest.mark.parametrize(
