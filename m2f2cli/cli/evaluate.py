@@ -130,8 +130,8 @@ def _evaluate(kind: type[EvaluateOptions], values: dict[str, Any]) -> None:
         values.pop(name)
         for name in ("check", "min_auc", "min_accuracy", "as_json", "quiet", "config")
     )
-    evaluator = Evaluator(kind.from_flat(values))
     gates = Gates.of(check, min_auc=min_auc, min_accuracy=min_accuracy)
+    evaluator = Evaluator(kind.from_flat(values))
     printer = Output(as_json=as_json, quiet=quiet)
     with printer.progress("Judging", evaluator.steps) as advance:
         found = evaluator.run(advance)

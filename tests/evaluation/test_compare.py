@@ -22,10 +22,10 @@ def saved(folder, scored, protocol="standard"):
 
 def better(scored: ScoredSet, by: float = 0.1) -> ScoredSet:
     """The same items with scores nearer to the truth."""
-    items = [
-        replace(i, fake_probability=float(np.clip(i.fake_probability + by * (2 * i.label - 1), 0, 1)))
-        for i in scored.items
-    ]  # fmt: skip
+    items = []
+    for item in scored.items:
+        score = np.clip((item.fake_probability or 0) + by * (2 * item.label - 1), 0, 1)
+        items.append(replace(item, fake_probability=float(score)))
     return replace(scored, items=tuple(items), model="new")
 
 
@@ -110,7 +110,7 @@ def test_no_common_item_and_two_truths_are_named(tmp_path):
     folder = saved(tmp_path / "a", one)
     with pytest.raises(InputError, match="no item in common"):
         compare_reports(folder, saved(tmp_path / "b", strange), common_items=True)
-    with pytest.raises(InputError, match="'real/000.jpg' is labelled 0 in"):
+    with pytest.raises(InputError, match=r"'real/000\.jpg' is labelled 0 in"):
         compare_reports(folder, saved(tmp_path / "c", doubted), common_items=True)
 
 
