@@ -23,6 +23,8 @@ from m2f2cli.data.images import check_file
 from m2f2cli.errors import InputError
 
 COMPLETE = "complete"
+# What h5py raises on damaged files.
+_FAULTS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
 _HINT = "Copy the file again, or make it anew with 'm2f2 prepare faces'."
 
 
@@ -130,7 +132,7 @@ class FrameReader:
 
         try:
             self._open(file).visititems(visit)
-        except (OSError, RuntimeError, KeyError) as error:
+        except _FAULTS as error:
             raise _broken(file, error) from error
         if not found:
             raise InputError(f"'{file}' holds no videos.", "empty", _HINT)
@@ -145,7 +147,7 @@ class FrameReader:
         attributes = self._dataset(file, key).attrs
         try:
             return read_notes(attributes)
-        except (OSError, RuntimeError, ValueError) as error:
+        except _FAULTS as error:
             raise _broken(file, error) from error
 
     def close(self) -> None:
@@ -173,7 +175,7 @@ class FrameReader:
             check_file(path)
             try:  # nothing is kept between reads: a cache of 1 MiB a video adds up
                 self._files[path] = h5py.File(path, "r", rdcc_nbytes=0, locking=False)
-            except (OSError, RuntimeError) as error:
+            except _FAULTS as error:
                 raise _broken(path, error) from error
         return self._files[path]
 
@@ -181,7 +183,7 @@ class FrameReader:
         file = self._open(path)
         try:
             item = file.get(key)
-        except (OSError, RuntimeError, KeyError) as error:
+        except _FAULTS as error:
             raise _broken(path, error) from error
         if not isinstance(item, h5py.Dataset):
             raise InputError(f"'{path}' has no video '{key}'.", "missing")
@@ -191,7 +193,7 @@ class FrameReader:
     def _read(self, path: Path, key: str, dataset: h5py.Dataset, where: Any) -> np.ndarray:
         try:
             pixels: np.ndarray = dataset[where]
-        except (OSError, RuntimeError) as error:
+        except _FAULTS as error:
             raise InputError(
                 f"Video '{key}' in '{path}' is damaged: {_reason(error)}.", "unreadable", _HINT
             ) from error
