@@ -46,18 +46,15 @@ def calibrate(
         seed: Of the bootstrap behind the uncertain band.
 
     Raises:
-        UsageError: The set is a test set, the scores are texts, or ``output`` is missing.
+        UsageError: The set is a test set or the training's own pictures, the scores are texts, or
+            ``output`` is missing.
         InputError: Another model made the scores, or they do not suffice (see ``fit``).
         CheckpointError: The checkpoint is no detector, was changed, or cannot be written. What was
             there before is still there.
     """
     from m2f2cli.models.loading import resolve_checkpoint
 
-    if scored.split == "test":
-        raise UsageError(
-            "A test set is not for calibration: figures reported of it would be tuned to it.",
-            "Calibrate on validation pictures, for example with --split validation.",
-        )
+    _refuse_split(scored.split)
     if scored.task != "scores":
         raise UsageError("Only a detector's probabilities can be calibrated, not texts.")
     folder = resolve_checkpoint(model)
@@ -132,6 +129,18 @@ def write(
         mark = store.fingerprint(partial)
         (partial / MARK).write_bytes(store.json_bytes({**stage, "fingerprint": mark}))
     return mark
+
+
+def _refuse_split(split: str) -> None:
+    reasons = {
+        "test": "A test set is not for calibration: figures reported of it would be tuned to it.",
+        "train": "Training pictures are not for calibration: a detector is surer of them than of "
+        "others.",
+    }
+    if split in reasons:
+        raise UsageError(
+            reasons[split], "Calibrate on validation pictures, for example with --split validation."
+        )
 
 
 def _destination(folder: Path, model: str, output: Path | None) -> Path:

@@ -183,10 +183,11 @@ def test_the_bundled_detector_is_never_changed(scored):
     assert "--calibrated DIR" in str(caught.value.hint)
 
 
-def test_a_test_set_is_refused(folder, scored):
+@pytest.mark.parametrize(("split", "words"), [("test", "A test set"), ("train", "Training")])
+def test_test_and_training_pictures_are_refused(folder, scored, split, words):
     files = content(folder)
-    with pytest.raises(UsageError, match="test set"):
-        calibrate(str(folder), replace(scored, split="test"), target_fpr=0.2)
+    with pytest.raises(UsageError, match=words):
+        calibrate(str(folder), replace(scored, split=split), target_fpr=0.2)
     assert content(folder) == files
 
 
