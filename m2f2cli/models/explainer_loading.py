@@ -6,12 +6,15 @@ say is what everything else hangs on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
+from transformers.utils import logging
 
 from m2f2cli.errors import CheckpointError, MissingExtraError, UsageError
 from m2f2cli.models.detector import Detector
@@ -62,15 +65,16 @@ def load_explainer(
     folder = resolve_checkpoint(name, patterns=_PATTERNS)
     config = read_explainer_config(folder)
     check_tensors(folder, config)
-    model: Explainer = Explainer.from_pretrained(
-        folder,
-        config=config,
-        dtype=kind,
-        device_map=device_map or {"": where},
-        quantization_config=quantisation,
-        attn_implementation=pick_attention(attention, where, kind),
-        local_files_only=True,
-    )
+    with _no_progress_bars():
+        model: Explainer = Explainer.from_pretrained(
+            folder,
+            config=config,
+            dtype=kind,
+            device_map=device_map or {"": where},
+            quantization_config=quantisation,
+            attn_implementation=pick_attention(attention, where, kind),
+            local_files_only=True,
+        )
     _restore_unsaved(model.detector)
     store.check_finite(model.state_dict(), what=f"'{folder}'")
     model.requires_grad_(False)
@@ -163,6 +167,18 @@ def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> dict[
         )
         name = "flash_attention_2" if flash else "sdpa"
     return {"": name, "text_config": name, "detector_config": "sdpa"}
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep its bars, which transformers draws into files and pipes too, out of the way."""
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
 
 
 def _restore_unsaved(detector: Detector) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.models.explainer import Explainer, ExplainerConfig
@@ -80,6 +81,14 @@ def model() -> Explainer:
     }
     made.load_state_dict(state)
     return made.requires_grad_(False).eval()
+
+
+def write_published(folder: Path) -> None:
+    """The folder of a merged explainer as the published code saves it, in float32."""
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.model", "tokenizer_config.json", "config.json"):
+        shutil.copyfile(FOLDER / name, folder / name)
+    save_file(state_dict("llava_tiny"), folder / "model.safetensors")
 
 
 @lru_cache(maxsize=2)

@@ -7,11 +7,24 @@ import hashlib
 import pytest
 import torch
 
+from m2f2cli.data.transforms import explainer_views
 from m2f2cli.models.conversation import turns_of
 from m2f2cli.models.explainer import PictureFeatures
+from m2f2cli.models.explainer_loading import load_explainer
+from m2f2cli.models.importing import import_published
 from m2f2cli.models.prefix import SharedPrompts
+from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.models.tokenizer import decode
-from tests.parity.explainer import model, pictures, processor, prompts, read, tensors
+from tests.parity.explainer import (
+    FOLDER,
+    model,
+    pictures,
+    processor,
+    prompts,
+    read,
+    tensors,
+    write_published,
+)
 
 LOGITS = 2e-5
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
@@ -64,6 +77,23 @@ def test_prefill_logits(aspect, record_property):
             expected = golden[f"{prefix}logits_last"][row, column]
             worst = max(worst, difference(logits, expected))
     record_property(f"largest logit difference, {aspect}", worst)
+    assert worst <= LOGITS
+
+
+def test_an_imported_folder_gives_the_same(tmp_path, record_property):
+    """From the published layout on disk, through import and loading, to the logits."""
+    write_published(tmp_path / "published")
+    towers = FOLDER / "clip-tiny" / "config.json"
+    import_published([tmp_path / "published"], tmp_path / "out", clip_config=towers)
+    loaded, folder = load_explainer(str(tmp_path / "out"), device="cpu")
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model().state_dict().items())
+    process = ExplainerProcessor.from_folder(folder, loaded.config, explainer_views)
+    row, picture = list(pictures().items())[-1]
+    with torch.no_grad():
+        batch = process(prompts()["detection"], [picture])
+        logits = loaded(**batch, logits_to_keep=1).logits[0, -1]
+    worst = difference(logits, tensors("golden")["logits_last"][row, 0])
+    record_property("largest logit difference, imported", worst)
     assert worst <= LOGITS
 
 
