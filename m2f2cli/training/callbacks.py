@@ -66,10 +66,13 @@ class Housekeeping(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Ask for a saved state; the last step of an epoch is saved after it was measured."""
+        """Ask for a saved state; the last step of an epoch is saved after it was measured.
+
+        The loss is logged before, or a resumed run would know nothing of it.
+        """
         inside = state.global_step % self.steps_per_epoch
         if self.save_steps and inside and state.global_step % self.save_steps == 0:
-            control.should_save = True
+            control.should_log = control.should_save = True
 
 
 class Reporter(TrainerCallback):
