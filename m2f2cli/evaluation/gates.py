@@ -12,7 +12,7 @@ from m2f2cli.evaluation.report import is_report, read_json
 
 TOLERANCE = 1e-6
 # The first of these that a report has is what a floor is held against.
-AUC = ("frame_auc", "auc", "video_auc")
+AUC = ("frame_auc", "video_auc")
 ACCURACY = ("accuracy",)
 
 
