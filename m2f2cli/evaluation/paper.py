@@ -77,18 +77,16 @@ def measure(found: Predictions | ScoredSet, *, references: References | None = N
             )
         return _explanations(found, references)
     if found.layout == "frames":
-        rows = found.rows
-        return _videos(
-            [(_video_of(r.name), found.labels[r.name] == REAL, _real(r)) for r in rows], dropped=0
-        )
+        frames = [
+            (_video_of(row.name), found.labels[row.name] == REAL, 1 - row.fake_probability)
+            for row in found.rows
+            if row.fake_probability is not None
+        ]
+        return _videos(frames, dropped=0)
     raise UsageError(
         "Records of 'm2f2 detect' hold no truth, which the paper protocol needs.",
         "Name the data set or --truth FILE.jsonl.",
     )
-
-
-def _real(row: Any) -> float:
-    return float(1 - row.fake_probability)
 
 
 def _video_of(name: str) -> str:

@@ -251,18 +251,19 @@ def _owners(items: Mapping[str, Scored], names: list[str], task: str) -> tuple[d
             owners[name] = owner
     if task == "explanation":  # keys of questions are no paths
         return owners, 0
-    in_truth, in_predictions = (Counter(map(_file_name, group)) for group in (items, predicted))
-    of_file = {_file_name(name): name for name in items}
+    in_truth, in_predictions = (Counter(map(file_name, group)) for group in (items, predicted))
+    of_file = {file_name(name): name for name in items}
     by_file_name = 0
     for name in predicted:
-        short = _file_name(name)
+        short = file_name(name)
         if name not in owners and in_truth[short] == in_predictions[short] == 1:
             owners[name] = of_file[short]
             by_file_name += 1
     return owners, by_file_name
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
+    """The last part of a path, whichever system's slashes it has."""
     return name.replace("\\", "/").rpartition("/")[2]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from m2f2cli.evaluation.predictions import (
     read_text,
     value_of,
 )
-from m2f2cli.evaluation.scored import FAKE, REAL, UNKNOWN, Scored, Truth
+from m2f2cli.evaluation.scored import FAKE, REAL, UNKNOWN, Scored, Truth, file_name
 
 _LABELS: Mapping[object, int] = {"real": REAL, "fake": FAKE}
 _NAMES = ("image", "path", "name")
@@ -205,9 +205,8 @@ def _truth_from_names(data: Path | None, predictions: Predictions | None, split:
         found = read_ddvqa(crops if crops.is_dir() else data)
         items = [_picture(s.name, s.kind, s.path) for s in found.samples]
         return Truth("ddvqa", tuple(items), split, notes=tuple(notes))
-    names = _base_names(row.name for row in predictions.rows) if predictions else []
-    items = []
-    for name in names:
+    items, rows = [], predictions.rows if predictions else ()
+    for name in dict.fromkeys(file_name(row.name) for row in rows):
         kind = kind_of(name)
         if kind is None:
             raise InputError(
@@ -217,10 +216,6 @@ def _truth_from_names(data: Path | None, predictions: Predictions | None, split:
         items.append(_picture(name, kind, None))
     notes.append("Whether answers are missing cannot be told without --data or --truth.")
     return Truth("ddvqa", tuple(items), split, notes=tuple(notes))
-
-
-def _base_names(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(re.split(r"[/\\]", name)[-1] for name in names))
 
 
 def frames_truth(predictions: Predictions) -> Truth:

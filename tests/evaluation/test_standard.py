@@ -118,6 +118,11 @@ def test_one_class_leaves_the_auc_undefined_and_says_so(label, absent):
     assert (found.figures["ap"].value is None) == (label == 0)
 
 
+def test_a_lone_video_has_no_interval():
+    found = standard.measure(scored([picture(n, 1, 0.7, group="v") for n in range(3)]))
+    assert found.figures["accuracy"] == Figure(1.0)
+
+
 def test_an_empty_set_has_no_figures():
     found = standard.measure(scored([]), resamples=10)
     assert all(f.value is None and f.note for f in found.figures.values())
