@@ -53,7 +53,7 @@ class DataOptions(Checked):
         low=0,
     )
     validation_frames: int = option(
-        10, "Frames of each FF++ video to measure on, evenly spaced; 0 takes all.", low=0
+        4, "Frames of each FF++ video to measure on, evenly spaced; 0 takes all.", low=0
     )
     limit: int = option(
         0,

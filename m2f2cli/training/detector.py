@@ -14,7 +14,7 @@ import torch
 
 from m2f2cli.data.ddvqa import FLAWS, REGIONS
 from m2f2cli.errors import ConfigError, UsageError
-from m2f2cli.runtime import first_process, seed_everything
+from m2f2cli.runtime import first_process, process_count, seed_everything
 from m2f2cli.training.build import build_detector
 from m2f2cli.training.callbacks import Advance, Housekeeping, Notify, Reporter, epoch_records
 from m2f2cli.training.domain import fit_domain
@@ -30,6 +30,7 @@ from m2f2cli.weights.atomic import refuse_existing
 
 STAGE = "train-detector"
 _OPTIONS = "options.json"
+_PROCESSES = "processes"
 _PACKAGES = ("m2f2cli", "torch", "transformers", "timm", "accelerate", "numpy", "pillow")
 
 
@@ -162,7 +163,9 @@ def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> T
     left_out: list[str] = []
     train, held = read_sources(options.data, seed=run.seed, tell=left_out.append)
     skip = options.data.unreadable == "skip"
-    stores = [PictureStore(part, options.data.cache, skip=skip) for part in (train, held)]
+    stores = [
+        PictureStore(part, options.data.cache, skip=skip, tell=notify) for part in (train, held)
+    ]
     left_out += [name for part in stores for name in part.skipped]
     for name in left_out:
         notify(f"left out, missing or unreadable: {name}")
@@ -204,6 +207,7 @@ def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> T
         }
         | {"unreadable": left_out},
         "trained_values": moving_groups(objective),
+        _PROCESSES: process_count(),
         "versions": _versions(),
     }
     notify(_summary(record))
@@ -230,13 +234,21 @@ def _claim_output(options: TrainDetectorOptions) -> None:
                 f"An unfinished training of '{run.output}' is saved in '{folder}'.",
                 "Add --resume to go on, or --overwrite to begin anew.",
             )
-        _same_options(json.loads(noted.read_text(encoding="utf-8")), options, folder)
-    store.atomic_write(noted, store.json_bytes(options.to_flat()))
+        begun = json.loads(noted.read_text(encoding="utf-8"))
+        _same_options(begun, options, folder)
+        if begun.get(_PROCESSES, 1) != process_count():
+            raise ConfigError(
+                f"This run has {process_count()} processes, but '{folder}' was begun with "
+                f"{begun.get(_PROCESSES, 1)}.",
+                "Resume with as many, or begin anew with --overwrite.",
+            )
+    noting = options.to_flat() | {_PROCESSES: process_count()}
+    store.atomic_write(noted, store.json_bytes(noting))
 
 
 def _same_options(noted: Mapping[str, Any], options: TrainDetectorOptions, where: Path) -> None:
     wanted = options.to_flat()
-    for name in wanted.keys() | noted.keys():
+    for name in (wanted.keys() | noted.keys()) - {_PROCESSES}:
         if name not in INCIDENTAL and noted.get(name) != wanted.get(name):
             raise ConfigError(
                 f"--{name} is {wanted.get(name)!r}, but '{where}' was begun with "

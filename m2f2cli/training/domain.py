@@ -12,7 +12,7 @@ from m2f2cli.data.video import evenly
 from m2f2cli.training.picture_store import PictureStore
 
 # Six numbers are learnt from each set: more pictures than these add minutes, not knowledge.
-_PICTURES = 4096
+_PICTURES = 2048
 
 
 def fit_domain(
@@ -37,6 +37,6 @@ def fit_domain(
 
 
 def _described(pictures: PictureStore, size: int) -> np.ndarray:
-    """Describe up to 4,096 pictures (N, 6), evenly spread; of a video the middle frame."""
+    """Describe up to 2,048 pictures (N, 6), evenly spread; of a video the middle frame."""
     chosen = evenly(len(pictures.samples), _PICTURES)
     return np.stack([describe_texture(resize_and_crop(pictures.read(i), size)) for i in chosen])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +13,7 @@ from m2f2cli.data.samples import Sample, SampleSet, check_classes
 from m2f2cli.errors import InputError
 
 _CACHE_BYTES = 2 * 2**30
+_TOLD = 10_000  # pictures between two lines on how far the check is
 _AHEAD = 256  # pictures decoded before the reader has taken them
 
 
@@ -28,6 +29,7 @@ class PictureStore:
         cache: ``always`` or ``never`` keep pictures decoded, or ``auto``: if they take at most
             2 GiB.
         skip: Leave out what cannot be read, instead of failing.
+        tell: Called with a line for people after every 10,000 pictures.
 
     Attributes:
         samples: What can be read.
@@ -37,13 +39,22 @@ class PictureStore:
         InputError: Something cannot be read and ``skip`` is off; it is named.
     """
 
-    def __init__(self, samples: SampleSet, cache: str, *, skip: bool) -> None:
+    def __init__(
+        self,
+        samples: SampleSet,
+        cache: str,
+        *,
+        skip: bool,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
         self._clips = FrameReader()
         self._kept: dict[int, np.ndarray] = {}
         keep, taken = cache != "never", 0
         good: list[int] = []
         failed: list[tuple[Sample, InputError]] = []
         for index, result in enumerate(self._read_all(samples.samples)):
+            if tell and index and index % _TOLD == 0:
+                tell(f"checked {index:,} of {len(samples):,} pictures of '{samples.root}'")
             if isinstance(result, InputError):
                 failed.append((samples.samples[index], result))
                 continue

@@ -15,6 +15,7 @@ import numpy as np
 from m2f2cli.data.ffpp import looks_like_ffpp, read_ffpp
 from m2f2cli.data.folder import read_people
 from m2f2cli.data.samples import (
+    LAYOUTS,
     Sample,
     SampleSet,
     check_classes,
@@ -22,7 +23,7 @@ from m2f2cli.data.samples import (
     read_samples,
     split_by_identity,
 )
-from m2f2cli.errors import InputError
+from m2f2cli.errors import ConfigError, InputError
 from m2f2cli.training.data_options import DataOptions
 
 _FFPP = "ffpp:"
@@ -49,7 +50,7 @@ def read_sources(
     free: list[SampleSet] = []
     for source in data.data:
         if not is_ffpp(source):
-            free.append(_prefixed(read_samples(source), prefixes[source]))
+            free.append(_prefixed(_read_pictures(source), prefixes[source]))
             continue
         official.append(_prefixed(_read_videos(source, data, "train", tell), prefixes[source]))
         if data.validation is None:
@@ -80,6 +81,14 @@ def _root(source: str) -> Path:
     """The folder of a source, without the name of its layout."""
     layout, colon, rest = source.partition(":")
     return Path(rest if colon and len(layout) > 1 else source).expanduser()
+
+
+def _read_pictures(source: str) -> SampleSet:
+    try:
+        return read_samples(source)
+    except ConfigError as error:
+        known = ", ".join([*LAYOUTS.names(), _FFPP.removesuffix(":")])
+        raise ConfigError(error.message, f"Use one of: {known}.") from error
 
 
 def _read_videos(source: str, data: DataOptions, split: str, tell: Tell) -> SampleSet:
@@ -119,7 +128,7 @@ def _read_held(data: DataOptions, tell: Tell) -> SampleSet:
             _prefixed(
                 _read_videos(source, data, "validation", tell)
                 if is_ffpp(source)
-                else read_samples(source),
+                else _read_pictures(source),
                 prefixes[source],
             )
             for source in sources

@@ -126,7 +126,7 @@ def test_disk_full_while_saving_keeps_the_state_before(options, tmp_path, monkey
     assert weights(folder) == weights(train_detector(options(output=tmp_path / "whole")))
 
 
-def test_unfinished_run_is_not_lost_by_accident(options):
+def test_unfinished_run_is_not_lost_by_accident(options, monkeypatch):
     run = prepare(options(save_steps=1))
     run.trainer.add_callback(Crash(2))
     with pytest.raises(KeyboardInterrupt):
@@ -136,6 +136,9 @@ def test_unfinished_run_is_not_lost_by_accident(options):
     assert "--resume" in refused.value.hint
     with pytest.raises(ConfigError, match=r"--learning-rate is 0\.5"):
         prepare(options(resume=True, learning_rate=0.5))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"has 2 processes, .* begun with 1"):
+        prepare(options(resume=True))
 
 
 def test_finished_output_is_kept(options):

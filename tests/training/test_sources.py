@@ -170,6 +170,12 @@ def test_missing_videos_may_be_passed_over(toy_ffpp, tmp_path):
     assert len(train) == 17
 
 
+def test_an_unknown_layout_is_told_all_that_there_are(toy_ffpp):
+    with pytest.raises(ConfigError, match="no data layout 'ffp'") as refused:
+        read_sources(options(f"ffp:{toy_ffpp}"))
+    assert refused.value.hint == "Use one of: folder, ddvqa, ffpp."
+
+
 def test_a_source_is_named_once(toy_data):
     with pytest.raises(ConfigError, match="twice"):
         options(toy_data, toy_data)
