@@ -16,7 +16,7 @@ from m2f2cli.errors import CheckpointError, InputError, UsageError
 from m2f2cli.evaluation.calibration import TARGET_FPR, Calibration, fit
 from m2f2cli.evaluation.scored import ScoredSet
 from m2f2cli.weights import store
-from m2f2cli.weights.atomic import MARK
+from m2f2cli.weights.atomic import MARK, refuse_existing
 
 _MODEL_TYPE = "m2f2_detector"
 
@@ -54,11 +54,10 @@ def calibrate(
     """
     from m2f2cli.models.loading import resolve_checkpoint
 
-    _refuse_split(scored.split)
+    target = check_calibration(model, scored.split, output=output, overwrite=overwrite)
     if scored.task != "scores":
         raise UsageError("Only a detector's probabilities can be calibrated, not texts.")
     folder = resolve_checkpoint(model)
-    target = _destination(folder, model, output)
     config = store.read_config(folder)
     if config.get("model_type") != _MODEL_TYPE:
         raise CheckpointError(f"'{folder}' is no detector.", f"m2f2 info '{folder}'")
@@ -86,7 +85,7 @@ def calibrate(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "m2f2cli": __version__,
     }
-    write(folder, target, found, provenance, overwrite=overwrite or target == folder)
+    write(folder, target, found, provenance, overwrite=overwrite or target == folder.resolve())
     return found
 
 
@@ -131,7 +130,24 @@ def write(
     return mark
 
 
-def _refuse_split(split: str) -> None:
+def check_calibration(
+    model: str, split: str, *, output: Path | None = None, overwrite: bool = False
+) -> Path:
+    """Say whether a calibration may be made and stored, before pictures are judged for it.
+
+    Args:
+        model: As for ``calibrate``.
+        split: Of the set; ``runs.is_test_set`` tells whether it is ``test``.
+        output: As for ``calibrate``.
+        overwrite: As for ``calibrate``.
+
+    Returns:
+        The folder that will be written: never in the package, a download cache, or kept otherwise.
+
+    Raises:
+        UsageError: The split is a test's or the training's, or ``output`` is missing.
+        CheckpointError: The folder exists or may not be written.
+    """
     reasons = {
         "test": "A test set is not for calibration: figures reported of it would be tuned to it.",
         "train": "Training pictures are not for calibration: a detector is surer of them than of "
@@ -141,22 +157,21 @@ def _refuse_split(split: str) -> None:
         raise UsageError(
             reasons[split], "Calibrate on validation pictures, for example with --split validation."
         )
-
-
-def _destination(folder: Path, model: str, output: Path | None) -> Path:
-    """Where to write: never into the package, a download cache or a folder that is kept."""
-    if output is not None:
-        return output.expanduser().resolve()
     own = Path(model).expanduser()
-    bundled = folder.resolve().is_relative_to(Path(str(files("m2f2cli"))).resolve())
-    if bundled or not own.exists():
+    if output is not None:
+        target = output.expanduser().resolve()
+        refuse_existing(target, overwrite or target == own.resolve())
+        return target
+    package = Path(str(files("m2f2cli"))).resolve()
+    if model == "lite" or not own.exists() or own.resolve().is_relative_to(package):
         raise UsageError(
             f"'{model}' is not a folder of yours, so it is not changed.",
             "Add --calibrated DIR to get a calibrated copy.",
         )
-    for place in (folder, folder.resolve().parent):
+    folder = own.resolve()
+    for place in (folder, folder.parent):
         if not os.access(place, os.W_OK | os.X_OK):
             raise CheckpointError(
                 f"'{place}' may not be written.", "Add --calibrated DIR to get a calibrated copy."
             )
-    return folder.resolve()
+    return folder

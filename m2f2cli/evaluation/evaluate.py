@@ -80,7 +80,7 @@ class Evaluator:
             self._prepare_run()
 
     def _prepare_run(self) -> None:
-        from m2f2cli.evaluation.runs import count_items
+        from m2f2cli.evaluation.runs import count_items, is_test_set
 
         output = self.options.model.output
         if output is not None and output.suffix.lower() != ".jsonl":
@@ -88,10 +88,14 @@ class Evaluator:
         truth = self._truth = self._data.truth(None, self._detect)
         self._samples = self._data.samples()
         self.steps = count_items(self._samples, self._detect)
-        if self.options.calibration.calibrate and truth.split == "test":
-            raise UsageError(
-                "A test set is not for calibration: figures reported of it would be tuned to it.",
-                "Calibrate on validation pictures, for example with --split validation.",
+        if self.options.calibration.calibrate:
+            from m2f2cli.evaluation.calibrated import check_calibration
+
+            check_calibration(
+                self.options.model.model,
+                "test" if is_test_set(self._samples) else truth.split,
+                output=self.options.calibration.calibrated,
+                overwrite=self.options.model.overwrite,
             )
         if self.options.robustness.robustness:
             from m2f2cli.evaluation.robustness import SweepOptions, count_records

@@ -183,6 +183,16 @@ def test_the_bundled_detector_is_never_changed(scored):
     assert "--calibrated DIR" in str(caught.value.hint)
 
 
+def test_a_folder_inside_the_package_is_never_changed(scored):
+    import m2f2cli
+
+    bundled = Path(m2f2cli.__file__).parent / "assets" / "lite"
+    files = content(bundled)
+    with pytest.raises(UsageError, match="not a folder of yours"):
+        calibrate(str(bundled), scored)
+    assert content(bundled) == files
+
+
 @pytest.mark.parametrize(("split", "words"), [("test", "A test set"), ("train", "Training")])
 def test_test_and_training_pictures_are_refused(folder, scored, split, words):
     files = content(folder)
