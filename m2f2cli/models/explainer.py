@@ -232,8 +232,8 @@ class Explainer(PreTrainedModel, GenerationMixin):
                     "Give the pictures, or leave the placeholders out.",
                 )
             return words
-        told = _match_pictures(here, verdict, features.patches)
-        patches, forgery = (t.to(words) for t in (features.patches, features.forgery[told]))
+        shown, told = _match_pictures(here, verdict, features.patches)
+        patches, forgery = features.patches[shown].to(words), features.forgery[told].to(words)
         words = words.masked_scatter(here[..., None].to(words.device), patches)
         return words.masked_scatter(verdict[..., None].to(words.device), forgery)
 
@@ -320,9 +320,10 @@ class Explainer(PreTrainedModel, GenerationMixin):
 
 def _match_pictures(
     here: torch.Tensor, verdict: torch.Tensor, patches: torch.Tensor
-) -> torch.Tensor:
-    """Which picture each detector place speaks of: (number of places,) int64."""
+) -> tuple[list[int], list[int]]:
+    """The pictures whose patches are shown, and those the detector places speak of, in order."""
     count, size = patches.shape[:2]
+    shown: list[int] = []
     told: list[int] = []
     begin = 0
     for places, verdicts in zip(here.sum(dim=1).tolist(), verdict.sum(dim=1).tolist(), strict=True):
@@ -337,6 +338,7 @@ def _match_pictures(
                 f"A prompt asks for {verdicts} detector answers, but has {pictures} pictures.",
                 "Write <deepfake> once for each picture.",
             )
+        shown += range(begin, begin + places // size)
         told += range(begin, begin + verdicts)
         begin += pictures
     if begin != count:
@@ -344,7 +346,7 @@ def _match_pictures(
             f"The prompts have places for {begin} pictures; {count} were given.",
             "Write <image> once for each picture.",
         )
-    return torch.tensor(told, dtype=torch.long, device=patches.device)
+    return shown, told
 
 
 AutoConfig.register(ExplainerConfig.model_type, ExplainerConfig, exist_ok=True)

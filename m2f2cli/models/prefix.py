@@ -86,15 +86,18 @@ class SharedPrompts:
             options: Those of ``GenerationMixin.generate``: ``max_new_tokens``, ``do_sample``, ….
 
         Returns:
-            The new token ids of each, without end-of-sequence token and padding.
+            The new token ids of each, without end-of-sequence token and padding; with
+            ``num_return_sequences`` that many for each.
         """
         if which is None:
             which = [(g, q) for g, prompts in enumerate(self._prompts) for q in range(len(prompts))]
         rest, mask = _pad_left([self._prompts[g][q][self.starts[g] :] for g, q in which])
         rows = torch.tensor([g for g, _ in which], device=mask.device)
-        cache = DynamicCache()
+        # generate repeats its inputs for beams and alternatives, but no cache.
+        copies = max(options.get(n) or 1 for n in ("num_beams", "num_return_sequences"))
+        cache, kept = DynamicCache(), rows.repeat_interleave(copies)
         for number, layer in enumerate(self._cache.layers):
-            cache.update(layer.keys[rows], layer.values[rows], number)
+            cache.update(layer.keys[kept], layer.values[kept], number)
         out = self._model.generate(
             inputs_embeds=torch.cat([self._states[rows], rest], dim=1),
             attention_mask=torch.cat([self._mask[rows], mask], dim=1),

@@ -81,6 +81,15 @@ def test_a_batch_gives_what_its_rows_give(model, process):
     assert answers == [model.generate(**one, **GREEDY)[0].tolist() for one in singles]
 
 
+def test_a_row_may_show_the_detectors_answer_alone(model, process):
+    """The next row still gets its own patches."""
+    alone = VICUNA_V1.render([Turn("<deepfake>\nIs it real?")])[0]
+    together = process([alone, ONE], [[SECOND], [THIRD]])
+    expected = [process(alone, [SECOND]), process(ONE, [THIRD])]
+    rows = torch.cat([logits_of(model, one) for one in expected])
+    assert torch.allclose(logits_of(model, together), rows, atol=1e-5)
+
+
 def test_a_cache_gives_what_the_whole_gives(model, process):
     batch = process(ONE, [SECOND])
     ids = batch["input_ids"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TextStreamer
 
 from m2f2cli.errors import UsageError
 from m2f2cli.models.conversation import DDVQA, VICUNA_V1, Turn
@@ -65,6 +66,24 @@ def test_groups_without_a_picture_and_with_two():
     groups = [[PROCESS.tokens(text, 0) for text in plain], [PROCESS.tokens(both, 2)]]
     out = SharedPrompts(MODEL, groups, [None, pair]).ask(**GREEDY)
     assert out == [alone(plain[0], []), alone(plain[1], []), alone(both, PICTURES[:2])]
+
+
+def test_beams_alternatives_and_streams():
+    prompts = [VICUNA_V1.render([Turn(VICUNA_V1.question(q))])[0] for q in ("a?", "b c?")]
+    shared = SharedPrompts(MODEL, [[PROCESS.tokens(p, 1) for p in prompts]], features()[1:2])
+    options = {**GREEDY, "num_beams": 3}
+    expected = [MODEL.generate(**PROCESS(p, [PICTURES[1]]), **options)[0].tolist() for p in prompts]
+    assert shared.ask(**options) == expected
+    sampled = shared.ask(do_sample=True, num_return_sequences=2, max_new_tokens=3)
+    assert [len(answer) for answer in sampled] == [3] * 4
+    pieces: list[str] = []
+
+    class Collector(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            pieces.append(text)
+
+    answer = shared.ask([(0, 1)], streamer=Collector(PROCESS.tokenizer), **GREEDY)[0]
+    assert "".join(pieces) == PROCESS.tokenizer.decode(answer)
 
 
 def test_an_answer_ends_before_its_end_token():
