@@ -3,12 +3,19 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation import report as reports
-from m2f2cli.evaluation.report import build_report, check_folder, read_report, write_report
+from m2f2cli.evaluation.report import (
+    build_report,
+    check_folder,
+    items_as_lines,
+    read_report,
+    write_report,
+)
 from tests.evaluation.reports import explanation_set, judgement_set, scores_set, some_measures
 
 
@@ -38,6 +45,15 @@ def test_a_report_is_strict_json_with_every_documented_key(tmp_path):
     }  # fmt: skip
     assert again["per_kind"]["Deepfakes"]["auc"]["low"] == 0.8
     assert again["notes"] == ["A note with <brackets>.", "Three items are uncertain."]
+
+
+def test_every_key_is_in_the_documents():
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
+    report = build_report(explanation_set(), some_measures())
+    item = json.loads(items_as_lines(explanation_set()).splitlines()[0])
+    figure = report["figures"]["accuracy"]
+    for key in (*report, *item, *report["data"], *report["predictions"], *figure):
+        assert f"`{key}`" in page or f'"{key}"' in page, key
 
 
 def test_the_protocol_hash_follows_the_definition_alone():
