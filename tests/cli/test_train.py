@@ -62,10 +62,28 @@ def test_print_config_resolves_flags_environment_file_and_defaults(capsys, monke
     assert printed(capsys, "--config", str(again)) == changed
 
 
+def test_flags_that_may_be_repeated(capsys, monkeypatch, tmp_path):
+    assert printed(capsys, "--data", "a b", "--data", "ffpp:c")["data"] == ["a b", "ffpp:c"]
+    assert printed(capsys, "--data", "a b", "--manipulations", "FaceSwap")["data"] == "a b"
+    file = tmp_path / "own.yaml"
+    for text, wanted in (("data: one", "one"), ("data: [one, two]", ["one", "two"])):
+        file.write_text(f"{text}\nvalidation: other\nmanipulations: [FaceSwap, Deepfakes]\n")
+        shown = printed(capsys, "--config", str(file))
+        assert (shown["data"], shown["validation"]) == (wanted, "other")
+        assert shown["manipulations"] == ["FaceSwap", "Deepfakes"]
+        assert printed(capsys, "--config", str(file), "--data", "flag")["data"] == "flag"
+    monkeypatch.setenv("M2F2_DATA", "three four")
+    assert printed(capsys, "--config", str(file))["data"] == ["three", "four"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ((), "--data is missing"),
+        (("--data", "x", "--data", "x", "--output", "y"), "--data names 'x' twice"),
+        (("--data", "x", "--output", "y", "--manipulations", "FaceSwp"), "mean 'FaceSwap'"),
+        (("--data", "x", "--output", "y", "--compression", "c32"), "mean 'c23'"),
+        (("--data", "x", "--output", "y", "--recipe", "publishd"), "mean 'published'"),
         (("--data", "x"), "--output is missing"),
         (("--data", "x", "--output", "y", "--epochs", "0"), "--epochs must be at least 1"),
         (("--data", "x", "--output", "y", "--epochs", "many"), "'--epochs'"),
