@@ -72,6 +72,20 @@ Workers = Annotated[
 ]
 
 
+DdvqaFolder = Annotated[
+    Path,
+    typer.Argument(
+        help="Holds annotations/{train,test} and images/c40/{train,test}.",
+        metavar="DDVQA_DIR",
+        show_default=False,
+    ),
+]
+Seed = Annotated[
+    int,
+    flags.flag("seed", "Decides the order of the training conversations.", metavar="N"),
+]
+
+
 def faces(
     output: PreparedFolder,
     sources: Sources = None,
@@ -117,6 +131,43 @@ def faces(
         printer.note(f"{job.passed_over} files beside FaceForensics++'s videos were passed over.")
     _show_faces(printer, prepared)
     raise typer.Exit(EXIT_SOME_FAILED if any(one.status != "ok" for one in prepared) else 0)
+
+
+def ddvqa(
+    root: DdvqaFolder,
+    output: PreparedFolder,
+    config: flags.Config = None,
+    seed: Seed = 0,
+    overwrite: flags.Overwrite = False,
+    as_json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Make conversations for training and questions for testing from DD-VQA.
+
+    Four files: judge-only conversations (stage 2), explanations in one and in two turns (stage 3),
+    the test questions with reference answers, and the truth about the test pictures.
+    """
+    from m2f2cli.preparation.ddvqa import prepare_ddvqa
+
+    report = prepare_ddvqa(root, output, seed=seed, overwrite=overwrite)
+    printer = Output(as_json=as_json, quiet=quiet)
+    if as_json:
+        counts = [vars(one) for one in report.counts]
+        printer.json({**vars(report), "rows": dict(report.rows), "counts": counts})
+        return
+    names = list(vars(report.counts[0]))
+    printer.table(
+        [
+            f"{n.replace('_', ' ').capitalize()}{'>' if n not in ('part', 'kind') else ''}"
+            for n in names
+        ],
+        [tuple(vars(one).values()) for one in report.counts],
+    )
+    printer.fields({str(output / name): f"{rows} rows" for name, rows in report.rows.items()})
+    for message in report.unreadable.values():
+        printer.warning(message)
+    if report.unannotated:
+        printer.note(f"{len(report.unannotated)} crops without annotations were left out.")
 
 
 def _show_faces(printer: Output, prepared: Sequence[Prepared]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ FLAWS = {
 }
 
 _NAME = re.compile(r"([01236])_\d{3}_\d{3}|5_\d{3}")
+_ASKED = re.compile(
+    r"Does the image looks real/fake\?"
+    rf"|Do(?:es)? the person's (?P<region>{'|'.join(REGIONS)}) look real/fake\?"
+)
+_OPENING = re.compile(r"(?:The image looks|The person's \w+ looks?) (?P<verdict>real|fake)\.\s*")
 _CROPS = Path("images", "c40")
 
 
@@ -83,6 +89,69 @@ def read_ddvqa(root: Path) -> SampleSet:
     if not samples:
         raise InputError(f"There are no DD-VQA crops in '{folder}'.", "empty")
     return SampleSet(folder, "ddvqa", tuple(samples))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one annotator said to one question about a picture.
+
+    Attributes:
+        region: One of ``REGIONS``; None where the question was about the whole picture.
+        text: The annotator's words, which begin with a verdict.
+    """
+
+    region: str | None
+    text: str
+
+
+def read_annotations(folder: Path) -> dict[str, tuple[Answer, ...]]:
+    """Read every answer about every picture, in the order of the files.
+
+    Args:
+        folder: Annotation JSON files, sub-folders included: ``{"0_005_010": {"0": {"question",
+            "answer": [...]}}}``.
+
+    Returns:
+        The answers by the picture's file name without suffix.
+
+    Raises:
+        InputError: There are no annotation files, one is malformed, or two speak of one picture.
+    """
+    files = sorted(folder.rglob("*.json"))
+    if not files:
+        raise InputError(f"There are no annotation files (*.json) in '{folder}'.", "empty")
+    found: dict[str, tuple[Answer, ...]] = {}
+    for file in files:
+        try:
+            annotations = json.loads(file.read_text(encoding="utf-8"))
+            for stem, questions in annotations.items():
+                if not _NAME.fullmatch(stem):
+                    raise ValueError(f"'{stem}' is not named like a DD-VQA crop")
+                if stem in found:
+                    raise ValueError(f"'{stem}' is annotated twice")
+                found[stem] = tuple(_answers(stem, questions))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"'{file}' is not a DD-VQA annotation file: {type(error).__name__} {error}."
+            ) from error
+    return found
+
+
+def _answers(stem: str, questions: dict[str, Any]) -> Iterator[Answer]:
+    for entry in questions.values():
+        asked = _ASKED.fullmatch(entry["question"])
+        if asked is None or not isinstance(entry["answer"], list):
+            raise ValueError(f"'{stem}' has an unknown question, {entry['question']!r}")
+        for text in entry["answer"]:
+            verdict = _OPENING.match(text)
+            if verdict is None or (verdict["verdict"] == "real") != (kind_of(stem) == REAL):
+                raise ValueError(f"an answer about '{stem}' does not begin with its verdict")
+            yield Answer(asked["region"], text)
+
+
+def without_verdict(text: str) -> str:
+    """An answer without the sentence it opens with (``The image looks fake.``)."""
+    return _OPENING.sub("", text, count=1)
 
 
 def read_judgements(folder: Path, stems: Iterable[str]) -> dict[str, np.ndarray]:
