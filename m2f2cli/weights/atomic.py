@@ -10,7 +10,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from m2f2cli.errors import CheckpointError
@@ -37,7 +37,8 @@ def atomic_write(path: Path, data: bytes) -> None:
     except OSError as error:
         raise write_error(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where even the folder could not be made
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
