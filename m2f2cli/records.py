@@ -6,10 +6,13 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from m2f2cli.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCHEMA_VERSION = 1
 
@@ -158,21 +161,19 @@ class Detection:
     heatmap: str | None = None
     annotated: str | None = None
 
+    SETTINGS: ClassVar[type[Settings]] = Settings
+    PARTS: ClassVar[Mapping[str, type[Any]]] = {"faces": FaceScore, "frames": FrameScore}
+
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON values, ``settings`` flattened, every key always present."""
         row: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name == "settings":
-                row |= plain(value)
-            elif item.name in ("faces", "frames"):
-                row[item.name] = [plain(part) for part in value]
-            else:
-                row[item.name] = list(value) if isinstance(value, tuple) else value
+            row |= plain(value) if item.name == "settings" else {item.name: _json(value)}
         return row
 
     @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> Detection:
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
         """Read a record back.
 
         Raises:
@@ -184,21 +185,121 @@ class Detection:
                 hint="Read it with the m2f2 version that wrote it.",
             )
         own = {k: v for k, v in row.items() if k != "schema_version"}
-        settings = {f.name: own.pop(f.name, None) for f in fields(Settings)}
+        settings = {f.name: own.pop(f.name, None) for f in fields(cls.SETTINGS)}
         try:
-            own["settings"] = Settings(**{k: _tuple(v) for k, v in settings.items()})
-            own["faces"] = tuple(_part(FaceScore, part) for part in own.get("faces", ()))
-            own["frames"] = tuple(_part(FrameScore, part) for part in own.get("frames", ()))
+            own["settings"] = cls.SETTINGS(**{k: _tuple(v) for k, v in settings.items()})
+            for name, kind in cls.PARTS.items():
+                own[name] = tuple(_part(kind, part) for part in own.get(name, ()))
             own["crop"] = _tuple(own.get("crop"))
             return cls(**own)
         except (TypeError, AttributeError) as error:
             raise InputError(f"A record is malformed: {error}.") from error
 
 
+@dataclass(frozen=True)
+class ExplainSettings(Settings):
+    """What the words of a run depend on besides the inputs; part of every record.
+
+    Attributes:
+        template: The conversation template the model is asked in.
+        condition: What questions tell the model about the face: ``detector``, ``none``, ``truth``.
+        questions: What is asked besides the judgement, in order; before ``condition`` is applied.
+        max_new_tokens: Longest answer.
+        sampling: ``{"temperature", "top_p", "seed"}``; None takes the likeliest word each time.
+        quantised: ``4bit`` or ``8bit`` for the language model's layers; None for neither.
+    """
+
+    template: str
+    condition: str
+    questions: tuple[str, ...]
+    max_new_tokens: int
+    sampling: Mapping[str, float] | None = None
+    quantised: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the language model said to one question.
+
+    Attributes:
+        region: A region of ``m2f2 explain --region``; None for a question of the user's own.
+        question: As it was asked, without the template around it.
+        text: The answer.
+        complete: Whether it ended by itself, not at ``max_new_tokens``.
+    """
+
+    region: str | None
+    question: str
+    text: str
+    complete: bool
+
+
+@dataclass(frozen=True)
+class FaceExplanation:
+    """What detector and language model say of one face.
+
+    Attributes:
+        crop: (x0, y0, x1, y1) of the face, as in ``FaceScore`` or ``FrameScore``.
+        frame: Number of the video's frame; None for pictures.
+        fake_probability: The detector's, in [0, 1].
+        verdict: The detector's, one of ``VERDICTS``.
+        told: What the questions said of the face, ``real`` or ``fake``; None when nothing.
+        judgement: The language model's own, ``real`` or ``fake``, read from ``judgement_text``;
+            None when it says neither.
+        judgement_text: Its answer to the question whether the picture is real, which tells nothing.
+        agreement: Whether ``judgement`` is ``verdict``; None when either is undecided.
+        reasons: The answers to the other questions, in order.
+    """
+
+    crop: Box
+    frame: int | None
+    fake_probability: float
+    verdict: str
+    told: str | None
+    judgement: str | None
+    judgement_text: str
+    agreement: bool | None
+    reasons: tuple[Answer, ...] = ()
+
+
+@dataclass(frozen=True)
+class Explanation(Detection):
+    """The record of one explained item: that of a detection, and the words.
+
+    Attributes:
+        judgement: Of the first explanation; None without one.
+        agreement: Whether ``judgement`` is the item's verdict; None when either is undecided.
+        explanations: One a judged face of a picture, the one that decides first; of a video one,
+            of the frame with the highest fake probability.
+    """
+
+    judgement: str | None = None
+    agreement: bool | None = None
+    explanations: tuple[FaceExplanation, ...] = ()
+
+    SETTINGS: ClassVar[type[Settings]] = ExplainSettings
+    PARTS: ClassVar[Mapping[str, type[Any]]] = {
+        **Detection.PARTS,
+        "explanations": FaceExplanation,
+    }
+
+
+def agree(judgement: str | None, verdict: str | None) -> bool | None:
+    """Whether the language model's judgement is the detector's verdict; None if undecided."""
+    if judgement is None or verdict not in ("real", "fake"):
+        return None
+    return judgement == verdict
+
+
 def plain(part: Any) -> dict[str, Any]:
     """The fields of one of the classes above as JSON values."""
-    values = {item.name: getattr(part, item.name) for item in fields(part)}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {item.name: _json(getattr(part, item.name)) for item in fields(part)}
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_json(item) for item in value]
+    return plain(value) if is_dataclass(value) else value
 
 
 def _tuple(value: Any) -> Any:
@@ -206,7 +307,10 @@ def _tuple(value: Any) -> Any:
 
 
 def _part(kind: type[Any], row: Mapping[str, Any]) -> Any:
-    return kind(**{k: _tuple(v) for k, v in row.items()})
+    values = {k: _tuple(v) for k, v in row.items()}
+    if kind is FaceExplanation:
+        values["reasons"] = tuple(_part(Answer, answer) for answer in values.get("reasons", ()))
+    return kind(**values)
 
 
 def to_line(row: Mapping[str, Any]) -> bytes:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.assemble import assemble
-from m2f2cli.inference.prepare import FACES_MODES, Crop, Prepared, Recipe, prepare
+from m2f2cli.inference.decoding import Decoder
+from m2f2cli.inference.prepare import FACES_MODES, Crop, Prepared, Recipe
 from m2f2cli.inference.render import Renderer
 from m2f2cli.inference.scoring import Judge, Score, Scorer
 from m2f2cli.inference.sources import Source, expand
 from m2f2cli.inference.verdict import Rule
 from m2f2cli.records import Detection, Settings
-
-_MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -107,37 +104,13 @@ def judge_sources(
     options: DetectOptions,
 ) -> Iterator[Detection]:
     """``detect`` for sources already listed; arguments and records as there."""
-    workers = min(_MOST_WORKERS, _processors())
-    recipe: Future[Recipe] = Future()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="m2f2-decode")
-    queue: deque[Future[Prepared]] = deque()
-    left = iter(sources)
-
-    def fill(size: int) -> None:
-        while len(queue) < size and (source := next(left, None)) is not None:
-            queue.append(
-                pool.submit(
-                    prepare, source, faces=options.faces, frames=options.frames, recipe=recipe
-                )
-            )
-
-    complete = False
-    try:
-        fill(workers)
+    with Decoder(sources, faces=options.faces, frames=options.frames) as decoder:
         judge = load(model, options)
         run = _Run(judge, settings_of(model, judge, options), options, sources)
-        recipe.set_result(Recipe.of(judge.config, finds_faces=options.faces != "none"))
-        window = 2 * workers + options.batch_size
-        fill(window)
-        while queue:
-            prepared = queue.popleft().result()
-            fill(window)
+        recipe = Recipe.of(judge.config, finds_faces=options.faces != "none")
+        for prepared in decoder.prepared(recipe, ahead=options.batch_size):
             yield from run.take(prepared)
         yield from run.finish()
-        complete = True
-    finally:
-        recipe.cancel()
-        pool.shutdown(wait=complete, cancel_futures=True)
 
 
 def load(model: str | Judge, options: DetectOptions) -> Judge:
@@ -240,9 +213,3 @@ class _Run:
             item = self.items.popleft()
             record = assemble(item.prepared, item.scores, self.rule, self.settings)
             yield self.renderer.draw(item.prepared, item.scores, record)
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.recordfile import RecordFile
 from m2f2cli.inference.sources import Source, expand
-from m2f2cli.records import VERDICTS, Detection, to_csv
+from m2f2cli.records import VERDICTS, Detection, Settings, to_csv
 
 if TYPE_CHECKING:
     from m2f2cli.inference.detect import DetectOptions
     from m2f2cli.inference.scoring import Judge
+
+Record = TypeVar("Record", bound=Detection)
 
 
 @dataclass
@@ -150,6 +152,33 @@ def judge_and_record(
     """
     from m2f2cli.inference.detect import judge_sources, load, settings_of
 
+    yield from record_new(
+        sources,
+        run=lambda left: judge_sources(left, model=model, options=options),
+        settings=lambda: settings_of(model, load(model, options), options),
+        log=log,
+        tally=tally,
+    )
+
+
+def record_new(
+    sources: Sequence[Source],
+    *,
+    run: Callable[[Sequence[Source]], Iterator[Record]],
+    settings: Callable[[], Settings],
+    log: RecordFile | None,
+    tally: Tally,
+) -> Iterator[Record]:
+    """Run, record and yield every source that has no record yet, in order.
+
+    Args:
+        sources: Every item; told apart by ``path``.
+        run: Gives the records of some of them.
+        settings: Of the run; asked for when there is nothing left to do, so that records of other
+            settings are never taken for this run's.
+        log: As for ``judge_and_record``.
+        tally: As for ``judge_and_record``.
+    """
     done = log.done if log else {}
     left = [source for source in sources if source.path not in done]
     for source in sources:
@@ -157,8 +186,8 @@ def judge_and_record(
             tally.earlier += 1
             tally.count(done[source.path][1])
     if not left and log is not None:
-        log.bind(settings_of(model, load(model, options), options))
-    for record in judge_sources(left, model=model, options=options) if left else ():
+        log.bind(settings())
+    for record in run(left) if left else ():
         if log is not None:
             log.append(record)
         tally.count(record.verdict)

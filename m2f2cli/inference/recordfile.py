@@ -1,7 +1,7 @@
 """A file of records that a killed run leaves whole and a later run resumes.
 
-JSON Lines. Items are told apart by ``path`` alone, as the record spells it: a resumed run judges no
-path twice, so a file that changed in between keeps its first record.
+JSON Lines. Items are told apart by one key alone, ``path`` mostly, as the record spells it: a
+resumed run judges no path twice, so a file that changed in between keeps its first record.
 """
 
 from __future__ import annotations
@@ -11,12 +11,56 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from m2f2cli.errors import M2F2Error, UsageError
-from m2f2cli.records import SCHEMA_VERSION, Detection, Settings, plain, to_line
+from m2f2cli.records import SCHEMA_VERSION, ExplainSettings, Settings, plain, to_line
 
-_START = b'{"schema_version": '
+
+class Record(Protocol):
+    """What is written: ``records.Detection`` and its like."""
+
+    @property
+    def path(self) -> str:
+        """The item's name, found again under the layout's key."""
+
+    @property
+    def status(self) -> str:
+        """A key of ``records.STATUSES``."""
+
+    @property
+    def verdict(self) -> str | None:
+        """One of ``records.VERDICTS``, or None."""
+
+    @property
+    def settings(self) -> Settings:
+        """Of the run."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole line."""
+
+
+class Layout(NamedTuple):
+    """How the lines of a kind of record look.
+
+    Attributes:
+        settings: What each line repeats of its run.
+        key: Tells items apart; the first key of a line but for ``schema_version``.
+        inside: The key under which settings, status and version lie; None for the line itself.
+    """
+
+    settings: type[Settings] = Settings
+    key: str = "path"
+    inside: str | None = None
+
+    @property
+    def start(self) -> bytes:
+        """What every line begins with."""
+        return f'{{"{self.key if self.inside else "schema_version"}": '.encode()
+
+
+DETECTIONS = Layout()
+EXPLANATIONS = Layout(ExplainSettings)
 
 
 class RecordFile:
@@ -29,17 +73,19 @@ class RecordFile:
     Args:
         path: The file; it and its folder are made when missing.
         overwrite: Start anew instead of resuming; what is there is removed by ``bind``.
+        layout: Of the records.
 
     Attributes:
-        done: Path to (status, verdict) of every record in the file.
+        done: Item to (status, verdict) of every record in the file.
 
     Raises:
         UsageError: The file holds something else than records.
         M2F2Error: It cannot be opened or another process is writing it.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, *, overwrite: bool = False, layout: Layout = DETECTIONS) -> None:
         self.path = path
+        self._layout = layout
         self.done: dict[str, tuple[str, str | None]] = {}
         self._made_with: dict[str, Any] = {}
         self._size = 0
@@ -62,7 +108,7 @@ class RecordFile:
         with os.fdopen(os.dup(self._handle), "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
-                    if number == 1 and not (line.startswith(_START) or _START.startswith(line)):
+                    if number == 1 and not self._may_begin(line):
                         raise self._foreign(number)
                     return
                 self._take(line, number)
@@ -73,14 +119,19 @@ class RecordFile:
             row = json.loads(line)
         except ValueError:
             raise self._foreign(number) from None
-        if not isinstance(row, dict) or not isinstance(row.get("path"), str):
+        key, inside, kind = self._layout.key, self._layout.inside, self._layout.settings
+        about = row.get(inside) if inside and isinstance(row, dict) else row
+        if not isinstance(about, dict) or not isinstance(row.get(key), str):
             raise self._foreign(number)
-        if row.get("schema_version") != SCHEMA_VERSION:
-            raise self._other("schema_version", row.get("schema_version"), SCHEMA_VERSION)
-        made_with = {item.name: row.get(item.name) for item in fields(Settings)}
+        if about.get("schema_version") != SCHEMA_VERSION:
+            raise self._other("schema_version", about.get("schema_version"), SCHEMA_VERSION)
+        made_with = {item.name: about.get(item.name) for item in fields(kind)}
         self._made_with = self._made_with or made_with
         self._compare(made_with, self._made_with)
-        self.done[row["path"]] = (str(row.get("status")), row.get("verdict"))
+        self.done[row[key]] = (str(about.get("status")), about.get("verdict"))
+
+    def _may_begin(self, line: bytes) -> bool:
+        return line.startswith(self._layout.start) or self._layout.start.startswith(line)
 
     def _compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         for name, value in wanted.items():
@@ -116,7 +167,7 @@ class RecordFile:
             "Choose another --output, repeat the old settings, or add --overwrite to start anew.",
         )
 
-    def append(self, record: Detection) -> None:
+    def append(self, record: Record) -> None:
         """Write one record; the first one binds the file to its settings.
 
         Raises:
