@@ -52,7 +52,7 @@ def compare_reports(
         for saved in (one, other)
         if saved.report["protocol"]["name"] != standard.PROTOCOL
     ]
-    if _data(one.scored) != _data(other.scored) and not common_items:
+    if one.scored.data_fingerprint != other.scored.data_fingerprint and not common_items:
         raise InputError(
             f"'{one.path}' and '{other.path}' are about different data.",
             hint="Add --common-items to compare them on the items that both have.",
@@ -87,11 +87,6 @@ def compare_reports(
         "answers": _flips(mine, theirs),
         "notes": notes,
     }
-
-
-def _data(scored: ScoredSet) -> str:
-    """A fingerprint of the items whatever their order: truth files list them as they like."""
-    return fingerprint(sorted(scored.items, key=lambda item: item.name))
 
 
 def _common(one: SavedReport, other: SavedReport) -> tuple[ScoredSet, ScoredSet]:

@@ -173,9 +173,9 @@ def canonical_hash(value: Mapping[str, Any]) -> str:
 
 
 def fingerprint(items: Iterable[Scored]) -> str:
-    """``sha256:…`` over (name, label, kind, group) of every item, in order."""
+    """``sha256:…`` over (name, label, kind, group) of every item, whatever their order."""
     digest = hashlib.sha256()
-    for item in items:
+    for item in sorted(items, key=lambda item: item.name):
         digest.update(repr((item.name, item.label, item.kind, item.group)).encode())
     return f"sha256:{digest.hexdigest()}"
 

@@ -96,9 +96,11 @@ def difference(
     Raises:
         UsageError: They are of different items or tasks.
     """
-    if first.data_fingerprint != second.data_fingerprint or first.task != second.task:
+    names = [[item.name for item in scored.items] for scored in (first, second)]
+    same = names[0] == names[1] and first.data_fingerprint == second.data_fingerprint
+    if not same or first.task != second.task:
         raise UsageError(
-            "The two evaluations are not of the same task and items, so they cannot be paired.",
+            "The two evaluations are not of the same task and items in one order.",
             "Evaluate both models on the same data and truth.",
         )
     (groups, one, _), (_, other, _) = _sampler(first), _sampler(second)
