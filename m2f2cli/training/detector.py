@@ -108,7 +108,7 @@ class Training:
         epochs = epoch_records(trainer.state)
         chosen = next(record for record in epochs if record["step"] == best)
         stage = self.record | {"metrics": {"selected": chosen, "epochs": epochs}}
-        if trainer.gave_up(trainer.state):
+        if epochs[-1]["epoch"] < self.options.optimiser.epochs:
             stage["metrics"]["stopped_after"] = epochs[-1]["epoch"]
             self.notify(
                 f"Stopped after epoch {epochs[-1]['epoch']}: no better "

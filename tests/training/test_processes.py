@@ -20,8 +20,8 @@ SCENARIOS = {
     # of an epoch has three pictures: two here, one there.
     "equal": {"freeze_batch_norm": True, "epochs": 2, "limit": 18},
     # BatchNorm sees three pictures instead of six.
-    "balanced": {"balance": True, "epochs": 3, "ema": 0.5, "mixup": 0.2, "accumulate": 2},
-    "resumed": {"balance": True, "epochs": 3, "ema": 0.5, "mixup": 0.2, "accumulate": 2},
+    "balanced": {"balance": True, "epochs": 2, "ema": 0.5, "mixup": 0.2, "accumulate": 2},
+    "resumed": {"balance": True, "epochs": 2, "ema": 0.5, "mixup": 0.2, "accumulate": 2},
 }
 
 

@@ -28,16 +28,13 @@ def test_a_run_that_gets_better_goes_on(options):
     folder = train_detector(options(epochs=4, early_stop=3, select="loss", learning_rate=1e-3))
     metrics = store.read_stage(folder)["metrics"]
     assert len(metrics["epochs"]) == 4
-    losses = [record["validation_loss"] for record in metrics["epochs"]]
-    best = losses.index(min(losses))
-    assert ("stopped_after" in metrics) == (3 - best >= 3)
+    assert "stopped_after" not in metrics
 
 
-@pytest.mark.parametrize("step", [4, 7])
-def test_an_interrupted_run_stops_where_it_would_have(options, tmp_path, step):
+def test_an_interrupted_run_stops_where_it_would_have(options, tmp_path):
     whole = train_detector(options(**STILL, output=tmp_path / "whole"))
     run = prepare(options(**STILL))
-    run.trainer.add_callback(Crash(step))
+    run.trainer.add_callback(Crash(7))
     with pytest.raises(KeyboardInterrupt):
         run.run()
     resumed = train_detector(options(**STILL, resume=True))
