@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from m2f2cli.weights.tensorfile import StoredTensor
 
-BLOCK = 1 << 22
+BLOCK = 1 << 21
 """How many values every block of a stream holds, but the last."""
 
 
