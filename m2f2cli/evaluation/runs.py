@@ -190,6 +190,8 @@ def _cut_of(stage: Mapping[str, Any], model: Path, split: str) -> Mapping[str, A
         fault = f"it was measured on a folder of its own, {options['validation']}"
     elif isinstance(options.get("data"), list):
         fault = "it was trained on several folders"
+    elif options.get("limit"):
+        fault = f"its training used {options['limit']} pictures of each class, drawn by chance"
     if fault:
         raise InputError(
             f"The split '{split}' of '{model}' cannot be repeated: {fault}.",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,10 @@ from m2f2cli.evaluation.runs import (
 from m2f2cli.evaluation.scored import join
 from m2f2cli.inference.detect import DetectOptions, detect
 from m2f2cli.inference.job import Tally
+from m2f2cli.models.loading import resolve_checkpoint
 from m2f2cli.records import Detection
+from m2f2cli.training.options import TrainDetectorOptions
+from m2f2cli.training.sources import read_sources
 from tests.inference.conftest import MeanJudge, noise_picture
 
 CROPS = DetectOptions(faces="none", frames=3)
@@ -190,6 +194,22 @@ def test_validation_and_train_are_the_training_s_own(data, tmp_path):
     assert len(read_split(data, "all")) == len(read_split(data, "test")) == 8
 
 
+def test_the_cut_is_that_of_train_detector(data, tmp_path):
+    options = TrainDetectorOptions.from_flat({"data": str(data), "output": "x", "split-seed": 3})
+    train, held = read_sources(options.data)
+    flat = json.loads(json.dumps(options.to_flat()))
+    model = stage(tmp_path / "model", read_samples(data), **flat)
+    assert read_split(data, "validation", model=model) == held
+    assert read_split(data, "train", model=model) == train
+
+
+@pytest.mark.skipif("M2F2_DDVQA" not in os.environ, reason="M2F2_DDVQA is not set")
+def test_what_the_lite_detector_held_out():
+    held = read_split(os.environ["M2F2_DDVQA"], "validation", model=resolve_checkpoint("lite"))
+    assert len(held) > 100
+    assert not is_test_set(held)
+
+
 def test_a_cut_by_named_identities_is_repeated(data, tmp_path):
     people = tmp_path / "people.csv"
     rows = [f"{s.name},{'ab'[int(s.name[-5]) % 2]}" for s in read_samples(data).samples]
@@ -215,6 +235,7 @@ def test_other_data_than_the_training_s_is_no_validation_set(data, tmp_path):
     [
         ({"validation": "elsewhere"}, "a folder of its own, elsewhere"),
         ({"data": ["a", "b"]}, "several folders"),
+        ({"limit": 10}, "10 pictures of each class"),
     ],
 )
 def test_a_cut_that_cannot_be_repeated_says_why(data, tmp_path, options, words):
