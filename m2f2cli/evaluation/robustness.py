@@ -24,7 +24,7 @@ from m2f2cli.evaluation import standard
 from m2f2cli.evaluation.intervals import LEVEL, RESAMPLES, SEED
 from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.report import read_json
-from m2f2cli.evaluation.runs import count_items, list_sources, truth_of
+from m2f2cli.evaluation.runs import check_same_data, count_items, list_sources, truth_of
 from m2f2cli.evaluation.scored import Figure, ScoredSet, Truth, fingerprint, join
 from m2f2cli.inference.detect import DetectOptions, judge_sources, load, settings_of
 from m2f2cli.inference.recordfile import RecordFile
@@ -196,22 +196,20 @@ def sweep(
     with FrameReader() as reader, ExitStack() as stack:
         logs = {c: stack.enter_context(RecordFile(_records(folder, c))) for c in conditions}
         pictures = list_sources(samples, reader, frames=detect.frames)
+        check_same_data(logs[CLEAN], pictures)
         work = [
             (condition, source)
             for condition, source in _spoilt(pictures, conditions)
             if source.path not in logs[condition].done
         ]
         if not work:
-            bound = settings_of(model, load(model, detect), detect)
+            _bind(logs, settings_of(model, load(model, detect), detect))
         records = judge_sources([s for _, s in work], model=model, options=detect) if work else ()
-        for number, ((condition, _), record) in enumerate(zip(work, records, strict=True)):
-            if not number:
-                _bind(logs, record.settings)
+        for (condition, _), record in zip(work, records, strict=True):
+            _bind(logs, record.settings)  # the first record does; all must be of these settings
             logs[condition].append(record)
             if advance is not None:
                 advance()
-        if not work:
-            _bind(logs, bound)
     return _finish(folder, truth, options)
 
 
@@ -249,6 +247,7 @@ def _spoilt(
 
 
 def _bind(logs: Mapping[Condition, RecordFile], settings: Settings) -> None:
+    """Make every file writable, or refuse because one was made with other settings."""
     for log in logs.values():
         log.bind(settings)
 

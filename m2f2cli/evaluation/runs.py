@@ -65,7 +65,7 @@ def score_set(
     with FrameReader() as reader:
         sources = list_sources(samples, reader, frames=chosen.frames)
         with RecordFile(output, overwrite=overwrite) as log:
-            _check_same_data(log, sources)
+            check_same_data(log, sources)
             for _ in judge_and_record(sources, model=model, options=chosen, log=log, tally=tally):
                 if advance is not None:
                     advance()
@@ -107,8 +107,12 @@ def _frame(reader: FrameReader, file: Path, key: str, index: int) -> Picture:
     return Picture(pixels, sha256(pixels.tobytes()).hexdigest(), "HDF5", note)
 
 
-def _check_same_data(log: RecordFile, sources: list[Source]) -> None:
-    """Refuse to resume records of other pictures: names must fit, and some contents too."""
+def check_same_data(log: RecordFile, sources: list[Source]) -> None:
+    """Refuse to resume records of other pictures: names must fit, and some contents too.
+
+    Raises:
+        UsageError: They do not.
+    """
     known = {source.path: source for source in sources}
     hint = "Choose another --output, or add --overwrite to start anew."
     strange = [name for name in log.done if name not in known]

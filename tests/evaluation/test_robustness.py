@@ -181,6 +181,15 @@ def test_a_sweep_of_other_data_or_another_model_is_not_continued(data, tmp_path)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == files
 
 
+def test_pictures_that_changed_are_not_mixed_with_those_before(data, tmp_path):
+    folder, samples = tmp_path / "sweep", read_samples(data)
+    sweep(samples, model=MeanJudge(), folder=folder, options=TWO)
+    for sample in samples.samples:  # as the same frames of another compression
+        noise_picture(sample.path, 7)
+    with pytest.raises(UsageError, match="another content"):
+        sweep(samples, model=MeanJudge(), folder=folder, options=SweepOptions(("blur",)))
+
+
 def test_more_corruptions_join_an_earlier_sweep(data, tmp_path):
     folder, judge = tmp_path / "sweep", MeanJudge()
     sweep(read_samples(data), model=MeanJudge(), folder=folder, options=TWO)
