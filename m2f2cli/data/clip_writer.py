@@ -97,7 +97,7 @@ class ClipWriter:
         if any(file != self.path for file in where.values()):
             with self._replacing(self.path) as whole:
                 for key in sorted(where):
-                    with h5py.File(where[key], "r", locking=False) as file:
+                    with h5py.File(where[key], "r") as file:
                         file.copy(file[key], whole, name=key)
         shutil.rmtree(self.parts, ignore_errors=True)
 

@@ -174,7 +174,7 @@ class FrameReader:
         if path not in self._files:
             check_file(path)
             try:  # nothing is kept between reads: a cache of 1 MiB a video adds up
-                self._files[path] = h5py.File(path, "r", rdcc_nbytes=0, locking=False)
+                self._files[path] = h5py.File(path, "r", rdcc_nbytes=0)
             except _FAULTS as error:
                 raise _broken(path, error) from error
         return self._files[path]

@@ -104,7 +104,8 @@ class FacesJob:
                 for the next run.
             M2F2Error: Another process prepares into the folder, or a worker died.
         """
-        with locked(self.output), worker_pool(self.options.workers, _work) as run_all:
+        workers, most = self.options.workers, len(self.videos)
+        with locked(self.output), worker_pool(workers, _work, at_most=most) as run_all:
             for name, group in groupby(self.videos, key=lambda video: video.file):
                 videos = list(group)
                 writer = ClipWriter(self.output / name)

@@ -22,19 +22,20 @@ Result = TypeVar("Result")
 
 @contextmanager
 def worker_pool(
-    workers: int | None, work: Callable[[Task], Result]
+    workers: int | None, work: Callable[[Task], Result], *, at_most: int
 ) -> Iterator[Callable[[Sequence[Task]], Iterator[Result]]]:
     """Give a function that works off tasks in processes and yields results as they come.
 
     Args:
         workers: How many processes; None for one a processor; 1 works in this process, in order.
         work: A function of a module's top level.
+        at_most: There is no work for more than this many.
 
     Raises:
         M2F2Error: A worker died. Other errors are those of ``work``.
     """
-    workers = workers or _processors()
-    if workers == 1:
+    workers = min(workers or _processors(), at_most)
+    if workers <= 1:
         yield lambda tasks: map(work, tasks)
         return
     before = set(multiprocessing.active_children())

@@ -89,6 +89,13 @@ def test_an_older_file_may_have_any_chunks_and_no_attributes(tmp_path):
     assert reader.notes(path, "000") is None
 
 
+def test_others_may_have_the_file_open(file):
+    with h5py.File(file) as opened, FrameReader() as reader:
+        assert np.array_equal(reader.frame(file, "000", 2), opened["000"][2])
+        with h5py.File(file) as again:
+            assert set(again) == {"000", "003", "folder"}
+
+
 def test_a_reader_travels_closed(file):
     reader = FrameReader()
     reader.frame(file, "000", 0)
