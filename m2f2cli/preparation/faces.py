@@ -112,33 +112,31 @@ class FacesJob:
                 if self.options.overwrite:
                     writer.discard()
                 tasks = []
-                earlier = self._earlier(writer, videos[0])
+                earlier = self._earlier(writer, videos)
                 for video in videos:
-                    if video in self._boxes and self._boxes[video] is None:
+                    boxes, made = self._boxes.get(video), earlier.get(video.key)
+                    if video in self._boxes and boxes is None:
                         yield _failed(video, "missing", f"There are no boxes for '{video.key}'.")
-                    elif video.key in earlier and earlier[video.key].source_bytes == stored_bytes(
-                        video
-                    ):
-                        yield _report(video, earlier[video.key], earlier=True)
+                    elif made is not None and made.source_bytes == stored_bytes(video):
+                        yield _report(video, made, earlier=True)
                     else:
-                        boxes = self._boxes.get(video)
                         tasks.append(_Task(video, self.output, self.options, boxes))
                 yield from run_all(tasks)
                 writer.finish()
 
-    def _earlier(self, writer: ClipWriter, example: Video) -> dict[str, ClipNotes]:
+    def _earlier(self, writer: ClipWriter, videos: Sequence[Video]) -> dict[str, ClipNotes]:
         """The clips that are there already.
 
         Raises:
-            UsageError: They were made in another way than ``example`` will be.
+            UsageError: They were made in another way than ``videos`` will be.
         """
-        boxes = self._boxes.get(example)
+        boxes = next((boxes for video in videos if (boxes := self._boxes.get(video))), None)
         wanted = {
             "size": self.options.size,
             "margin": self.options.margin,
             "frames": boxes.asked if boxes else self.options.frames,
             "detector": boxes.detector if boxes else detector_name(),
-            "boxes-from": example in self._boxes,
+            "boxes-from": boxes is not None,
         }
         found = {}
         for key, (shape, notes) in writer.done().items():

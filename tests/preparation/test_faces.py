@@ -108,12 +108,18 @@ def test_boxes_that_do_not_fit_are_named(ffpp, scene, tmp_path):
     with pytest.raises(InputError, match=r"no file 'FF\+\+_original_c40\.h5'"):
         prepare(ffpp / "manipulated_sequences", out, boxes_from=tmp_path)
     strangers = tmp_path / "manipulated_sequences" / "FaceSwap" / "c40" / "videos"
-    scene.record(strangers / "777_000.mp4", 5)
+    scene.record(strangers / "001_000.mp4", 5)
     Scene(200, 180, face=70, seconds=2).record(strangers / "000_777.mp4", 5)
     done = prepare(tmp_path / "manipulated_sequences", tmp_path / "b", boxes_from=out)
-    assert done["777_000"].message == "There are no boxes for '777_000'."
+    assert done["001_000"].message == "There are no boxes for '001_000'."
     assert "is 200x180, but the boxes are for 240x180" in done["000_777"].message
     assert os.listdir(tmp_path / "b") == []
+    # One without boxes comes first; the others still go on where they stopped.
+    scene.record(strangers / "003_777.mp4", 20)
+    (strangers / "000_777.mp4").unlink()
+    for again in (False, True):
+        done = prepare(strangers, tmp_path / "b", boxes_from=out, frames=7)
+        assert [done["003_777"].status, done["003_777"].earlier] == ["ok", again]
     ClipWriter(tmp_path / "bare.h5").write("000", np.zeros((1, 4, 4, 3), np.uint8))
     ClipWriter(tmp_path / "bare.h5").finish()
     with pytest.raises(InputError, match="does not say where its crops were cut"):
