@@ -23,6 +23,7 @@ __all__ = ["LoadedFile", "Placeholder", "load_tensors_file"]
 _WRAPPERS = ("model_state_dict", "state_dict", "model", "module", "net", "network", "weights")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_POINTER = b"version https://"  # of the Git LFS specification
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ def load_tensors_file(path: Path) -> LoadedFile:
         return _load_legacy(path)
     if len(head) > 8 and head[8:9] == b"{":
         return LoadedFile(path, "safetensors", dict(open_tensor_file(path)))
+    if head.startswith(_POINTER):
+        raise CheckpointError(
+            f"'{path}' is a Git LFS pointer, not the file it stands for.",
+            "Fetch the files with: git lfs pull",
+        )
     raise CheckpointError(
         f"'{path}' is no PyTorch or safetensors file.",
         "Give a .pth, .pt, .bin or .safetensors file that holds model weights.",
