@@ -13,8 +13,9 @@ _LAZY = {
     "Detector": "m2f2cli.models.detector",
     "DetectorConfig": "m2f2cli.models.detector",
     "detect": "m2f2cli.inference.detect",
+    "explain": "m2f2cli.inference.explain",
 }
-__all__ = ["Detector", "DetectorConfig", "__version__", "detect"]
+__all__ = ["Detector", "DetectorConfig", "__version__", "detect", "explain"]
 
 
 def __getattr__(name: str) -> Any:

@@ -203,7 +203,8 @@ class ExplainSettings(Settings):
     Attributes:
         template: The conversation template the model is asked in.
         condition: What questions tell the model about the face: ``detector``, ``none``, ``truth``.
-        questions: What is asked besides the judgement, in order; before ``condition`` is applied.
+        questions: What is asked besides the judgement, in order, before ``condition`` is applied;
+            of a data set the ``sha256:…`` of its file.
         max_new_tokens: Longest answer.
         sampling: ``{"temperature", "top_p", "seed"}``; None takes the likeliest word each time.
         quantised: ``4bit`` or ``8bit`` for the language model's layers; None for neither.
@@ -223,7 +224,7 @@ class Answer:
 
     Attributes:
         region: A region of ``m2f2 explain --region``; None for a question of the user's own.
-        question: As it was asked, without the template around it.
+        question: As it was asked, without placeholders and template.
         text: The answer.
         complete: Whether it ended by itself, not at ``max_new_tokens``.
     """

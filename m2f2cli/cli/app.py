@@ -38,6 +38,7 @@ class Entry(NamedTuple):
 
 COMMANDS = (
     Entry("detect", "m2f2cli.cli.infer:detect", "Judge pictures"),
+    Entry("explain", "m2f2cli.cli.explain:explain", "Judge pictures"),
     Entry("prepare faces", "m2f2cli.cli.prepare:faces", "Prepare data"),
     Entry("prepare ddvqa", "m2f2cli.cli.prepare:ddvqa", "Prepare data"),
     Entry("evaluate ddvqa", "m2f2cli.cli.evaluate:ddvqa", "Measure"),
@@ -71,9 +72,7 @@ def build() -> typer.Typer:
         group, _, name = entry.name.rpartition(" ")
         if group not in homes:
             homes[group] = typer.Typer(rich_markup_mode="rich", no_args_is_help=True)
-            app.add_typer(
-                homes[group], name=group, rich_help_panel=entry.panel, help=GROUPS[group]
-            )
+            app.add_typer(homes[group], name=group, rich_help_panel=entry.panel, help=GROUPS[group])
         module_name, function = entry.target.split(":")
         module = import_module(module_name)
         examples = getattr(module, "EXAMPLES", {}).get(entry.name, ())

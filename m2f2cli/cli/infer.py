@@ -57,13 +57,13 @@ def detect(
     from m2f2cli.inference.detect import DetectOptions
     from m2f2cli.inference.job import Job
 
-    gates = _gates(fail_on)
+    tripping = gates(fail_on)
     job = Job(
         paths or [],
         options=DetectOptions(
             faces=faces,
             threshold=threshold,
-            uncertain=_band(uncertain),
+            uncertain=band(uncertain),
             batch_size=batch_size,
             frames=frames,
             heatmap=heatmap,
@@ -84,7 +84,7 @@ def detect(
             if as_json or output is None:
                 records.append(record)
     _show(printer, records, job.tally, output)
-    raise typer.Exit(_exit_code(job.tally, gates))
+    raise typer.Exit(exit_code(job.tally, tripping))
 
 
 def _show(printer: Output, records: Sequence[Detection], tally: Tally, output: Path | None) -> None:
@@ -123,7 +123,8 @@ def _row(record: Detection) -> tuple[str, str, str, str]:
     )
 
 
-def _band(text: str | None) -> tuple[float, float] | Literal["checkpoint"] | None:
+def band(text: str | None) -> tuple[float, float] | Literal["checkpoint"] | None:
+    """The value of ``--uncertain``."""
     if text is None:
         return "checkpoint"
     if text.lower() == "none":
@@ -139,19 +140,21 @@ def _band(text: str | None) -> tuple[float, float] | Literal["checkpoint"] | Non
     )
 
 
-def _gates(words: Sequence[str] | None) -> set[str]:
+def gates(words: Sequence[str] | None) -> set[str]:
+    """The values of ``--fail-on``."""
     for word in words or ():
         if word not in GATES:
             raise UsageError(f"--fail-on takes {', '.join(GATES)}, not '{word}'.")
     return set(words or ())
 
 
-def _exit_code(tally: Tally, gates: set[str]) -> int:
+def exit_code(tally: Tally, tripping: set[str]) -> int:
+    """How a run over items leaves."""
     tripped: dict[str, Any] = {
         "fake": tally.fake,
         "uncertain": tally.fake + tally.uncertain,
         "error": tally.failed,
     }
-    if any(tripped[gate] for gate in gates):
+    if any(tripped[gate] for gate in tripping):
         return EXIT_GATE
     return EXIT_SOME_FAILED if tally.failed else 0

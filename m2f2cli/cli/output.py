@@ -56,6 +56,11 @@ class Output:
         """Print one line of the result."""
         sys.stdout.write(line.rstrip("\n") + "\n")
 
+    def words(self, piece: str) -> None:
+        """Print a piece of the result at once, without ending the line."""
+        sys.stdout.write(_printable_lines(piece))
+        sys.stdout.flush()
+
     def table(
         self,
         columns: Sequence[str],

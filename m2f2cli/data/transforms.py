@@ -136,11 +136,17 @@ def explainer_views(
         Two float32 (3, size, size); one array twice where both see the same.
     """
     centre = preprocess(pixels, size=size, mean=mean, std=std)
+    padded = padded_square(pixels, size) if aspect == "pad" else None
+    return (centre if padded is None else normalise(padded, mean, std)), centre
+
+
+def padded_square(pixels: np.ndarray, size: int) -> np.ndarray | None:
+    """All of a picture on a square, scaled: uint8 (H, W, 3) to (S, S, 3); None for a square one."""
     height, width = pixels.shape[:2]
-    if aspect == "square" or height == width:
-        return centre, centre
+    if height == width:
+        return None
     if max(height, width) > _LONGEST_PADDED:
         picture = Image.fromarray(np.ascontiguousarray(pixels))
         picture.thumbnail((_LONGEST_PADDED, _LONGEST_PADDED))
         pixels = np.asarray(picture)
-    return preprocess(pad_to_square(pixels), size=size, mean=mean, std=std), centre
+    return resize_and_crop(pad_to_square(pixels), size)

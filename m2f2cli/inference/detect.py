@@ -132,7 +132,7 @@ def settings_of(model: str | Judge, judge: Judge, options: DetectOptions) -> Set
         judge: The same, loaded.
         options: How to judge.
     """
-    rule = _rule(judge, options)
+    rule = rule_of(judge, options)
     finds = options.faces != "none"
     recipe = Recipe.of(judge.config, finds_faces=finds)
     return Settings(
@@ -149,7 +149,8 @@ def settings_of(model: str | Judge, judge: Judge, options: DetectOptions) -> Set
     )
 
 
-def _rule(model: Judge, options: DetectOptions) -> Rule:
+def rule_of(model: Judge, options: DetectOptions) -> Rule:
+    """The verdict rule of a run with a loaded detector."""
     config = model.config
     limit = float(config.domain["limit"]) if config.domain else None
     return options.rule(config.threshold, config.uncertain, limit)
@@ -171,7 +172,7 @@ class _Run:
         self, model: Judge, settings: Settings, options: DetectOptions, sources: Sequence[Source]
     ) -> None:
         self.settings = settings
-        self.rule = _rule(model, options)
+        self.rule = rule_of(model, options)
         self.batch_size = options.batch_size
         self.renderer = Renderer(options.heatmap, options.annotate, sources)
         self.renderer.check(model.config)

@@ -93,10 +93,7 @@ class Job:
         self._log: RecordFile | None = None
         if output is None:
             return
-        if any(
-            os.path.realpath(source.path) == os.path.realpath(output) for source in self.sources
-        ):
-            raise UsageError(f"'{output}' is one of the inputs.", "Choose another --output.")
+        refuse_input(output, self.sources)
         if output.suffix.lower() == ".jsonl":
             self._log = RecordFile(output, overwrite=overwrite)
         elif output.suffix.lower() == ".csv":
@@ -192,6 +189,16 @@ def record_new(
             log.append(record)
         tally.count(record.verdict)
         yield record
+
+
+def refuse_input(output: Path, sources: Sequence[Source]) -> None:
+    """Refuse to write over an input.
+
+    Raises:
+        UsageError: ``output`` is one.
+    """
+    if any(os.path.realpath(source.path) == os.path.realpath(output) for source in sources):
+        raise UsageError(f"'{output}' is one of the inputs.", "Choose another --output.")
 
 
 def _table(path: Path, overwrite: bool) -> Path:

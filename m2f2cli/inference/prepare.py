@@ -12,7 +12,7 @@ import numpy as np
 
 from m2f2cli.data.domain import Domain
 from m2f2cli.data.faces import crop_face, find_faces
-from m2f2cli.data.transforms import resize_and_crop
+from m2f2cli.data.transforms import padded_square, resize_and_crop
 from m2f2cli.data.video import read_frames
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.inference.sources import Source
@@ -32,11 +32,13 @@ class Recipe(NamedTuple):
         size: Side of the network's input in pixels.
         margin: Share of the face box's side added around it.
         domain: The model's domain check, if it has one.
+        pads: Whether its CLIP tower sees all of a picture that is taken whole, on a square.
     """
 
     size: int
     margin: float
     domain: Domain | None = None
+    pads: bool = False
 
     @classmethod
     def of(cls, config: Any, *, finds_faces: bool) -> Recipe:
@@ -78,6 +80,8 @@ class Crop:
         box: The face as found; None when the picture was taken whole.
         finder_score: The face finder's confidence; None as above.
         domain_distance: From the training crops; None where the model has no check.
+        padded: uint8 as ``pixels``: the whole of a picture that is not square, on a square; None
+            where the model does not look at it.
     """
 
     pixels: np.ndarray
@@ -86,6 +90,7 @@ class Crop:
     box: Box | None = None
     finder_score: float | None = None
     domain_distance: float | None = None
+    padded: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -192,5 +197,9 @@ def _whole(pixels: np.ndarray, wanted: Recipe) -> Crop:
     height, width = pixels.shape[:2]
     side = min(height, width)
     left, top = (width - side) // 2, (height - side) // 2
-    cut = resize_and_crop(pixels, wanted.size)
-    return wanted.crop(cut, (left, top, left + side, top + side))
+    crop = wanted.crop(resize_and_crop(pixels, wanted.size), (left, top, left + side, top + side))
+    padded = padded_square(pixels, wanted.size) if wanted.pads else None
+    if padded is None:
+        return crop
+    digest = hashlib.sha256(crop.digest + padded.tobytes()).digest()
+    return replace(crop, digest=digest, padded=padded)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _REMEMBERED = 65_536  # crops whose scores are kept for another appearance
-_AT_ONCE_ON_CPU = 4  # crops; the feature maps of more outgrow its cache
+AT_ONCE_ON_CPU = 4  # crops; the feature maps of more outgrow its cache
 
 
 class Judge(Protocol):
@@ -88,7 +88,7 @@ class Scorer:
             [normalise(crop.pixels, config.image_mean, config.image_std) for crop in crops]
         )
         values = torch.from_numpy(pixels).to(self.model.device, self.model.dtype)
-        at_once = _AT_ONCE_ON_CPU if values.device.type == "cpu" else len(values)
+        at_once = AT_ONCE_ON_CPU if values.device.type == "cpu" else len(values)
         probabilities: list[float] = []
         maps: list[np.ndarray] = []
         with torch.inference_mode():
@@ -99,16 +99,7 @@ class Scorer:
                     maps += list(out.forgery_map.float().cpu().numpy())
         scores = []
         for place, crop in enumerate(crops):
-            probability, distance = probabilities[place], crop.domain_distance
-            if not 0 <= probability <= 1:
-                raise M2F2Error(
-                    "The model's answer is not a number.", "Try --dtype float32 or another model."
-                )
-            score = Score(
-                round(probability, DIGITS),
-                None if distance is None else round(distance, DIGITS),
-                maps[place] if maps else None,
-            )
+            score = score_of(crop, probabilities[place], maps[place] if maps else None)
             self._remember(crop.digest, score)
             scores.append(score)
         return scores
@@ -117,3 +108,23 @@ class Scorer:
         self._known[digest] = score
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
+
+
+def score_of(crop: Crop, probability: float, forgery_map: np.ndarray | None = None) -> Score:
+    """What a model said of a crop, checked and rounded.
+
+    Args:
+        crop: Of which it was said.
+        probability: Of being fake, as the model gave it.
+        forgery_map: As in ``Score``.
+
+    Raises:
+        M2F2Error: The probability is no number.
+    """
+    if not 0 <= probability <= 1:
+        raise M2F2Error(
+            "The model's answer is not a number.", "Try --dtype float32 or another model."
+        )
+    distance = crop.domain_distance
+    rounded = None if distance is None else round(distance, DIGITS)
+    return Score(round(probability, DIGITS), rounded, forgery_map)

@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import logging
 
 from m2f2cli.errors import CheckpointError, MissingExtraError, UsageError
-from m2f2cli.models.detector import Detector
+from m2f2cli.models.detector import Detector, DetectorConfig
 from m2f2cli.models.explainer import Explainer, ExplainerConfig
 from m2f2cli.models.loading import resolve_checkpoint
 from m2f2cli.runtime import pick_device, pick_dtype
@@ -93,6 +93,12 @@ def read_explainer_config(folder: Path) -> ExplainerConfig:
     if found == ExplainerConfig.model_type:
         return ExplainerConfig.from_dict(fields)
     hint = f"See what it is with: m2f2 info {folder}"
+    if found == DetectorConfig.model_type:
+        raise CheckpointError(
+            f"'{folder}' holds a detector, which judges without words.",
+            "Ask it with m2f2 detect, or build an explainer around it with: "
+            f"m2f2 init-llava --llava DIR --detector {folder} --output DIR",
+        )
     if str(found).startswith("llava"):
         hint = (
             f"A published explainer is imported with: m2f2 import {folder} --output DIR; "

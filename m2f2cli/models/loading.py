@@ -65,10 +65,12 @@ def load_detector(name: str = "lite", *, device: str = "auto", dtype: str = "aut
     kind = pick_dtype(dtype, where)
     folder = resolve_checkpoint(name)
     fields = store.read_config(folder)
-    if fields.get("model_type") != DetectorConfig.model_type:
+    found = fields.get("model_type")
+    if found != DetectorConfig.model_type:
+        asks = f"Ask it with: m2f2 explain PATH --model {name}"
         raise CheckpointError(
-            f"'{folder}' holds a model of type '{fields.get('model_type')}', not a detector.",
-            f"See what it is with: m2f2 info {folder}",
+            f"'{folder}' holds a model of type '{found}', not a detector.",
+            asks if found == "m2f2_explainer" else f"See what it is with: m2f2 info {folder}",
         )
     config = DetectorConfig.from_dict(fields)
     tensors = store.read_tensors(folder, finite=True)

@@ -1,0 +1,238 @@
+"""The command that says why: ``explain``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from m2f2cli.cli import explain_options as own
+from m2f2cli.cli import options as flags
+from m2f2cli.cli.infer import band, exit_code, gates
+from m2f2cli.cli.output import EXIT_SOME_FAILED, Output
+from m2f2cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from m2f2cli.inference.explain_dataset import DatasetJob
+    from m2f2cli.inference.explain_interviews import Heard
+    from m2f2cli.inference.explain_job import ExplainJob
+    from m2f2cli.inference.explain_options import ExplainOptions
+    from m2f2cli.records import Explanation, FaceExplanation
+
+EXAMPLES = {
+    "explain": (
+        "m2f2 explain photo.jpg --model explainer/",
+        "m2f2 explain evidence/ -m explainer/ --recursive --output why.jsonl",
+        'm2f2 explain photo.jpg -m explainer/ --region eyes --question "Is the hair natural?"',
+        "m2f2 explain --dataset questions.jsonl --images crops/ -m explainer/ -o answers.jsonl",
+    )
+}
+
+
+def explain(**values: Any) -> None:
+    """Say why: the detector's verdict, the language model's own judgement, and its reasons.
+
+    Every judged face of a picture is explained; of a video, its most suspicious frame. The verdict
+    is the detector's; whether the language model agrees stands beside it. Reasons are what a
+    language model finds to say about a verdict, not evidence.
+
+    Exit codes: 0 done, 3 some items have no verdict, 4 a --fail-on gate tripped.
+    """
+    _check(values)
+    from m2f2cli.inference.explain_dataset import DatasetJob
+    from m2f2cli.inference.explain_job import ExplainJob
+
+    printer = Output(as_json=values["as_json"], quiet=values["quiet"])
+    kept = {name: values[name] for name in ("model", "output", "overwrite")}
+    options = _options(values)
+    if values["dataset"] is not None:
+        answers = DatasetJob(values["dataset"], values["images"], options=options, **kept)
+        raise typer.Exit(_answer(answers, printer))
+    tripping = gates(values["fail_on"])
+    job = ExplainJob(values["paths"] or [], options=options, recursive=values["recursive"], **kept)
+    _explain(job, printer, shown=values["output"] is None)
+    raise typer.Exit(exit_code(job.tally, tripping))
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Refuse what cannot be meant, before anything heavy is imported."""
+    if values["model"] is None:
+        raise UsageError(
+            "No explainer is bundled, so --model has to name one.",
+            "Build one with m2f2 init-llava, or make a folder of the published one with "
+            "m2f2 import.",
+        )
+    if (values["dataset"] is None) != (values["images"] is None):
+        raise UsageError("--dataset and --images belong together.", "Give both, or neither.")
+    if values["dataset"] is None:
+        return
+    if values["paths"] or values["fail_on"]:
+        raise UsageError("--dataset takes no PATH and no --fail-on.", "Leave them out.")
+    if values["output"] is None and not values["as_json"]:
+        raise UsageError(
+            "The answers to a data set need a place to go.", "Add --output FILE.jsonl, or --json."
+        )
+
+
+def _options(values: Mapping[str, Any]) -> ExplainOptions:
+    from m2f2cli.inference.detect import DetectOptions
+    from m2f2cli.inference.explain_options import ExplainOptions
+
+    judging = ("faces", "threshold", "batch_size", "frames", "device", "dtype")
+    asking = (
+        "judge",
+        "template",
+        "max_new_tokens",
+        "sample",
+        "temperature",
+        "top_p",
+        "seed",
+        "quantise",
+    )
+    condition = "truth" if values["dataset"] is not None else "detector"
+    return ExplainOptions(
+        detect=DetectOptions(
+            uncertain=band(values["uncertain"]), **{name: values[name] for name in judging}
+        ),
+        questions=tuple(values["question"] or ()),
+        regions=tuple(values["region"] or ()),
+        condition=values["condition"] or condition,
+        **{name: values[name] for name in asking},
+    )
+
+
+def _explain(job: ExplainJob, printer: Output, *, shown: bool) -> None:
+    """Print each record as it comes, or its words as they come, or nothing but the progress."""
+    reads = shown and not printer.as_json
+    streams = reads and sys.stdout.isatty() and len(job.sources) == 1
+    records = []
+    bar = Output(quiet=printer.quiet or reads)  # texts on the terminal show the progress themselves
+    with bar.progress("Explaining", len(job.sources)) as advance:
+        for record in job.run(_listener(printer) if streams else None):
+            advance()
+            if printer.as_json:
+                records.append(record)
+            elif reads:
+                _print(printer, record, streamed=streams)
+    if printer.as_json:
+        items = [record.to_dict() for record in records]
+        printer.json({"items": items, "summary": vars(job.tally)})
+        return
+    printer.note(job.tally.sentence())
+    if job.tally.real or job.tally.fake:
+        printer.note("The verdict is the detector's; reasons are a language model's, not evidence.")
+
+
+def _listener(printer: Output) -> Callable[[Heard], None]:
+    """Prints words as they are written, each question and each face under its own heading."""
+    begun = False
+
+    def hear(heard: Heard) -> None:
+        nonlocal begun
+        if heard.words:
+            printer.words(heard.words)
+            return
+        printer.words("\n\n" if begun else "")
+        begun = True
+        if heard.question.text is None:
+            score = heard.score.fake_probability
+            printer.text(f"Face at {heard.crop}: {heard.verdict} ({score:.3f}).")
+        printer.text(f"> {heard.asked}")
+
+    return hear
+
+
+def _print(printer: Output, record: Explanation, *, streamed: bool) -> None:
+    if streamed and record.explanations:
+        printer.words("\n\n")
+    if record.status != "ok":
+        _line(printer, f"{record.path}: {record.status}: {record.message}")
+        return
+    why = f" ({record.reason})" if record.reason else ""
+    _line(printer, f"{record.path}: {record.verdict}, {record.fake_probability:.3f}{why}")
+    for face in record.explanations:
+        place = f"frame {face.frame}, " if face.frame is not None else ""
+        if place or len(record.explanations) > 1:
+            score = f"{face.verdict}, {face.fake_probability:.3f}"
+            _line(printer, f"  {place}face at {face.crop}: {score}")
+        _line(printer, f"  language model: {_judgement(face)}")
+        for reason in () if streamed else face.reasons:
+            cut = "" if reason.complete else " [cut off]"
+            _line(printer, f"  {reason.region or reason.question}: {reason.text}{cut}")
+
+
+def _line(printer: Output, words: str) -> None:
+    printer.words(" ".join(words.split("\n")) + "\n")
+
+
+def _judgement(face: FaceExplanation) -> str:
+    agreement = {True: ", agrees", False: ", disagrees", None: ""}[face.agreement]
+    return f"{face.judgement or 'neither real nor fake'}{agreement} ({face.judgement_text})"
+
+
+def _answer(job: DatasetJob, printer: Output) -> int:
+    """Answer a data set: to the file or the JSON object; pictures without an answer are named."""
+    rows = []
+    silent: set[str | None] = set()
+    with printer.progress("Answering", job.count.questions) as advance:
+        for row in job.run():
+            advance()
+            if printer.as_json:
+                rows.append(row.to_dict())
+            elif row.message not in silent and row.status != "ok":
+                silent.add(row.message)
+                printer.note(f"{row.image}: {row.message}")
+    if printer.as_json:
+        printer.json({"items": rows, "summary": vars(job.count)})
+    printer.note(job.count.sentence())
+    return EXIT_SOME_FAILED if job.count.missing else 0
+
+
+_FLAGS: dict[str, tuple[Any, Any]] = {
+    "paths": (flags.Paths, None),
+    "config": (flags.Config, None),
+    "recursive": (flags.Recursive, False),
+    "faces": (flags.Faces, "auto"),
+    "frames": (flags.Frames, 16),
+    "model": (own.Explainer, None),
+    "device": (flags.Device, "auto"),
+    "dtype": (flags.Dtype, "auto"),
+    "quantise": (own.Quantise, None),
+    "batch_size": (own.AnswersAtOnce, 16),
+    "threshold": (flags.Threshold, None),
+    "uncertain": (flags.Uncertain, None),
+    "fail_on": (flags.FailOn, None),
+    "question": (own.Question, None),
+    "region": (own.Region, None),
+    "judge": (own.Judge, False),
+    "condition": (own.Condition, None),
+    "template": (own.Template, None),
+    "dataset": (own.QuestionFile, None),
+    "images": (own.Images, None),
+    "max_new_tokens": (own.MaxNewTokens, 512),
+    "sample": (own.Sample, False),
+    "temperature": (own.Temperature, None),
+    "top_p": (own.TopP, None),
+    "seed": (own.DrawSeed, 0),
+    "output": (own.RecordsFile, None),
+    "overwrite": (flags.Overwrite, False),
+    "as_json": (flags.Json, False),
+    "quiet": (flags.Quiet, False),
+}
+
+
+def _as_command(body: Callable[..., None]) -> None:
+    """Give the command its flags: Typer reads them from the signature."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(name, keyword, default=default, annotation=flag)
+        for name, (flag, default) in _FLAGS.items()
+    ]
+    body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    body.__annotations__ = {name: flag for name, (flag, _) in _FLAGS.items()}
+
+
+_as_command(explain)
