@@ -14,7 +14,7 @@ from m2f2cli.inference.explain_interviews import Heard, Interview, Interviewer, 
 from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.explain_questions import Question
 from m2f2cli.inference.prepare import Crop, Prepared
-from m2f2cli.inference.scoring import Score, Scorer
+from m2f2cli.inference.scoring import Score
 from m2f2cli.inference.sources import Source, expand
 from m2f2cli.inference.verdict import Rule
 from m2f2cli.records import (
@@ -88,13 +88,12 @@ def explain_sources(
         )
         settings = explain_settings(model, asker)
         rule = rule_of(asker.model.detector, options.detect)
-        scorer = Scorer(asker.model.detector)
         prepared = decoder.prepared(asker.recipe(), ahead=options.detect.batch_size)
-        plans = (_plan(item, questions, scorer, rule) for item in prepared)
+        plans = (_plan(item, questions, asker, rule) for item in prepared)
         for plan, interviews in Interviewer(asker, rule, hear=hear).conduct(plans):
             seen = zip(plan.crops, interviews, strict=True)
-            scores = {crop.digest: interview.score for crop, interview in seen}
-            found = assemble(plan.prepared, {**scores, **plan.scores}, rule, settings)
+            scores = {crop.digest: interview.score for crop, interview in seen} | plan.scores
+            found = assemble(plan.prepared, scores, rule, settings)
             yield _with_words(found, plan, interviews)
 
 
@@ -119,7 +118,7 @@ def explain_settings(model: str | Loaded, asker: Asker) -> ExplainSettings:
     )
 
 
-def _plan(prepared: Prepared, questions: tuple[Question, ...], scorer: Scorer, rule: Rule) -> Plan:
+def _plan(prepared: Prepared, questions: tuple[Question, ...], asker: Asker, rule: Rule) -> Plan:
     """What is asked about an item; the frames of a video are judged first, to choose one."""
     if prepared.status != "ok":
         return Plan(prepared)
@@ -130,7 +129,7 @@ def _plan(prepared: Prepared, questions: tuple[Question, ...], scorer: Scorer, r
     pending = list(crops.values())
     for first in range(0, len(pending), _FRAMES_AT_ONCE):
         some = pending[first : first + _FRAMES_AT_ONCE]
-        scores.update(zip((crop.digest for crop in some), scorer.score(some), strict=True))
+        scores.update(zip((crop.digest for crop in some), asker.look(some)[0], strict=True))
     frame, face = max(
         ((view, faces_of(view, scores, rule)[0]) for view in prepared.views if view.crops),
         key=lambda pair: pair[1].fake_probability,
@@ -162,7 +161,7 @@ def _face(crop: Crop, interview: Interview, plan: Plan) -> FaceExplanation:
     return FaceExplanation(
         crop=crop.crop,
         frame=plan.frame,
-        fake_probability=interview.score.fake_probability,
+        fake_probability=plan.scores.get(crop.digest, interview.score).fake_probability,
         verdict=verdict,
         told=interview.told,
         judgement=judgement,
