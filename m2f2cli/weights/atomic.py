@@ -59,7 +59,7 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     path = path.resolve()
     refuse_existing(path, overwrite)
-    _remove_stale(path)
+    remove_stale(path)
     partial = _partial_name(path)
     try:
         partial.mkdir(parents=True)
@@ -131,8 +131,9 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         )
 
 
-def _remove_stale(path: Path) -> None:
+def remove_stale(path: Path) -> None:
     """Remove what killed runs left beside ``path``; partial folders of live processes stay."""
+    path = path.resolve()
     if not path.parent.is_dir():
         return
     for sibling in path.parent.glob(f".{path.name}.*.partial"):

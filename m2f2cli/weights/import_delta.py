@@ -23,7 +23,7 @@ PROJECTORS = "non_lora_trainables.bin"
 _PREFIX = llava_names.DELTA_PREFIX
 _MODULES = ("mm_projector", "forgery_projector")
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-_FROZEN = "frozen in training: its update is exactly zero"
+FROZEN = "frozen in training: its update is exactly zero"
 _ABOVE = "above the hidden state that the detector reads"
 _BLOCK = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
 # What an adapter must say, or leave out, to be plain LoRA.
@@ -97,7 +97,7 @@ def _adapter(source: Weights) -> Conversion:
         ours = llava_names.module_of(module.removeprefix(_PREFIX))
         block = _BLOCK.search(module)
         why = _ABOVE if ours is None or (block and int(block.group(1)) == top) else ""
-        why = _FROZEN if _is_zero(source.tensors[sides["B"]]) else why
+        why = FROZEN if is_zero(streams.from_stored(source.tensors[sides["B"]])) else why
         for side, key in sorted(sides.items()):
             if why:
                 fates.append(Fate(key, "dropped", None, why))
@@ -171,8 +171,9 @@ def _check_pair(
         )
 
 
-def _is_zero(stored: StoredTensor) -> bool:
-    return not any(bool(block.any()) for block in streams.from_stored(stored).blocks())
+def is_zero(stream: Stream) -> bool:
+    """Whether every value is zero."""
+    return not any(bool(block.any()) for block in stream.blocks())
 
 
 def is_ours(source: Weights) -> bool:

@@ -211,7 +211,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"config": llavas.ORIGINAL_CONFIG | {"model_type": "llava_mistral"}},
         "not of the LLaMA family",
     ),
-    "bos": ({"config": llavas.ORIGINAL_CONFIG | {"bos_token_id": 7}}, "bos_token_id 1, config.json 7"),
+    "bos": (
+        {"config": llavas.ORIGINAL_CONFIG | {"bos_token_id": 7}},
+        "bos_token_id 1, config.json 7",
+    ),
 }
 
 
