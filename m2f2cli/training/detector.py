@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from m2f2cli.data.ddvqa import FLAWS, REGIONS
-from m2f2cli.errors import ConfigError, UsageError
-from m2f2cli.runtime import first_process, process_count, seed_everything
+from m2f2cli.runtime import process_count, seed_everything
 from m2f2cli.training.build import build_detector
 from m2f2cli.training.callbacks import Advance, Housekeeping, Notify, Reporter, epoch_records
 from m2f2cli.training.domain import fit_domain
@@ -24,14 +21,19 @@ from m2f2cli.training.picture_store import PictureStore
 from m2f2cli.training.pictures import MeasuringPictures, TrainingPictures
 from m2f2cli.training.settings import picture_settings, trainer_arguments
 from m2f2cli.training.sources import read_sources
-from m2f2cli.training.trainer import DetectorTrainer, last_state
+from m2f2cli.training.states import (
+    PROCESSES,
+    claim_output,
+    forget_states,
+    last_state,
+    library_versions,
+    same_options,
+    state_folder,
+)
+from m2f2cli.training.trainer import DetectorTrainer
 from m2f2cli.weights import store
-from m2f2cli.weights.atomic import refuse_existing
 
 STAGE = "train-detector"
-_OPTIONS = "options.json"
-_PROCESSES = "processes"
-_PACKAGES = ("m2f2cli", "torch", "transformers", "timm", "accelerate", "numpy", "pillow")
 
 
 def train_detector(
@@ -128,19 +130,11 @@ class Training:
             extra_files={"preprocessor_config.json": store.json_bytes(processor)},
             overwrite=run.overwrite,
         )
-        for leftover in (*folder.glob("checkpoint-*"), folder / _OPTIONS):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        forget_states(run.output)
         self.notify(
             f"Kept epoch {chosen['epoch']}: AUC {chosen['auc']:.4f}, AP {chosen['ap']:.4f}, "
             f"validation loss {chosen['validation_loss']:.4f}."
         )
-
-
-def state_folder(output: Path) -> Path:
-    """Where a run keeps its saved states and curves: beside the output, until that is written."""
-    return output.with_name(f"{output.name}.training")
 
 
 def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> Training:
@@ -156,9 +150,11 @@ def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> T
     notify = notify or (lambda _: None)
     run = options.run
     if run.resume and (run.output / "stage.json").exists():
-        _same_options(store.read_stage(run.output).get("options", {}), options, run.output)
+        same_options(
+            store.read_stage(run.output).get("options", {}), options, INCIDENTAL, where=run.output
+        )
         return Training(options, None, 0, {}, notify)
-    _claim_output(options)
+    claim_output(options, INCIDENTAL)
     arguments = trainer_arguments(options, state_folder(run.output))
     left_out: list[str] = []
     train, held = read_sources(options.data, seed=run.seed, tell=left_out.append)
@@ -207,8 +203,8 @@ def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> T
         }
         | {"unreadable": left_out},
         "trained_values": moving_groups(objective),
-        _PROCESSES: process_count(),
-        "versions": _versions(),
+        PROCESSES: process_count(),
+        "versions": library_versions(),
     }
     notify(_summary(record))
     steps = per_epoch * options.optimiser.epochs
@@ -216,55 +212,6 @@ def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> T
         *stores, size=detector.config.image_size, quantile=options.data.domain_quantile
     )
     return Training(options, trainer, steps, record, notify, domain)
-
-
-def _claim_output(options: TrainDetectorOptions) -> None:
-    """Refuse or clear what stands at the output, and note which options its states belong to."""
-    run = options.run
-    refuse_existing(run.output, run.overwrite)
-    folder = state_folder(run.output)
-    noted = folder / _OPTIONS
-    if not first_process():  # which does the following for all
-        return
-    if run.overwrite and folder.exists():
-        shutil.rmtree(folder)
-    if last_state(folder) is not None:
-        if not run.resume:
-            raise UsageError(
-                f"An unfinished training of '{run.output}' is saved in '{folder}'.",
-                "Add --resume to go on, or --overwrite to begin anew.",
-            )
-        begun = json.loads(noted.read_text(encoding="utf-8"))
-        _same_options(begun, options, folder)
-        if begun.get(_PROCESSES, 1) != process_count():
-            raise ConfigError(
-                f"This run has {process_count()} processes, but '{folder}' was begun with "
-                f"{begun.get(_PROCESSES, 1)}.",
-                "Resume with as many, or begin anew with --overwrite.",
-            )
-    noting = options.to_flat() | {_PROCESSES: process_count()}
-    store.atomic_write(noted, store.json_bytes(noting))
-
-
-def _same_options(noted: Mapping[str, Any], options: TrainDetectorOptions, where: Path) -> None:
-    wanted = options.to_flat()
-    for name in (wanted.keys() | noted.keys()) - {_PROCESSES}:
-        if name not in INCIDENTAL and noted.get(name) != wanted.get(name):
-            raise ConfigError(
-                f"--{name} is {wanted.get(name)!r}, but '{where}' was begun with "
-                f"{noted.get(name)!r}.",
-                "Resume with the same options, or begin anew with --overwrite.",
-            )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found | {"cuda": torch.version.cuda or "none"}
 
 
 def _summary(record: Mapping[str, Any]) -> str:

@@ -5,8 +5,6 @@ The loop, mixed precision, accumulation, clipping, processes and reports are the
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +13,21 @@ import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transf
 # isort: split
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import EvalPrediction
 
-from m2f2cli.errors import CheckpointError, InputError, M2F2Error
+from m2f2cli.errors import InputError, M2F2Error
 from m2f2cli.evaluation.metrics import average_precision, roc_auc
 from m2f2cli.training.epochs import BatchSampler, Steps
 from m2f2cli.training.objective import Objective
 from m2f2cli.training.options import OptimiserOptions
 from m2f2cli.training.pictures import Batcher, MeasuringPictures, TrainingPictures
 from m2f2cli.training.stages import optimiser_groups
-from m2f2cli.weights.tensorfile import write_tensor_file
+from m2f2cli.training.states import StatefulTrainer
 
-WEIGHTS = "model.safetensors"
-_COMPLETE = "complete"
 _BETTER_IS_LARGER = {"auc": True, "ap": True, "loss": False}
 
 
@@ -59,7 +53,7 @@ def measure(prediction: EvalPrediction) -> dict[str, float]:
     }
 
 
-class DetectorTrainer(Trainer):
+class DetectorTrainer(StatefulTrainer):
     """A Trainer for ``Objective``.
 
     Args:
@@ -122,17 +116,6 @@ class DetectorTrainer(Trainer):
     def steps_per_epoch(self) -> int:
         """Optimiser steps an epoch."""
         return len(self.sampler.steps)
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """This process's batches; accelerate would repeat items to make processes even."""
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-        )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build Adam or AdamW over the stage's groups; every trainable parameter exactly once."""
@@ -197,58 +180,6 @@ class DetectorTrainer(Trainer):
         waited = (state.global_step - (state.best_global_step or 0)) // self.steps_per_epoch
         return 0 < self.options.early_stop <= waited
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a state; it counts once its mark is there, and only then do older ones go."""
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"The state cannot be saved in '{self.args.output_dir}': {error}.",
-                "Free some space and give the same command with --resume.",
-            ) from error
-        if self.args.should_save:
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            _sync(folder)
-            (folder / _COMPLETE).touch()
-            _sync(folder)
-            keep = {self.state.global_step, self.state.best_global_step}
-            for other in folder.parent.glob("checkpoint-*"):
-                if int(other.name.rpartition("-")[2]) not in keep:
-                    shutil.rmtree(other)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Nothing to save: every draw is seeded by step, epoch and position."""
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: t.detach().cpu().contiguous() for k, t in self.model.state_dict().items()}
-        write_tensor_file(folder / WEIGHTS, tensors)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        (model or self.model).load_state_dict(load_file(Path(resume_from_checkpoint, WEIGHTS)))
-
-
-def _sync(folder: Path) -> None:
-    """Bring a folder's files and names to the disk."""
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def last_state(folder: Path) -> Path | None:
-    """The newest complete saved state under a folder; incomplete ones are removed.
-
-    Args:
-        folder: Where a run keeps its states; it need not exist.
-    """
-    states = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    for state in states:
-        if not (state / _COMPLETE).exists():
-            shutil.rmtree(state, ignore_errors=True)
-    return next((state for state in reversed(states) if state.exists()), None)
+    def kept_states(self) -> set[int]:
+        """The last saved state and the best."""
+        return {self.state.global_step, self.state.best_global_step}
