@@ -120,8 +120,15 @@ class Output:
         sys.stderr.write(_printable_lines(line) + "\n")
 
     @contextmanager
-    def progress(self, description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    def progress(
+        self, description: str, total: int | None = None, *, in_bytes: bool = False
+    ) -> Iterator[Callable[..., None]]:
         """Show a progress bar on standard error, only where that is a terminal and not quiet.
+
+        Args:
+            description: What is done.
+            total: How many steps there are, where that is known.
+            in_bytes: The steps are bytes.
 
         Yields:
             ``advance(steps=1, note="")``: moves the bar and sets the words beside it.
@@ -129,13 +136,19 @@ class Output:
         if self.quiet or not sys.stderr.isatty():
             yield lambda steps=1, note="": None
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+        )
         from rich.progress import TimeRemainingColumn as Remaining
 
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            DownloadColumn() if in_bytes else MofNCompleteColumn(),
             Remaining(),
             TextColumn("{task.fields[note]}"),
             console=_console(sys.stderr),
