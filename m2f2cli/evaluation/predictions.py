@@ -1,9 +1,10 @@
 """Files of answers, told apart by their content. Standard library only.
 
-``detections``: records of ``m2f2 detect``. ``judgements`` and ``explanations``: the published
-answer files, ``{"image", "prompt", "text"}`` and ``{"key", "image", "prompt", "text"}`` a line.
-``frames``: the published CSV ``image_id,ground_truth,prediction``, whose labels and probabilities
-speak of real. ``docs/metrics.md`` has an example of each.
+``detections``: records of ``m2f2 detect`` and ``m2f2 explain``. ``judgements`` and
+``explanations``: the published answer files, ``{"image", "prompt", "text"}`` and ``{"key",
+"image", "prompt", "text"}`` a line. ``frames``: the published CSV
+``image_id,ground_truth,prediction``, whose labels and probabilities speak of real.
+``docs/metrics.md`` has an example of each.
 """
 
 from __future__ import annotations

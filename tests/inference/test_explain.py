@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from m2f2cli.data.images import read_picture
@@ -110,6 +112,21 @@ def test_the_record_says_what_was_asked_and_what_was_seen(loaded, pictures):
         "vicuna_v1", "detector", TOKENS,
     )  # fmt: skip
     assert len(settings.questions) == 6
+
+
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(order=st.permutations(range(4)), size=st.integers(1, 30))
+def test_batch_mates_change_nothing(loaded, pictures, order, size):
+    options = asking(batch_size=size, regions=("nose", "face"))
+    expected = {p: next(explain([p], model=loaded, options=options)) for p in pictures}
+    chosen = [pictures[place] for place in order]
+    for record in explain(chosen, model=loaded, options=options):
+        assert words(record) == words(expected[record.path])
+        assert record.fake_probability == pytest.approx(
+            expected[record.path].fake_probability, abs=1e-5
+        )
 
 
 def test_equal_pictures_are_asked_about_once(loaded, pictures, tmp_path, monkeypatch):
