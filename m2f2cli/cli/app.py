@@ -47,6 +47,7 @@ COMMANDS = (
     Entry("evaluate compare", "m2f2cli.cli.evaluate:compare", "Measure"),
     Entry("train-detector", "m2f2cli.cli.train:train_detector", "Train"),
     Entry("init-llava", "m2f2cli.cli.weights:init_llava", "Checkpoints"),
+    Entry("merge", "m2f2cli.cli.merge:merge", "Checkpoints"),
     Entry("import", "m2f2cli.cli.weights:import_checkpoint", "Checkpoints"),
     Entry("info", "m2f2cli.cli.info:info", "Checkpoints"),
 )

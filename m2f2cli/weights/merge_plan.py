@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 AUTO = "auto"
-_COPIED, _CAST, _REPLACED, _FOLDED = "copied", "rounded to another type", "replaced", "folded"
+COPIED, _CAST, _REPLACED, _FOLDED = "copied", "rounded to another type", "replaced", "folded"
 _HINTS = {
     kinds.EXPLAINER: "Import it first: m2f2 import DIR --output DIR",
     kinds.LLAVA: "Build an explainer from it first: m2f2 init-llava",
@@ -99,11 +99,11 @@ def _wanted(name: str, before: Stream, dtype: str) -> str:
 
 
 def _action(before: Stream, changes: Sequence[Stream | Pair], wanted: str) -> str:
-    if any(isinstance(change, Pair) for change in changes):
+    if pairs_of(changes):
         return _FOLDED
     if changes:
         return _REPLACED
-    return _COPIED if before.dtype == wanted else _CAST
+    return COPIED if before.dtype == wanted else _CAST
 
 
 def merged(before: Stream, changes: Sequence[Stream | Pair], dtype: str, *, what: str) -> Stream:
@@ -118,13 +118,19 @@ def merged(before: Stream, changes: Sequence[Stream | Pair], dtype: str, *, what
     Raises:
         CheckpointError: On reading, when a value is out of the range of ``dtype``.
     """
-    start, pairs = before, []
-    for change in changes:
-        if isinstance(change, Pair):
-            pairs.append(change)
-        else:
-            start, pairs = change, []
+    start, pairs = start_of(before, changes), pairs_of(changes)
     return streams.cast(_folded(start, pairs) if pairs else start, dtype, what=what)
+
+
+def start_of(before: Stream, changes: Sequence[Stream | Pair]) -> Stream:
+    """What pairs are added to: the last tensor that takes the base's place, or the base's."""
+    return next((c for c in reversed(changes) if not isinstance(c, Pair)), before)
+
+
+def pairs_of(changes: Sequence[Stream | Pair]) -> list[Pair]:
+    """The pairs that are added: those after the last tensor that takes the base's place."""
+    last = max((n for n, c in enumerate(changes, start=1) if not isinstance(c, Pair)), default=0)
+    return [change for change in changes[last:] if isinstance(change, Pair)]
 
 
 def _folded(start: Stream, pairs: Sequence[Pair]) -> Stream:
@@ -208,7 +214,7 @@ def _alike(first: str, second: str) -> bool:
 def summary(rows: Mapping[str, Row]) -> list[dict[str, Any]]:
     """How many tensors, values and bytes are copied, cast, replaced and folded."""
     found = []
-    for action in (_COPIED, _CAST, _REPLACED, _FOLDED):
+    for action in (COPIED, _CAST, _REPLACED, _FOLDED):
         group = [row.result for row in rows.values() if row.action == action]
         if group:
             found.append(
