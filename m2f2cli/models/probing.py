@@ -75,7 +75,8 @@ def probe(folder: Path, made: Conversion) -> Probe:
         )
     kind = made.config.get("model_type")
     if kind == "m2f2_explainer":
-        return Probe(len(found), worst, _run_explainer(folder))
+        whole = made.config["dtype"] == "float32"
+        return Probe(len(found), worst, _run_explainer(folder, "float32" if whole else "bfloat16"))
     if kind == "m2f2_detector":
         return Probe(len(found), worst, *_run_detector(folder, made))
     return Probe(len(found), worst)
@@ -93,8 +94,8 @@ def _picture(size: int) -> torch.Tensor:
     return torch.randn((1, 3, size, size), generator=generator)
 
 
-def _run_explainer(folder: Path) -> int:
-    model, _ = load_explainer(str(folder), device="cpu", dtype="auto")
+def _run_explainer(folder: Path, dtype: str) -> int:
+    model, _ = load_explainer(str(folder), device="cpu", dtype=dtype)
     config = model.config
     start = load_tokenizer(folder).bos_token_id
     ids = [start, *[config.image_token_id] * config.patches, config.deepfake_token_id, start]

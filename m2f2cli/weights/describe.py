@@ -5,7 +5,6 @@ Nothing is loaded: names, shapes and types are read from headers, pickles by the
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 
 from m2f2cli.errors import CheckpointError
 from m2f2cli.weights import kinds, store
-from m2f2cli.weights.folders import folder_config, layout_of
+from m2f2cli.weights.folders import folder_config, layout_of, sha256_of
 from m2f2cli.weights.pickles import load_tensors_file
 from m2f2cli.weights.tensorfile import StoredTensor
 
@@ -129,7 +128,7 @@ def _describe_file(path: Path) -> Description:
         kind=kind,
         files={path.name: path.stat().st_size},
         tensors=tensors,
-        fingerprint=_digest(path),
+        fingerprint=f"sha256:{sha256_of(path)}",
         missing=tuple(kinds.missing_parts(kind, tensors)),
         notes=(*notes, *_notes(tensors, {})),
         foreign=file.foreign,
@@ -207,14 +206,6 @@ def _notes(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> li
     if base := config.get("base_model_name_or_path"):
         notes.append(f"trained on {base}")
     return notes
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _part(key: str, depth: int) -> str:

@@ -5,7 +5,6 @@ What a file is, is read from its tensors' names and shapes, never from its own n
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m2f2cli.errors import CheckpointError, UsageError
 from m2f2cli.weights import reference, streams, towers
-from m2f2cli.weights.folders import Weights
+from m2f2cli.weights.folders import Weights, sha256_of
 from m2f2cli.weights.reference import Fate
 from m2f2cli.weights.store import check_finite
 from m2f2cli.weights.streams import Stream
@@ -376,7 +375,7 @@ def describe_source(source: Source) -> dict[str, Any]:
 
 def describe_file(file: Weights) -> dict[str, Any]:
     """Name, kind, layout and SHA-256 of a file or of the files of a folder."""
-    digests = {path.name: _sha256(path) for path in file.files}
+    digests = {path.name: sha256_of(path) for path in file.files}
     alone = file.path.is_file()
     return {
         "file": file.path.resolve().name,
@@ -385,11 +384,3 @@ def describe_file(file: Weights) -> dict[str, Any]:
         "layout": file.layout,
         "foreign": list(file.foreign),
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
