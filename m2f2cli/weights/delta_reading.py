@@ -105,16 +105,25 @@ def open_delta(path: Path) -> Delta:
         _refuse_other_adapters(found.config, what)
     if found.kind == kinds.PEFT and import_delta.is_ours(found):
         whole, pairs, dropped = _adapter(found.tensors, found.config, what)
-        return Delta(found.path, found.kind, *_marks(found), whole, pairs, _frozen(pairs), dropped)
+        return Delta(
+            found.path,
+            found.kind,
+            *_marks(found),
+            whole=whole,
+            pairs=pairs,
+            frozen=_frozen(pairs),
+            dropped=dropped,
+            modules=tuple(found.config.get("modules_to_save") or ()),
+        )
     made = import_delta.convert(found)
     fates = [fate for group in made.fates.values() for fate in group if fate.to is None]
-    above = [fate.key for fate in fates if fate.why != import_delta.FROZEN]
+    above = {f.key.split(".lora_")[0] for f in fates if f.why != import_delta.FROZEN}
     source = importer.describe_file(found)
     tensors = {key: as_stream(tensor) for key, tensor in made.tensors.items()}
     whole, pairs, dropped = tensors, {}, {fate.key: fate.why for fate in fates}
     if made.config:
         whole, pairs, _ = _adapter(tensors, made.config, what)
-    frozen = (*_frozen(pairs), *above)
+    frozen = (*_frozen(pairs), *sorted(above))
     return Delta(found.path, found.kind, None, None, whole, pairs, frozen, dropped, source)
 
 

@@ -84,10 +84,12 @@ def load_tensors_file(path: Path) -> LoadedFile:
     head = _head(path)
     if head[:4] == b"PK\x03\x04":
         return _load_zip(path)
+    # A header's length may begin with any byte, a pickle's first one too; it is never this large.
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and (head[:1] != b"\x80" or length < path.stat().st_size):
+        return LoadedFile(path, "safetensors", dict(open_tensor_file(path)))
     if head[:1] == b"\x80":
         return _load_legacy(path)
-    if len(head) > 8 and head[8:9] == b"{":
-        return LoadedFile(path, "safetensors", dict(open_tensor_file(path)))
     if head.startswith(_POINTER):
         raise CheckpointError(
             f"'{path}' is a Git LFS pointer, not the file it stands for.",
