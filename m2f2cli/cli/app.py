@@ -46,6 +46,8 @@ COMMANDS = (
     Entry("evaluate ffpp", "m2f2cli.cli.evaluate:ffpp", "Measure"),
     Entry("evaluate compare", "m2f2cli.cli.evaluate:compare", "Measure"),
     Entry("train-detector", "m2f2cli.cli.train:train_detector", "Train"),
+    Entry("align", "m2f2cli.cli.stages:align", "Train"),
+    Entry("lora", "m2f2cli.cli.stages:lora", "Train"),
     Entry("init-llava", "m2f2cli.cli.weights:init_llava", "Checkpoints"),
     Entry("merge", "m2f2cli.cli.merge:merge", "Checkpoints"),
     Entry("import", "m2f2cli.cli.weights:import_checkpoint", "Checkpoints"),

@@ -142,7 +142,7 @@ def _extra(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     )
 
 
-def _as_command(body: Callable[..., None], options: type[OptionGroups]) -> None:
+def as_command(body: Callable[..., None], options: type[OptionGroups]) -> None:
     """Give a command its flags: Typer reads them from the signature."""
     signature = signature_of(
         options,
@@ -154,4 +154,4 @@ def _as_command(body: Callable[..., None], options: type[OptionGroups]) -> None:
     body.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
 
 
-_as_command(train_detector, TrainDetectorOptions)
+as_command(train_detector, TrainDetectorOptions)

@@ -142,8 +142,8 @@ def forget_states(output: Path) -> None:
         folder.rmdir()
 
 
-def claim_output(options: Any, incidental: Collection[str]) -> None:
-    """Refuse or clear what stands at the output, and note which options its states belong to.
+def check_output(options: Any, incidental: Collection[str]) -> None:
+    """Refuse what stands at the output, or beside it, if the run may not go there.
 
     Args:
         options: An ``OptionGroups`` whose group ``run`` has output, overwrite and resume.
@@ -157,27 +157,35 @@ def claim_output(options: Any, incidental: Collection[str]) -> None:
     run = options.run
     refuse_existing(run.output, run.overwrite)
     folder = state_folder(run.output)
-    noted = folder / _OPTIONS
-    if not first_process():  # which does the following for all
+    if run.overwrite or not first_process() or last_state(folder) is None:
         return
-    if run.overwrite and folder.exists():
-        shutil.rmtree(folder)
-    if last_state(folder) is not None:
-        if not run.resume:
-            raise UsageError(
-                f"An unfinished training of '{run.output}' is saved in '{folder}'.",
-                "Add --resume to go on, or --overwrite to begin anew.",
-            )
-        begun = json.loads(noted.read_text(encoding="utf-8"))
-        same_options(begun, options, incidental, where=folder)
-        if begun.get(PROCESSES, 1) != process_count():
-            raise ConfigError(
-                f"This run has {process_count()} processes, but '{folder}' was begun with "
-                f"{begun.get(PROCESSES, 1)}.",
-                "Resume with as many, or begin anew with --overwrite.",
-            )
-    noting = options.to_flat() | {PROCESSES: process_count()}
-    store.atomic_write(noted, store.json_bytes(noting))
+    if not run.resume:
+        raise UsageError(
+            f"An unfinished training of '{run.output}' is saved in '{folder}'.",
+            "Add --resume to go on, or --overwrite to begin anew.",
+        )
+    begun = json.loads((folder / _OPTIONS).read_text(encoding="utf-8"))
+    same_options(begun, options, incidental, where=folder)
+    if begun.get(PROCESSES, 1) != process_count():
+        raise ConfigError(
+            f"This run has {process_count()} processes, but '{folder}' was begun with "
+            f"{begun.get(PROCESSES, 1)}.",
+            "Resume with as many, or begin anew with --overwrite.",
+        )
+
+
+def claim_output(options: Any, incidental: Collection[str]) -> None:
+    """Check the output, clear what is to be overwritten, and note which options its states are of.
+
+    Args and errors are those of ``check_output``.
+    """
+    check_output(options, incidental)
+    folder = state_folder(options.run.output)
+    if first_process():
+        if options.run.overwrite and folder.exists():
+            shutil.rmtree(folder)
+        noting = options.to_flat() | {PROCESSES: process_count()}
+        store.atomic_write(folder / _OPTIONS, store.json_bytes(noting))
 
 
 def same_options(

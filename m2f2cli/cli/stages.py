@@ -1,0 +1,73 @@
+"""Commands that train an explainer, ``align`` and ``lora``: flags are their options' fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from m2f2cli.cli.output import Output
+from m2f2cli.cli.train import as_command
+from m2f2cli.runtime import first_process
+from m2f2cli.training.explainer_options import AlignOptions, LoraOptions, StageOptions
+
+EXAMPLES = {
+    "align": (
+        "m2f2 align --model explainer-0/ --data train_judge_only_c40.json --images crops/ "
+        "--output delta-1/",
+        "m2f2 align --config align.yaml --output delta-1/ --resume",
+        "torchrun --nproc-per-node 8 -m m2f2cli align --config align.yaml --deepspeed zero2",
+    ),
+    "lora": (
+        "m2f2 lora --model explainer-1/ --data train_explain_c40.json --images crops/ "
+        "--output delta-2/",
+        "m2f2 lora --config lora.yaml --batch-size 4 --accumulate 5 --load-in 4bit",
+        "m2f2 lora --config lora.yaml --validation-share 0.05 --output delta-2/",
+    ),
+}
+
+
+def align(**values: Any) -> None:
+    """Teach an explainer to read its detector's answer (stage 2).
+
+    Only the forgery projector trains; the language model, the detector and CLIP stay as they are.
+    The result is a delta folder, to be merged with 'm2f2 merge'. A killed run goes on with --resume
+    and ends with the weights it would have had. The defaults are the published settings;
+    --print-config shows them as a file for --config.
+    """
+    _train(AlignOptions, values)
+
+
+def lora(**values: Any) -> None:
+    """Teach an explainer to give reasons (stage 3).
+
+    Low-rank updates of the language model's layers train, and both projectors; its head, the
+    detector and CLIP stay as they are. The result is a PEFT adapter folder, to be merged with 'm2f2
+    merge' or loaded by peft. A killed run goes on with --resume and ends with the weights it would
+    have had. The defaults are the published settings; --print-config shows them as a file for
+    --config.
+    """
+    _train(LoraOptions, values)
+
+
+def _train(kind: type[AlignOptions] | type[LoraOptions], values: dict[str, Any]) -> None:
+    quiet, show = values.pop("quiet"), values.pop("print_config")
+    if show:
+        blanks = {"model": "DIR", "data": "FILE", "images": "DIR", "output": "DIR"}
+        values |= {name: values[name] or blank for name, blank in blanks.items()}
+    values.pop("config")
+    leads = first_process()
+    output = Output(quiet=quiet or not leads)
+    options: StageOptions = kind.from_flat(values)
+    if show:
+        output.text(options.to_yaml())
+        return
+    from m2f2cli.training.explainer import prepare
+
+    run = prepare(options, notify=output.note)
+    with output.progress("Training", run.steps) as advance:
+        folder = run.run(advance=advance)
+    if leads:
+        output.text(str(folder))
+
+
+as_command(align, AlignOptions)
+as_command(lora, LoraOptions)

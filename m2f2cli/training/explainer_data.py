@@ -1,0 +1,211 @@
+"""Conversations as training items: which are usable, in which order they come, as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from m2f2cli.data.conversations import (
+    Conversation,
+    Pictures,
+    find_missing,
+    read_conversations,
+    split_conversations,
+)
+from m2f2cli.errors import InputError, UsageError
+from m2f2cli.models.conversation import IMAGE, Turn, encode_with_labels, turns_of
+from m2f2cli.models.processing import ExplainerProcessor, check_placeholders
+from m2f2cli.training.explainer_options import ConversationOptions
+
+_ORDER = 1  # stream of random numbers
+_STEPS_SORTED = 50  # how many steps' conversations are sorted by length together
+
+
+@dataclass(frozen=True)
+class Usable:
+    """What is left of a conversation file.
+
+    Attributes:
+        train: To learn from.
+        held: To measure on.
+        lengths: Tokens of each conversation by its number, patches counted.
+        counts: ``read``, ``too_long``, ``missing``, ``train``, ``validation``.
+        missing: Pictures that cannot be had, with the reason.
+    """
+
+    train: list[Conversation]
+    held: list[Conversation]
+    lengths: dict[int, int]
+    counts: dict[str, int]
+    missing: dict[str, str]
+
+
+def read_usable(
+    options: ConversationOptions, processor: ExplainerProcessor, pictures: Pictures
+) -> Usable:
+    """Read a conversation file and keep what can be learnt from whole.
+
+    Args:
+        options: Where it is, and what is to be done about the rest.
+        processor: Of the explainer in training.
+        pictures: Every one is decoded once.
+
+    Raises:
+        InputError: See ``read_conversations``; or a conversation is too long, its picture missing
+            or its placeholders wrong, and that is not to be passed over; or nothing is left.
+    """
+    found = read_conversations(options.data)
+    room = min(options.max_length, processor.config.text_config.max_position_embeddings)
+    lengths = {c.number: _length(c, processor, options) for c in found}
+    long = [c for c in found if lengths[c.number] > room]
+    if long and options.too_long == "error":
+        raise InputError(
+            f"{len(long)} conversations of '{options.data}' have more than {room} tokens, the "
+            f"first is number {long[0].number} (from 0) with {lengths[long[0].number]}.",
+            "too_large",
+            "Raise --max-length as far as the model allows, or add --too-long skip.",
+        )
+    faults = find_missing(found, pictures)
+    if faults and options.missing == "error":
+        raise InputError(
+            f"{len(faults)} pictures of '{options.data}' cannot be had. The first: "
+            f"{next(iter(faults.values()))}",
+            "missing",
+            "Check --images, or add --missing skip.",
+        )
+    short = [c for c in found if lengths[c.number] <= room]
+    kept = [c for c in short if c.image not in faults]
+    if not kept:
+        raise InputError(f"No conversation of '{options.data}' is left to learn from.", "empty")
+    train, held = split_conversations(kept, options.validation_share, options.split_seed)
+    counts = {
+        "read": len(found),
+        "too_long": len(long),
+        "missing": len(short) - len(kept),
+        "train": len(train),
+        "validation": len(held),
+    }
+    return Usable(train, held, lengths, counts, faults)
+
+
+def _length(
+    conversation: Conversation, processor: ExplainerProcessor, options: ConversationOptions
+) -> int:
+    """Tokens of a conversation, its picture's patches counted."""
+    end = processor.tokenizer.eos_token
+    try:
+        text, answers = processor.template.render(turns_of(conversation.parts), end=end)
+        check_placeholders(text, 1 if conversation.image else 0)
+    except UsageError as error:
+        raise InputError(
+            f"Conversation {conversation.number} (from 0) of '{options.data}': {error.message}",
+            hint=error.hint,
+        ) from error
+    ids, _ = encode_with_labels(text, answers, processor.tokenizer)
+    return len(ids) + text.count(IMAGE) * (processor.config.patches - 1)
+
+
+class Exercises(Dataset[dict[str, Any]]):
+    """Training items by ``epoch * len + position``, drawn anew in each epoch.
+
+    With ``group`` the items of a step are of like length: some dozens of steps' items are sorted
+    together, cut into steps, and these shuffled. The order hangs on the seed and the items of a
+    step alone, not on how many processes share it.
+
+    Args:
+        usable: What to learn from.
+        processor: Makes tensors.
+        pictures: Reads pictures.
+        max_length: None is longer.
+        seed: Of every order.
+        group: Items of a step of like length, or 0 for any.
+    """
+
+    def __init__(
+        self,
+        usable: Usable,
+        processor: ExplainerProcessor,
+        pictures: Pictures,
+        *,
+        max_length: int,
+        seed: int,
+        group: int,
+    ) -> None:
+        self.conversations = usable.train
+        self.processor = processor
+        self.pictures = pictures
+        self.max_length = max_length
+        self.seed = seed
+        self.group = group
+        self._lengths = np.array([usable.lengths[c.number] for c in usable.train])
+        self._epoch, self._plan = -1, self._lengths
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        epoch, position = divmod(index, len(self))
+        if epoch != self._epoch:
+            self._epoch, self._plan = epoch, self.order(epoch)
+        number = int(self._plan[position])
+        item = encode(self.conversations[number], self.processor, self.pictures, self.max_length)
+        return item | {"index": index}
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Which conversation stands at each position of an epoch: int64 (N,), a permutation."""
+        rng = np.random.default_rng((self.seed, _ORDER, epoch))
+        order = rng.permutation(len(self))
+        if not self.group:
+            return order
+        cuts = range(0, len(order), self.group * _STEPS_SORTED)
+        blocks = [order[cut : cut + self.group * _STEPS_SORTED] for cut in cuts]
+        order = np.concatenate([b[np.argsort(-self._lengths[b], kind="stable")] for b in blocks])
+        whole = len(order) // self.group * self.group
+        steps = rng.permutation(order[:whole].reshape(-1, self.group))
+        return np.concatenate([steps.reshape(-1), order[whole:]])
+
+
+def encode(
+    conversation: Conversation,
+    processor: ExplainerProcessor,
+    pictures: Pictures,
+    max_length: int,
+) -> dict[str, Any]:
+    """One conversation as ``ExplainerProcessor.sample`` gives it.
+
+    Raises:
+        InputError: Its picture cannot be read.
+    """
+    shown = [pictures.pixels(conversation)] if conversation.image else []
+    return processor.sample(turns_of(conversation.parts), shown, max_length=max_length)
+
+
+def judged_prompt(conversation: Conversation, processor: ExplainerProcessor) -> str:
+    """The conversation up to the question whose answer holds its last verdict.
+
+    Raises:
+        LookupError: No answer holds a verdict.
+    """
+    from m2f2cli.data.judgement import parse
+
+    turns = turns_of(conversation.parts)
+    last = max((n for n, turn in enumerate(turns) if parse(turn.answer or "")), default=None)
+    if last is None:
+        raise LookupError(f"Conversation {conversation.number} holds no verdict.")
+    asked = [*turns[:last], Turn(turns[last].question)]
+    text, _ = processor.template.render(asked, end=processor.tokenizer.eos_token)
+    return text
+
+
+def shares(items: Sequence[Any], process: int, processes: int) -> list[tuple[Any, bool]]:
+    """One process's share of items, as many for each, and which of them count.
+
+    The last ones are repeats where the items do not divide evenly.
+    """
+    each = -(-len(items) // processes)
+    places = range(process, each * processes, processes)
+    return [(items[place % len(items)], place < len(items)) for place in places]

@@ -1,0 +1,89 @@
+"""Stages 2 and 3 in two processes, with and without DeepSpeed, equal one of the same batch."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from m2f2cli.training.explainer import prepare
+from m2f2cli.weights import store
+from tests.training.talks import stage_options, write_all
+from tests.training.test_processes import start
+
+STAGES = ("align", "lora")
+SETTINGS = {
+    "epochs": 2,
+    "batch_size": 3,
+    "accumulate": 2,
+    "validation_share": 0.3,
+    "answer_tokens": 4,
+    "learning_rate": 3e-3,
+    "weight_decay": 0.01,
+}
+PLAIN = {"align": {}, "lora": {"dropout": 0.0, "projector_lr": 1e-3}}
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("talks"))
+
+
+@pytest.fixture(scope="module")
+def alone(root, tmp_path_factory):
+    """Each stage trained by one process at twice the batch size: its folder and its log."""
+    folder = tmp_path_factory.mktemp("alone")
+    found = {}
+    for stage in STAGES:
+        settings = SETTINGS | PLAIN[stage] | {"batch_size": 6}
+        run = prepare(stage_options(stage, root, folder / stage, **settings))
+        found[stage] = run.run(), run.trainer.state.log_history
+    return found
+
+
+def together(root: Path, folder: Path, **changes: object) -> dict[str, tuple[Path, list]]:
+    """Each stage trained by two processes."""
+    for stage in STAGES:
+        settings = SETTINGS | PLAIN[stage] | changes
+        options = stage_options(stage, root, folder / stage, **settings)
+        (folder / f"{stage}.yaml").write_text(options.to_yaml())
+    processes = start("-m", "tests.training.stages_together", str(folder))
+    told = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    logs = {stage: json.loads((folder / f"{stage}.json").read_text()) for stage in STAGES}
+    return {stage: (folder / stage, logs[stage]) for stage in STAGES}
+
+
+def check(one, two, *, weights: float, loss: float) -> None:
+    (first, log), (second, other) = one, two
+    names = [file.name for file in first.glob("*.safetensors")]
+    a, b = (load_file(folder / names[0]) for folder in (first, second))
+    assert a.keys() == b.keys()
+    assert all(a[name].shape == b[name].shape for name in a)
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < weights
+    for key in ("loss", "eval_loss", "eval_judged_accuracy", "learning_rate"):
+        curves = [[entry[key] for entry in each if key in entry] for each in (log, other)]
+        assert curves[0]
+        assert np.allclose(*curves, atol=loss), key
+    assert store.read_stage(second)["processes"] == 2
+
+
+def test_two_processes_train_what_one_does(root, alone, tmp_path):
+    """The last step of an epoch is uneven, and both stages accumulate."""
+    two = together(root, tmp_path)
+    for stage in STAGES:
+        check(alone[stage], two[stage], weights=1e-4, loss=1e-5)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_deepspeed_trains_what_one_process_does(root, alone, tmp_path, zero):
+    two = together(root, tmp_path, deepspeed=zero)
+    for stage in STAGES:
+        check(alone[stage], two[stage], weights=1e-3, loss=1e-3)

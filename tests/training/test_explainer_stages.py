@@ -1,0 +1,293 @@
+"""Stages 2 and 3: what is learnt from, what moves and what does not, and what is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from m2f2cli.data.conversations import Pictures
+from m2f2cli.errors import CheckpointError, ConfigError, InputError, MissingExtraError
+from m2f2cli.models.explainer_loading import load_explainer
+from m2f2cli.training import explainer_settings
+from m2f2cli.training.explainer import prepare, train_stage
+from m2f2cli.training.explainer_data import Exercises, Usable, encode, read_usable
+from m2f2cli.training.explainer_options import ConversationOptions
+from m2f2cli.training.explainer_parts import trained
+from m2f2cli.weights import store
+from tests.models.explainers import tiny_processor
+from tests.training.talks import stage_options, turns, write_all, write_talks
+
+STAGES = ("align", "lora")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("stages"))
+
+
+def check_labels(file: Path, images: Path, take: int | None = None) -> int:
+    """Labels of every conversation against what its answers must teach; how many were looked at."""
+    processor = tiny_processor()
+    processor.config.text_config.max_position_embeddings = 10**6
+    options = ConversationOptions(data=file, images=images, max_length=10**6, missing="skip")
+    usable = read_usable(options, processor, Pictures(images))
+    end = processor.tokenizer.eos_token
+    for conversation in usable.train[:take]:
+        item = encode(conversation, processor, Pictures(images), 10**6)
+        labels, ids = np.array(item["labels"]), np.array(item["input_ids"])
+        learnt = np.flatnonzero(labels != -100)
+        assert np.array_equal(labels[learnt], ids[learnt])
+        assert len(ids) == usable.lengths[conversation.number]
+        runs = np.split(ids[learnt], np.flatnonzero(np.diff(learnt) > 1) + 1)
+        texts = [processor.tokenizer.decode(run).removeprefix(" ") for run in runs]
+        assert texts == [answer + end for answer in conversation.answers]
+    return len(usable.train[:take])
+
+
+def test_unmasked_labels_decode_exactly_to_the_answers(root):
+    assert check_labels(root / "talks.json", root / "crops") == 24
+
+
+@pytest.mark.skipif("M2F2_DDVQA" not in os.environ, reason="needs DD-VQA")
+def test_unmasked_labels_of_the_published_file_decode_to_the_answers():
+    data = Path(os.environ["M2F2_DDVQA"])
+    file = data / "reference" / "train_judge_only_c40.json"
+    assert check_labels(file, data / "images" / "c40" / "train", take=500) == 500
+
+
+class Gradients(TrainerCallback):
+    """Notes the largest gradient each parameter ever got."""
+
+    def __init__(self):
+        self.largest = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        for name, weight in trained(model):
+            now = 0.0 if weight.grad is None else float(weight.grad.abs().max())
+            self.largest[name] = max(self.largest.get(name, 0.0), now)
+
+
+def expected_names(stage: str, model: torch.nn.Module) -> set[str]:
+    projector = [f"{n}.{part}" for n in (0, 2) for part in ("weight", "bias")]
+    if stage == "align":
+        return {f"forgery_projector.{name}" for name in projector}
+    layers = [
+        f"language_model.model.layers.{layer}.{part}_proj"
+        for layer in range(2)
+        for part in (
+            *(f"self_attn.{x}" for x in "qkvo"),
+            *(f"mlp.{x}" for x in ("gate", "up", "down")),
+        )
+    ]
+    updates = {f"base_model.model.{name}.lora_{side}.weight" for name in layers for side in "AB"}
+    return updates | {
+        f"base_model.model.{part}_projector.{name}"
+        for part in ("mm", "forgery")
+        for name in projector
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_after_20_steps_exactly_the_stages_parameters_have_moved(stage, root, tmp_path):
+    file = tmp_path / "talks.json"
+    file.write_text(json.dumps(json.loads((root / "talks.json").read_text())[:20]))
+    options = stage_options(stage, root, tmp_path / "delta", data=file, epochs=4)
+    run = prepare(options)
+    assert run.steps == 20
+    model, gradients = run.trainer.model, Gradients()
+    run.trainer.add_callback(gradients)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moving = {id(weight) for _, weight in trained(model)}
+    folder = run.run()
+    after = model.state_dict(keep_vars=True)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name, tensor in after.items() if id(tensor) in moving}
+    wanted = expected_names(stage, model)
+    assert {name for name, _ in trained(model)} == wanted
+    assert set(gradients.largest) == wanted
+    assert all(value > 0 for value in gradients.largest.values())
+    assert any("running_mean" in name for name in before)
+    loaded, _ = load_explainer(str(root / "explainer"), device="cpu")
+    inside = run.trainer.explainer.state_dict()
+    for name, tensor in loaded.detector.state_dict().items():
+        assert torch.equal(inside[f"detector.{name}"], tensor)
+    delta = "delta.safetensors" if stage == "align" else "adapter_model.safetensors"
+    assert set(load_file(folder / delta)) == wanted
+    said = store.read_stage(folder)
+    assert said["stage"] == stage
+    assert said["parent"] == store.fingerprint(root / "explainer")
+    assert said["options"] == options.to_flat()
+
+
+def test_peft_loads_the_adapter_folder_unchanged(root, tmp_path):
+    run = prepare(stage_options("lora", root, tmp_path / "adapter"))
+    folder = run.run()
+    base, _ = load_explainer(str(root / "explainer"), device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)
+        loaded = PeftModel.from_pretrained(base, str(folder)).eval()
+    batch = dict(next(iter(run.trainer.get_train_dataloader())))
+    run.trainer.model.eval()
+    with torch.no_grad():
+        mine, theirs = run.trainer.model(**batch).logits, loaded(**batch).logits
+        plain = load_explainer(str(root / "explainer"), device="cpu")[0](**batch).logits
+    assert torch.equal(mine, theirs)
+    assert not torch.allclose(mine, plain, atol=1e-2)
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert written["r"] == 4
+    assert written["lora_alpha"] == 8
+    assert written["lora_dropout"] == 0.05
+    assert len(written["target_modules"]) == 14
+    assert written["modules_to_save"] == ["mm_projector", "forgery_projector"]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    file = folder / "delta.safetensors"
+    return load_file(file if file.exists() else folder / "adapter_model.safetensors")
+
+
+def apart(one: Path, two: Path) -> float:
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_how_memory_is_saved_changes_nothing_that_is_learnt(stage, root, tmp_path):
+    plain = {"gradient_checkpointing": False, **({"dropout": 0.0} if stage == "lora" else {})}
+    whole = train_stage(stage_options(stage, root, tmp_path / "whole", **plain))
+    twice = plain | {"gradient_checkpointing": True}
+    assert apart(whole, train_stage(stage_options(stage, root, tmp_path / "cp", **twice))) < 1e-6
+    parts = plain | {"batch_size": 2, "accumulate": 2}
+    assert apart(whole, train_stage(stage_options(stage, root, tmp_path / "acc", **parts))) < 5e-4
+
+
+def test_half_precision_trains_in_float32(root, tmp_path):
+    options = stage_options("lora", root, tmp_path / "half", precision="bfloat16")
+    run = prepare(options)
+    kinds = {w.dtype for w in run.trainer.model.parameters() if not w.requires_grad}
+    assert kinds == {torch.bfloat16}
+    assert {tensor.dtype for tensor in weights(run.run()).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_conversations_without_a_picture_train_too(stage, root, tmp_path):
+    file = tmp_path / "words.json"
+    row = {"id": "1", "conversations": turns("Is it real?", "It is fake.")}
+    asked = json.loads((root / "talks.json").read_text())[:3]
+    file.write_text(json.dumps([row, row, *asked, row]))
+    settings = {"data": file, "batch_size": 2, "group_by_length": False}
+    train_stage(stage_options(stage, root, tmp_path / "out", **settings))
+
+
+def test_measuring_does_not_hang_on_how_it_is_dealt_out(root, tmp_path, monkeypatch):
+    """Each of three processes measures its share; together they measure every item once."""
+    settings = {"validation_share": 0.4, "answer_tokens": 4}
+    trainer = prepare(stage_options("align", root, tmp_path / "out", **settings)).trainer
+    loss, tokens = trainer._sums(trainer._losses())
+    parts = []
+    monkeypatch.setattr(type(trainer.args), "world_size", 3)
+    for process in range(3):
+        monkeypatch.setattr(type(trainer.args), "process_index", process)
+        parts += list(trainer._losses())
+    assert sum(part[1] for part in parts) == tokens
+    assert sum(part[0] for part in parts) == pytest.approx(loss, rel=1e-5)
+
+
+def test_judged_accuracy_reads_the_generated_answers(root, tmp_path, monkeypatch):
+    settings = {"validation_share": 0.4, "answer_tokens": 4}
+    trainer = prepare(stage_options("align", root, tmp_path / "out", **settings)).trainer
+    processor = trainer.exercises.processor
+    say = processor.tokenizer("The image looks fake.", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(
+        trainer.explainer,
+        "generate",
+        lambda input_ids, **_: torch.tensor([say] * len(input_ids)),
+    )
+    figures = trainer.evaluate()
+    labels = [c.label for c in trainer.held]
+    assert figures["eval_judged"] == len(labels)
+    assert figures["eval_judged_accuracy"] == sum(labels) / len(labels)
+    people = [
+        {p for c in part for p in c.identities}
+        for part in (trainer.exercises.conversations, trainer.held)
+    ]
+    assert not people[0] & people[1]
+
+
+def usable_of(lengths):
+    rows = [type("Row", (), {"number": n})() for n in range(len(lengths))]
+    return Usable(rows, [], dict(enumerate(lengths)), {}, {})
+
+
+def test_batches_of_like_length_and_every_item_once():
+    lengths = np.random.default_rng(0).integers(10, 500, 1003)
+    made = Exercises(usable_of(lengths), None, None, max_length=500, seed=1, group=8)
+    first, second = made.order(0), made.order(1)
+    for order in (first, second):
+        assert sorted(order) == list(range(1003))
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, made.order(0))
+    spans = [np.ptp(lengths[first[i : i + 8]]) for i in range(0, 1000, 8)]
+    assert np.median(spans) < 20
+    starts = lengths[first[:1000:8]]
+    assert np.abs(np.corrcoef(starts, np.arange(125))[0, 1]) < 0.3
+    loose = Exercises(usable_of(lengths), None, None, max_length=500, seed=1, group=0).order(0)
+    assert sorted(loose) == list(range(1003))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_too_long_is_counted_or_refused_never_cut(stage, root, tmp_path):
+    rows = json.loads((root / "talks.json").read_text())
+    rows[1]["conversations"][-1]["value"] = "The image looks fake. " * 200
+    file = tmp_path / "talks.json"
+    file.write_text(json.dumps(rows))
+    lines: list[str] = []
+    run = prepare(stage_options(stage, root, tmp_path / "out", data=file), notify=lines.append)
+    assert run.record["data"]["too_long"] == 1
+    assert run.record["data"]["train"] == 23
+    assert "1 too long" in lines[-1]
+    with pytest.raises(InputError, match=r"have more than 400 tokens, the first is number 1 "):
+        prepare(stage_options(stage, root, tmp_path / "no", data=file, too_long="error"))
+    assert not (tmp_path / "no").exists()
+
+
+def test_missing_pictures_are_counted_or_refused(root, tmp_path):
+    write_talks(tmp_path / "data")
+    crops = tmp_path / "data" / "crops"
+    (crops / "5_000.jpg").unlink()
+    (crops / "5_001.jpg").write_bytes(b"no picture")
+    given = {"data": tmp_path / "data" / "talks.json", "images": crops}
+    with pytest.raises(InputError, match=r"2 pictures .* cannot be had") as refused:
+        prepare(stage_options("align", root, tmp_path / "out", **given))
+    assert "--missing skip" in refused.value.hint
+    folder = train_stage(
+        stage_options("align", root, tmp_path / "skipped", missing="skip", **given)
+    )
+    data = store.read_stage(folder)["data"]
+    assert (data["missing"], data["train"]) == (4, 20)
+    assert data["missing_pictures"] == ["5_000.jpg", "5_001.jpg"]
+
+
+def test_wrong_starts_are_refused(root, tmp_path, tiny_detector_folder, monkeypatch):
+    with pytest.raises(CheckpointError, match="detector"):
+        prepare(stage_options("align", root, tmp_path / "a", model=str(tiny_detector_folder)))
+    monkeypatch.setattr(explainer_settings, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError) as refused:
+        prepare(stage_options("align", root, tmp_path / "b", deepspeed="zero2"))
+    assert refused.value.hint == "pip install 'm2f2cli[train]'"
+    with pytest.raises(ConfigError, match="is no file"):
+        stage_options("align", root, tmp_path / "c", deepspeed="zero4")
+    with pytest.raises(ConfigError, match="wandb"):
+        prepare(stage_options("align", root, tmp_path / "d", report_to="wandb"))
+    assert not list(tmp_path.iterdir())
