@@ -119,7 +119,9 @@ def merged(before: Stream, changes: Sequence[Stream | Pair], dtype: str, *, what
         CheckpointError: On reading, when a value is out of the range of ``dtype``.
     """
     start, pairs = start_of(before, changes), pairs_of(changes)
-    return streams.cast(_folded(start, pairs) if pairs else start, dtype, what=what)
+    if pairs:
+        start = _folded(start, pairs, keep=dtype == "float32")
+    return streams.cast(start, dtype, what=what)
 
 
 def start_of(before: Stream, changes: Sequence[Stream | Pair]) -> Stream:
@@ -133,21 +135,32 @@ def pairs_of(changes: Sequence[Stream | Pair]) -> list[Pair]:
     return [change for change in changes[last:] if isinstance(change, Pair)]
 
 
-def _folded(start: Stream, pairs: Sequence[Pair]) -> Stream:
-    """A matrix plus the products of its pairs, in float32."""
+def _folded(start: Stream, pairs: Sequence[Pair], *, keep: bool) -> Stream:
+    """A matrix plus the products of its pairs, in float32.
+
+    Args:
+        start: The matrix.
+        pairs: What is added.
+        keep: Blocks stay as they are. Otherwise each takes the memory of the one before, which is
+            faster where they are rounded at once.
+    """
     columns = start.shape[1]
 
     def blocks() -> Iterator[torch.Tensor]:
         import torch
 
         factors = [(pair.scale * values(pair.up), values(pair.down)) for pair in pairs]
+        room = torch.empty(0)
         begin = 0
         for block in start.blocks():
             end = begin + block.numel()
             # The rows that the block touches; of the first and the last only a part is used.
             first, last = begin // columns, -(-end // columns)
-            rows = torch.empty((last - first, columns))
-            used = rows.view(-1)[begin - first * columns : end - first * columns]
+            count = (last - first) * columns
+            if keep or room.numel() < count:
+                room = torch.empty(count + columns)
+            rows = room[:count].view(-1, columns)
+            used = room[begin - first * columns : end - first * columns]
             used.copy_(block)
             for up, down in factors:
                 rows.addmm_(up[first:last], down)
