@@ -56,7 +56,9 @@ def test_flags_in_the_documents_exist():
         commands += getattr(command, "commands", {}).values()
         for parameter in command.params:
             known |= {*parameter.opts, *parameter.secondary_opts}
-    foreign = {"--nproc-per-node"}  # torchrun's
+    # Of torchrun and of the deepspeed launcher (--no_local_rank).
+    foreign = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
+    foreign |= {"--hostfile", "--module", "--no"}
     for page in PAGES:
         missing = set(FLAG.findall(page.read_text())) - known - foreign
         assert not missing, f"{page.name}: {sorted(missing)}"

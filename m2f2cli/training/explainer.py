@@ -23,12 +23,19 @@ from m2f2cli.training.explainer_options import (
     adapter_of,
 )
 from m2f2cli.training.explainer_parts import (
+    explainer_of,
+    hide_scalars,
     prepare_align,
     prepare_lora,
     save_memory,
     trained,
 )
-from m2f2cli.training.explainer_settings import pick_precision, stage_arguments, where_to_load
+from m2f2cli.training.explainer_settings import (
+    pick_precision,
+    read_whole,
+    stage_arguments,
+    where_to_load,
+)
 from m2f2cli.training.explainer_trainer import (
     ExplainerTrainer,
     StageReporter,
@@ -138,27 +145,12 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Stage:
     check_output(options, INCIDENTAL)
     folder = state_folder(run.output)
     arguments = stage_arguments(options, folder, measures=options.data.validation_share > 0)
-    held_in = options.model.load_in if isinstance(options.model, QuantisedOptions) else "none"
-    explainer, home = load_explainer(
-        options.model.model,
-        device=where_to_load(options),
-        dtype=pick_precision(options),
-        quantise=None if held_in == "none" else held_in,
-        attention=options.model.attention,
-    )
+    with read_whole(arguments):
+        model, adapter, home = _what_trains(options)
+    explainer = explainer_of(model)
     processor = ExplainerProcessor.from_folder(home, explainer.config, explainer_views)
     pictures = Pictures(options.data.images)
     usable = read_usable(options.data, processor, pictures)
-    seed_everything(run.seed)
-    adapter = None
-    model: Any = explainer
-    updates = adapter_of(options)
-    if updates is None:
-        prepare_align(explainer)
-    else:
-        model, adapter = prepare_lora(explainer, updates)
-    if options.model.gradient_checkpointing:
-        save_memory(explainer)
     steps = options.steps
     exercises = Exercises(
         usable,
@@ -193,6 +185,31 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Stage:
     claim_output(options, INCIDENTAL)
     notify(_summary(record, usable))
     return Stage(options, trainer, each * steps.epochs, record, adapter, notify)
+
+
+def _what_trains(options: StageOptions) -> tuple[Any, dict[str, Any] | None, Path]:
+    """The explainer with what trains in it, ``adapter_config.json``, and where it was read."""
+    held_in = options.model.load_in if isinstance(options.model, QuantisedOptions) else "none"
+    explainer, home = load_explainer(
+        options.model.model,
+        device=where_to_load(options),
+        dtype=pick_precision(options),
+        quantise=None if held_in == "none" else held_in,
+        attention=options.model.attention,
+    )
+    seed_everything(options.run.seed)
+    updates = adapter_of(options)
+    model: Any = explainer
+    adapter = None
+    if updates is None:
+        prepare_align(explainer)
+    else:
+        model, adapter = prepare_lora(explainer, updates)
+    if options.run.deepspeed:
+        hide_scalars(explainer)
+    if options.model.gradient_checkpointing:
+        save_memory(explainer)
+    return model, adapter, home
 
 
 def _data_record(file: Path, usable: Usable) -> dict[str, Any]:

@@ -29,11 +29,10 @@ _LAYERS = "language_model.model."
 _IN_MEMORY = (".modules_to_save.default", ".default")
 
 
-def prepare_align(model: Explainer) -> Explainer:
+def prepare_align(model: Explainer) -> None:
     """Let the forgery projector train, in float32, and nothing else."""
     model.requires_grad_(False)
     model.forgery_projector.requires_grad_(True).float()
-    return model
 
 
 def prepare_lora(model: Explainer, options: AdapterOptions) -> tuple[PeftModel, dict[str, Any]]:
@@ -72,6 +71,15 @@ def save_memory(model: Explainer) -> None:
     old = "gradient_checkpointing_enable"  # what earlier versions of transformers 5 call it
     enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, old)
     enable({"use_reentrant": False})
+
+
+def hide_scalars(model: nn.Module) -> None:
+    """Make frozen parameters of no dimension buffers: DeepSpeed cannot spread such parameters."""
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.ndim == 0 and not weight.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, weight.data)
 
 
 def explainer_of(model: nn.Module) -> Explainer:

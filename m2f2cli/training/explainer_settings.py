@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +13,10 @@ import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transf
 
 # isort: split
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import (
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from m2f2cli.errors import ConfigError, MissingExtraError
 from m2f2cli.runtime import pick_device
@@ -100,6 +106,19 @@ def stage_arguments(options: StageOptions, folder: Path, *, measures: bool) -> T
     if "WORLD_SIZE" not in os.environ:
         arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over the other GPUs
     return arguments
+
+
+@contextmanager
+def read_whole(arguments: TrainingArguments) -> Iterator[None]:
+    """Let each process read and change a model as a whole, which ZeRO-3 shards afterwards."""
+    settings = arguments.hf_deepspeed_config
+    if settings is not None:
+        unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if settings is not None:
+            set_hf_deepspeed_config(settings)
 
 
 def _reports(run: StageRunOptions) -> list[str] | str:

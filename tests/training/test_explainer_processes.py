@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -78,6 +81,29 @@ def test_two_processes_train_what_one_does(root, alone, tmp_path):
     two = together(root, tmp_path)
     for stage in STAGES:
         check(alone[stage], two[stage], weights=1e-4, loss=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("torch.distributed.run", "--nproc-per-node", "2"),
+        ("accelerate.commands.launch", "--cpu", "--num_processes", "2"),
+    ],
+)
+def test_launchers(root, tmp_path, launcher):
+    options = stage_options("align", root, tmp_path / "delta")
+    (tmp_path / "align.yaml").write_text(options.to_yaml())
+    command = [sys.executable, "-m", *launcher, "-m", "m2f2cli", "align"]
+    done = subprocess.run(
+        [*command, "--config", str(tmp_path / "align.yaml")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout.split() == [str(tmp_path / "delta")]
+    assert store.read_stage(tmp_path / "delta")["processes"] == 2
 
 
 @needs_deepspeed
