@@ -111,7 +111,7 @@ def stage_arguments(options: StageOptions, folder: Path, *, measures: bool) -> T
 @contextmanager
 def read_whole(arguments: TrainingArguments) -> Iterator[None]:
     """Let each process read and change a model as a whole, which ZeRO-3 shards afterwards."""
-    settings = arguments.hf_deepspeed_config
+    settings = arguments.hf_deepspeed_config if arguments.deepspeed else None
     if settings is not None:
         unset_hf_deepspeed_config()
     try:
