@@ -25,10 +25,15 @@ def hasten(detector: Detector) -> Detector:
     """Prepare a loaded detector for judging, in place; see the module for what that costs."""
     import torch
 
+    from m2f2cli.inference.convolutions import hasten_convolutions
     from m2f2cli.inference.packing import pack_linears
     from m2f2cli.models.clip import VisionPart
 
-    fold_batch_norms(detector.backbone.net)
+    folded = fold_batch_norms(detector.backbone.net)
+    if folded and detector.device.type == "cpu" and detector.config.bridge is None:
+        detector.backbone.net = hasten_convolutions(
+            detector.backbone.net, detector.config.image_size
+        )
     vision = detector.clip.vision
     if detector.device.type == "cpu" and isinstance(vision, VisionPart):
         layers = list(vision.encoder.layers)

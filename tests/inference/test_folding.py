@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from m2f2cli.inference.convolutions import PackedConvolution, hasten_convolutions
 from m2f2cli.inference.folding import few_heads_attention, fold_batch_norms, hasten
 from m2f2cli.inference.packing import PackedLinear, can_pack
 from m2f2cli.models.backbone import Backbone
@@ -27,6 +28,21 @@ def test_a_folded_network_answers_the_same(name: str, folded: int) -> None:
         assert fold_batch_norms(backbone.net) == folded
         after, _ = backbone(pictures)
     assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in backbone.modules())
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+
+
+@pytest.mark.parametrize("size", [96, 100])  # evenly halved, or not
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "efficientnet_lite0", "efficientnet_b0"])
+def test_hastened_convolutions_answer_the_same(name: str, size: int) -> None:
+    backbone = randomise(Backbone(name)).eval()
+    fold_batch_norms(backbone.net)
+    pictures = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        before, _ = backbone(pictures)
+        backbone.net = hasten_convolutions(backbone.net, size)
+        after, _ = backbone(pictures)
+    if can_pack(torch.float32):
+        assert any(isinstance(part, PackedConvolution) for part in backbone.modules())
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
 
 
