@@ -29,7 +29,7 @@ _HINTS = {
     kinds.PEFT: "Give it as --delta, and the checkpoint it was trained on as --base.",
 }
 # Resident memory of a process that has loaded torch, and blocks in flight, in values.
-_PROCESS = 400_000_000
+_PROCESS = 250_000_000
 _BLOCKS = 6
 
 
