@@ -7,6 +7,7 @@ batches it is dealt out to.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,18 @@ class ExplainerTrainer(StatefulTrainer):
         """Save what trains; DeepSpeed saves its own, with the optimiser."""
         if not self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, saved: Any) -> Any:
+        """Leave what is frozen out of DeepSpeed's states, which it would save and want whole."""
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, saved)
+        found = super()._prepare_for_training(max_steps, train_dataloader, None)
+        engine = self.model_wrapped
+        engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        if saved is not None:
+            engine.load_checkpoint(saved, load_module_strict=False)
+            self._load_optimizer_and_scheduler(saved)
+        return found
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure on the held-out conversations.

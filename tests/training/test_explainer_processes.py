@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from m2f2cli.training.explainer import prepare
+from m2f2cli.training.states import state_folder
 from m2f2cli.weights import store
 from tests.training.talks import stage_options, write_all
 from tests.training.test_processes import start
@@ -55,11 +56,15 @@ def together(root: Path, folder: Path, **changes: object) -> dict[str, tuple[Pat
         settings = SETTINGS | PLAIN[stage] | changes
         options = stage_options(stage, root, folder / stage, **settings)
         (folder / f"{stage}.yaml").write_text(options.to_yaml())
-    processes = start("-m", "tests.training.stages_together", str(folder))
-    told = [process.communicate(timeout=400) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
+    launch(folder)
     logs = {stage: json.loads((folder / f"{stage}.json").read_text()) for stage in STAGES}
     return {stage: (folder / stage, logs[stage]) for stage in STAGES}
+
+
+def launch(folder: Path, *more: str) -> None:
+    processes = start("-m", "tests.training.stages_together", str(folder), *more)
+    told = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
 
 
 def check(one, two, *, weights: float, loss: float) -> None:
@@ -85,13 +90,13 @@ def test_two_processes_train_what_one_does(root, alone, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "launcher",
+    ("launcher", "count"),
     [
-        ("torch.distributed.run", "--nproc-per-node", "2"),
-        ("accelerate.commands.launch", "--cpu", "--num_processes", "2"),
+        (("torch.distributed.run", "--nproc-per-node", "2"), 2),
+        (("accelerate.commands.launch", "--cpu", "--num_processes", "1"), 1),
     ],
 )
-def test_launchers(root, tmp_path, launcher):
+def test_launchers(root, tmp_path, launcher, count):
     options = stage_options("align", root, tmp_path / "delta")
     (tmp_path / "align.yaml").write_text(options.to_yaml())
     command = [sys.executable, "-m", *launcher, "-m", "m2f2cli", "align"]
@@ -103,7 +108,7 @@ def test_launchers(root, tmp_path, launcher):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.stdout.split() == [str(tmp_path / "delta")]
-    assert store.read_stage(tmp_path / "delta")["processes"] == 2
+    assert store.read_stage(tmp_path / "delta")["processes"] == count
 
 
 @needs_deepspeed
@@ -113,3 +118,30 @@ def test_deepspeed_trains_what_one_process_does(root, alone, tmp_path, zero):
     two = together(root, tmp_path, deepspeed=zero)
     for stage in STAGES:
         check(alone[stage], two[stage], weights=1e-3, loss=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "zero", ["none", *(pytest.param(z, marks=needs_deepspeed) for z in ("zero2", "zero3"))]
+)
+def test_resumed_in_two_processes_ends_bit_equal(root, tmp_path, stage, zero):
+    settings = {"epochs": 2, "save_steps": 1, "deepspeed": None if zero == "none" else zero}
+    for name in ("whole", "cut"):
+        options = stage_options(stage, root, tmp_path / name / "delta", **settings)
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / f"{stage}.yaml"
+        file.write_text(options.to_yaml())
+        if name == "cut":
+            launch(tmp_path / name, "4")
+            assert not options.run.output.exists()
+            states = list(state_folder(options.run.output).glob("checkpoint-3/**/*"))
+            assert sum(file.stat().st_size for file in states if file.is_file()) < 400_000
+            file.write_text(file.read_text().replace("resume: false", "resume: true"))
+        launch(tmp_path / name)
+    whole, cut = (
+        [file.read_bytes() for file in (tmp_path / name / "delta").glob("*.safetensors")]
+        for name in ("whole", "cut")
+    )
+    assert len(whole) == 1
+    assert whole == cut

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from m2f2cli.training.explainer_data import Exercises, Usable, encode, read_usab
 from m2f2cli.training.explainer_options import ConversationOptions
 from m2f2cli.training.explainer_parts import trained
 from m2f2cli.weights import store
+from tests.models import explainers
 from tests.models.explainers import tiny_processor
 from tests.training.talks import stage_options, turns, write_all, write_talks
 
@@ -178,6 +180,22 @@ def test_half_precision_trains_in_float32(root, tmp_path):
     kinds = {w.dtype for w in run.trainer.model.parameters() if not w.requires_grad}
     assert kinds == {torch.bfloat16}
     assert {tensor.dtype for tensor in weights(run.run()).values()} == {torch.float32}
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_four_bits_hold_the_language_models_layers_only(tmp_path, monkeypatch):
+    for name in ("hidden_size", "intermediate_size"):  # bitsandbytes packs 64 values together
+        monkeypatch.setitem(explainers.TEXT, name, 128)
+    root = write_all(tmp_path / "root")
+    run = prepare(stage_options("lora", root, tmp_path / "qlora", load_in="4bit", epochs=2))
+    packed = [n for n, w in run.trainer.model.named_parameters() if w.dtype == torch.uint8]
+    assert len(packed) == 14
+    assert all(".layers." in name and "language_model." in name for name in packed)
+    folder = run.run()
+    assert set(weights(folder)) == expected_names("lora", run.trainer.model)
+    assert store.read_stage(folder)["options"]["load-in"] == "4bit"
+    plain, _ = load_explainer(str(root / "explainer"), device="cpu")
+    PeftModel.from_pretrained(plain, str(folder))
 
 
 @pytest.mark.parametrize("stage", STAGES)
