@@ -167,7 +167,7 @@ for _ in range(30):
     if not pid:
         Merge(base, [delta], output).write()
         os._exit(0)
-    time.sleep(random.random() * 1.3 * usual)
+    time.sleep(random.random() * 2.5 * usual)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     if output.exists():
