@@ -10,10 +10,12 @@ from typing import Any
 
 from m2f2cli.data.conversations import Pictures
 from m2f2cli.data.transforms import explainer_views
+from m2f2cli.errors import ConfigError
 from m2f2cli.models.explainer_loading import load_explainer
 from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.runtime import process_count, seed_everything
 from m2f2cli.training.callbacks import Advance, Notify
+from m2f2cli.training.epochs import Steps
 from m2f2cli.training.explainer_data import Exercises, Usable, read_usable
 from m2f2cli.training.explainer_options import (
     INCIDENTAL,
@@ -160,6 +162,13 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Stage:
         seed=run.seed,
         group=steps.batch_size * steps.accumulate * process_count() * options.data.group_by_length,
     )
+    each = len(Steps(len(exercises), steps.batch_size, steps.accumulate, process_count()))
+    if each * steps.epochs == 1 and steps.warmup:
+        raise ConfigError(
+            "The run has a single step, and warm-up begins at a learning rate of zero: nothing "
+            "would be learnt.",
+            "Lower --batch-size, raise --epochs, or add --warmup 0.",
+        )
     trainer = ExplainerTrainer(
         model,
         arguments,
@@ -168,7 +177,6 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Stage:
         options=steps,
         answer_tokens=options.data.answer_tokens,
     )
-    each = len(trainer.sampler.steps)
     arguments.logging_steps = min(10, each)
     trainer.add_callback(
         Steadiness(trainer, trainer.sampler, save_steps=run.save_steps, steps_per_epoch=each)

@@ -308,4 +308,7 @@ def test_wrong_starts_are_refused(root, tmp_path, tiny_detector_folder, monkeypa
         stage_options("align", root, tmp_path / "c", deepspeed="zero4")
     with pytest.raises(ConfigError, match="wandb"):
         prepare(stage_options("align", root, tmp_path / "d", report_to="wandb"))
+    with pytest.raises(ConfigError, match="a single step"):
+        prepare(stage_options("align", root, tmp_path / "e", batch_size=24))
     assert not list(tmp_path.iterdir())
+    assert prepare(stage_options("align", root, tmp_path / "f", batch_size=24, warmup=0)).steps == 1
