@@ -122,12 +122,16 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, change, sentence):
 
 
 @pytest.mark.parametrize(
-    ("kind", "hint"),
-    [("m2f2_detector", "m2f2 info"), ("llava_llama", "m2f2 import"), (None, "m2f2 info")],
+    ("kind", "sentence", "hint"),
+    [
+        ("m2f2_detector", "holds a detector", "m2f2 init-llava"),
+        ("llava_llama", "type 'llava_llama', not an explainer", "m2f2 import"),
+        (None, "type 'None', not an explainer", "m2f2 info"),
+    ],
 )
-def test_other_models_are_refused(tmp_path, kind, hint):
+def test_other_models_are_refused(tmp_path, kind, sentence, hint):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(CheckpointError, match=f"type '{kind}', not an explainer") as error:
+    with pytest.raises(CheckpointError, match=sentence) as error:
         load_explainer(str(tmp_path), device="cpu")
     assert hint in error.value.hint
 

@@ -79,7 +79,7 @@ def test_only_single_frames_are_read_and_none_is_kept(ffpp, toy_ffpp, monkeypatc
     for number in range(len(pictures)):
         pictures[number]
     assert read == [(pictures._samples[t.sample].clip, t.frame) for t in shown]
-    with h5py.File(toy_ffpp / "FF++_original_c23.h5", locking=False) as file:
+    with h5py.File(toy_ffpp / "FF++_original_c23.h5") as file:
         whole = file["000"][:]
     number = next(n for n, s in enumerate(pictures._samples) if s.name == "real/000")
     assert np.array_equal(pictures.store.read(number, 3), whole[3])
