@@ -74,7 +74,8 @@ def build() -> typer.Typer:
     for entry in COMMANDS:
         group, _, name = entry.name.rpartition(" ")
         if group not in homes:
-            homes[group] = typer.Typer(rich_markup_mode="rich", no_args_is_help=True)
+            homes[group] = typer.Typer(rich_markup_mode="rich")
+            homes[group].callback(invoke_without_command=True)(_group)
             app.add_typer(homes[group], name=group, rich_help_panel=entry.panel, help=GROUPS[group])
         module_name, function = entry.target.split(":")
         module = import_module(module_name)
@@ -117,11 +118,16 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    """Tell whether a face picture is forged and show where.
+    """Tell whether a face picture is forged, show where, and say why.
 
     A flag can also be given as M2F2_<FLAG> in the environment or in a --config FILE.yaml:
     flags win over the environment, the environment over the file.
     """
+    _group(context)
+
+
+def _group(context: typer.Context) -> None:
+    """Show the help where no command is named."""
     if context.invoked_subcommand is None:
         Output().text(context.get_help())
 

@@ -41,6 +41,14 @@ def test_help_names_every_command_and_version_prints_it(capsys: pytest.CaptureFi
     assert capsys.readouterr().out == f"m2f2 {__version__}\n"
 
 
+@pytest.mark.parametrize("group", app.GROUPS)
+def test_a_group_alone_shows_its_commands(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run([group]) == 0
+    shown = capsys.readouterr()
+    assert app.GROUPS[group] in shown.out
+    assert not shown.err
+
+
 @pytest.mark.parametrize("entry", app.COMMANDS, ids=lambda entry: entry.name)
 def test_every_command_explains_itself_with_examples(
     entry: app.Entry, capsys: pytest.CaptureFixture[str]
