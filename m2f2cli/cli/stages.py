@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from m2f2cli.cli.output import Output
-from m2f2cli.cli.train import as_command
-from m2f2cli.runtime import first_process
-from m2f2cli.training.explainer_options import AlignOptions, LoraOptions, StageOptions
+from m2f2cli.cli.train import as_command, train
+from m2f2cli.training.explainer_options import AlignOptions, LoraOptions
+
+_BLANKS = {"model": "DIR", "data": "FILE", "images": "DIR", "output": "DIR"}
 
 EXAMPLES = {
     "align": (
@@ -33,7 +33,7 @@ def align(**values: Any) -> None:
     and ends with the weights it would have had. The defaults are the published settings;
     --print-config shows them as a file for --config.
     """
-    _train(AlignOptions, values)
+    train(AlignOptions, values, trainer="explainer", blanks=_BLANKS)
 
 
 def lora(**values: Any) -> None:
@@ -45,28 +45,7 @@ def lora(**values: Any) -> None:
     have had. The defaults are the published settings; --print-config shows them as a file for
     --config.
     """
-    _train(LoraOptions, values)
-
-
-def _train(kind: type[AlignOptions] | type[LoraOptions], values: dict[str, Any]) -> None:
-    quiet, show = values.pop("quiet"), values.pop("print_config")
-    if show:
-        blanks = {"model": "DIR", "data": "FILE", "images": "DIR", "output": "DIR"}
-        values |= {name: values[name] or blank for name, blank in blanks.items()}
-    values.pop("config")
-    leads = first_process()
-    output = Output(quiet=quiet or not leads)
-    options: StageOptions = kind.from_flat(values)
-    if show:
-        output.text(options.to_yaml())
-        return
-    from m2f2cli.training.explainer import prepare
-
-    run = prepare(options, notify=output.note)
-    with output.progress("Training", run.steps) as advance:
-        folder = run.run(advance=advance)
-    if leads:
-        output.text(str(folder))
+    train(LoraOptions, values, trainer="explainer", blanks=_BLANKS)
 
 
 as_command(align, AlignOptions)

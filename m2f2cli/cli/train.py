@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,19 +78,31 @@ def train_detector(**values: Any) -> None:
     whole as a file for --config. Flags win over M2F2_* in the environment, that over the file, the
     file over the recipe.
     """
+    train(TrainDetectorOptions, values, trainer="detector", blanks={"data": "DIR", "output": "DIR"})
+
+
+def train(
+    kind: type[OptionGroups], values: dict[str, Any], *, trainer: str, blanks: Mapping[str, str]
+) -> None:
+    """What every training command does: print its settings, or train and print the result's folder.
+
+    Args:
+        kind: Its options.
+        values: Its flags.
+        trainer: The module of ``m2f2cli.training`` whose ``prepare`` makes the run.
+        blanks: What ``--print-config`` shows for flags that have no default.
+    """
     quiet, show = values.pop("quiet"), values.pop("print_config")
     if show:
-        values |= {name: values[name] or "DIR" for name in ("data", "output")}
+        values |= {name: values[name] or blank for name, blank in blanks.items()}
     values.pop("config")
     leads = first_process()
     output = Output(quiet=quiet or not leads)
-    options = TrainDetectorOptions.from_flat(values)
+    options = kind.from_flat(values)
     if show:
         output.text(options.to_yaml())
         return
-    from m2f2cli.training.detector import prepare
-
-    run = prepare(options, notify=output.note)
+    run = import_module(f"m2f2cli.training.{trainer}").prepare(options, notify=output.note)
     with output.progress("Training", run.steps) as advance:
         folder = run.run(advance=advance)
     if leads:

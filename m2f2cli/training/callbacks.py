@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transformers asks for
@@ -10,7 +10,7 @@ import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transf
 # isort: split
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from m2f2cli.training.epochs import BatchSampler
@@ -21,19 +21,15 @@ Notify = Callable[[str], None]
 
 
 class Housekeeping(TrainerCallback):
-    """Tells the sampler its epoch, seeds steps, keeps the running average, saves mid-epoch states.
+    """Tells the sampler its epoch, seeds steps, saves mid-epoch states.
 
     Args:
-        trainer: The trainer it serves.
-        sampler: Of its training batches.
+        sampler: Of the training batches.
         save_steps: Steps between saved states within an epoch; 0 for none.
         steps_per_epoch: Optimiser steps an epoch.
     """
 
-    def __init__(
-        self, trainer: Trainer, sampler: BatchSampler, *, save_steps: int, steps_per_epoch: int
-    ) -> None:
-        self.objective: Objective = trainer.model
+    def __init__(self, sampler: BatchSampler, *, save_steps: int, steps_per_epoch: int) -> None:
         self.sampler = sampler
         self.save_steps = save_steps
         self.steps_per_epoch = steps_per_epoch
@@ -49,13 +45,6 @@ class Housekeeping(TrainerCallback):
     ) -> None:
         """Seed torch by the step's number: what dropout draws hangs on nothing before it."""
         torch.manual_seed(hash((args.seed, args.process_index, state.global_step)))
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Take the new weights into the running average."""
-        if self.objective.average is not None:
-            self.objective.average.update(self.objective.detector)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -73,6 +62,24 @@ class Housekeeping(TrainerCallback):
         inside = state.global_step % self.steps_per_epoch
         if self.save_steps and inside and state.global_step % self.save_steps == 0:
             control.should_log = control.should_save = True
+
+
+class Averaging(TrainerCallback):
+    """Keeps the running average of the weights, where there is one.
+
+    Args:
+        objective: What trains.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take the new weights into the running average."""
+        if self.objective.average is not None:
+            self.objective.average.update(self.objective.detector)
 
 
 class Reporter(TrainerCallback):
@@ -114,13 +121,19 @@ class Reporter(TrainerCallback):
         """Remember the loss; say the validation figures."""
         logs = logs or {}
         self.loss = logs.get("loss", self.loss)
-        if "eval_auc" in logs:
-            self.auc = logs["eval_auc"]
-            self.notify(
-                f"epoch {round(logs['epoch'])}/{round(args.num_train_epochs)}: "
-                f"loss {self.loss:.4f}, validation loss {logs['eval_ce']:.4f}, "
-                f"AUC {logs['eval_auc']:.4f}, AP {logs['eval_ap']:.4f}"
-            )
+        self.auc = logs.get("eval_auc", self.auc)
+        if figures := self.figures(logs):
+            epoch, last = round(logs["epoch"]), round(args.num_train_epochs)
+            self.notify(f"epoch {epoch}/{last}: loss {self.loss:.4f}, {figures}")
+
+    def figures(self, logs: Mapping[str, float]) -> str:
+        """The validation figures in words; empty where none were measured."""
+        if "eval_auc" not in logs:
+            return ""
+        return (
+            f"validation loss {logs['eval_ce']:.4f}, "
+            f"AUC {logs['eval_auc']:.4f}, AP {logs['eval_ap']:.4f}"
+        )
 
 
 def epoch_records(state: TrainerState) -> list[dict[str, float]]:

@@ -13,7 +13,14 @@ import torch
 from m2f2cli.data.ddvqa import FLAWS, REGIONS
 from m2f2cli.runtime import process_count, seed_everything
 from m2f2cli.training.build import build_detector
-from m2f2cli.training.callbacks import Advance, Housekeeping, Notify, Reporter, epoch_records
+from m2f2cli.training.callbacks import (
+    Advance,
+    Averaging,
+    Housekeeping,
+    Notify,
+    Reporter,
+    epoch_records,
+)
 from m2f2cli.training.domain import fit_domain
 from m2f2cli.training.objective import Objective, moving_groups
 from m2f2cli.training.options import INCIDENTAL, TrainDetectorOptions
@@ -182,8 +189,9 @@ def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> T
     )
     per_epoch = trainer.steps_per_epoch
     arguments.logging_steps = min(10, per_epoch)
+    trainer.add_callback(Averaging(objective))
     trainer.add_callback(
-        Housekeeping(trainer, trainer.sampler, save_steps=run.save_steps, steps_per_epoch=per_epoch)
+        Housekeeping(trainer.sampler, save_steps=run.save_steps, steps_per_epoch=per_epoch)
     )
     record = {
         "stage": STAGE,

@@ -14,7 +14,8 @@ from m2f2cli.errors import ConfigError
 from m2f2cli.models.explainer_loading import load_explainer
 from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.runtime import process_count, seed_everything
-from m2f2cli.training.callbacks import Advance, Notify
+from m2f2cli.training.arguments import pick_precision
+from m2f2cli.training.callbacks import Advance, Housekeeping, Notify
 from m2f2cli.training.epochs import Steps
 from m2f2cli.training.explainer_data import Exercises, Usable, read_usable
 from m2f2cli.training.explainer_options import (
@@ -33,7 +34,6 @@ from m2f2cli.training.explainer_parts import (
     trained,
 )
 from m2f2cli.training.explainer_settings import (
-    pick_precision,
     read_whole,
     stage_arguments,
     where_to_load,
@@ -41,7 +41,6 @@ from m2f2cli.training.explainer_settings import (
 from m2f2cli.training.explainer_trainer import (
     ExplainerTrainer,
     StageReporter,
-    Steadiness,
     epoch_figures,
 )
 from m2f2cli.training.states import (
@@ -179,7 +178,7 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Stage:
     )
     arguments.logging_steps = min(10, each)
     trainer.add_callback(
-        Steadiness(trainer, trainer.sampler, save_steps=run.save_steps, steps_per_epoch=each)
+        Housekeeping(trainer.sampler, save_steps=run.save_steps, steps_per_epoch=each)
     )
     record = {
         "stage": "align" if isinstance(options, AlignOptions) else "lora",
@@ -201,7 +200,7 @@ def _what_trains(options: StageOptions) -> tuple[Any, dict[str, Any] | None, Pat
     explainer, home = load_explainer(
         options.model.model,
         device=where_to_load(options),
-        dtype=pick_precision(options),
+        dtype=pick_precision(options.model.precision, options.run.device),
         quantise=None if held_in == "none" else held_in,
         attention=options.model.attention,
     )

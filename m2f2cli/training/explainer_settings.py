@@ -20,28 +20,10 @@ from transformers.integrations.deepspeed import (
 
 from m2f2cli.errors import ConfigError, MissingExtraError
 from m2f2cli.runtime import pick_device
+from m2f2cli.training.arguments import build_arguments, pick_precision
 from m2f2cli.training.explainer_options import DEEPSPEED, StageOptions, StageRunOptions
 
 _SETTINGS = Path(__file__).parent.parent / "assets" / "deepspeed"
-
-
-def pick_precision(options: StageOptions) -> str:
-    """The arithmetic: ``float32``, ``bfloat16`` or ``float16``.
-
-    Raises:
-        ConfigError: It does not go with the device.
-        UsageError: There is no such device.
-    """
-    device = pick_device(options.run.device)
-    precision = options.model.precision
-    if precision == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
-    if precision == "float16" and device.type != "cuda":
-        raise ConfigError(
-            f"--precision float16 needs a CUDA device, not {device.type}.",
-            "Use --precision bfloat16 or float32.",
-        )
-    return precision
 
 
 def where_to_load(options: StageOptions) -> str:
@@ -67,45 +49,17 @@ def stage_arguments(options: StageOptions, folder: Path, *, measures: bool) -> T
         MissingExtraError: DeepSpeed, TensorBoard or W&B is asked for and not installed.
     """
     run, steps = options.run, options.steps
-    device = pick_device(run.device)
-    if device.index is not None:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-    precision = pick_precision(options)
-    schedule = "constant_with_warmup" if steps.schedule == "constant" else steps.schedule
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=steps.epochs,
-        per_device_train_batch_size=steps.batch_size,
-        per_device_eval_batch_size=steps.batch_size,
-        gradient_accumulation_steps=steps.accumulate,
-        max_grad_norm=steps.clip_gradient,
-        lr_scheduler_type=schedule,
-        warmup_steps=min(steps.warmup, 0.999999),
-        learning_rate=steps.learning_rate,
+    return build_arguments(
+        folder,
+        run=run,
+        steps=steps,
+        precision=pick_precision(options.model.precision, run.device),
+        workers=options.data.workers,
         weight_decay=steps.weight_decay,
         eval_strategy="epoch" if measures else "no",
-        save_strategy="epoch",
-        logging_strategy="steps",
-        logging_steps=10,
-        seed=run.seed,
-        full_determinism=run.deterministic,
-        use_cpu=device.type == "cpu",
-        bf16=precision == "bfloat16",
-        fp16=precision == "float16",
-        dataloader_num_workers=options.data.workers,
-        dataloader_persistent_workers=options.data.workers > 0,
-        dataloader_pin_memory=device.type == "cuda",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        disable_tqdm=True,
         report_to=_reports(run),
-        logging_nan_inf_filter=False,
-        ddp_find_unused_parameters=False,
         deepspeed=_deepspeed(run.deepspeed),
     )
-    if "WORLD_SIZE" not in os.environ:
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over the other GPUs
-    return arguments
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from m2f2cli.data.conversations import Conversation
 from m2f2cli.data.judgement import parse
 from m2f2cli.errors import InputError, M2F2Error
 from m2f2cli.models.tokenizer import decode
-from m2f2cli.training.callbacks import Housekeeping, Reporter
+from m2f2cli.training.callbacks import Reporter
 from m2f2cli.training.epochs import BatchSampler, Steps
 from m2f2cli.training.explainer_data import Exercises, encode, judged_prompt, shares
 from m2f2cli.training.explainer_options import LoraStepOptions, StepOptions
@@ -234,36 +234,18 @@ class ExplainerTrainer(StatefulTrainer):
             yield sum(a and b for a, b in zip(right, counts, strict=True)), sum(counts)
 
 
-class Steadiness(Housekeeping):
-    """Epochs, seeds and mid-epoch states; a running average there is none."""
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Nothing to do."""
-
-
 class StageReporter(Reporter):
-    """Moves a progress bar and says one line an epoch."""
+    """Says the figures of a stage."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Remember the loss; say the validation figures."""
-        logs = logs or {}
-        self.loss = logs.get("loss", self.loss)
-        if "eval_loss" in logs:
-            words = [f"validation loss {logs['eval_loss']:.4f}"]
-            if "eval_judged" in logs:
-                share = logs["eval_judged_accuracy"]
-                words.append(f"judged accuracy {share:.4f} of {logs['eval_judged']:.0f}")
-            epoch, last = round(logs["epoch"]), round(args.num_train_epochs)
-            self.notify(f"epoch {epoch}/{last}: loss {self.loss:.4f}, {', '.join(words)}")
+    def figures(self, logs: Mapping[str, float]) -> str:
+        """See the base."""
+        if "eval_loss" not in logs:
+            return ""
+        words = f"validation loss {logs['eval_loss']:.4f}"
+        if "eval_judged" in logs:
+            share = logs["eval_judged_accuracy"]
+            words += f", judged accuracy {share:.4f} of {logs['eval_judged']:.0f}"
+        return words
 
 
 def epoch_figures(state: TrainerState) -> list[dict[str, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from m2f2cli.data.ddvqa import read_judgements
 from m2f2cli.data.samples import SampleSet
 from m2f2cli.errors import ConfigError, InputError, MissingExtraError
 from m2f2cli.models.detector import Detector
-from m2f2cli.runtime import pick_device
+from m2f2cli.training.arguments import build_arguments, pick_precision
 from m2f2cli.training.options import TrainDetectorOptions
 from m2f2cli.training.pictures import PictureSettings
 
@@ -32,56 +31,20 @@ def trainer_arguments(options: TrainDetectorOptions, folder: Path) -> TrainingAr
         ConfigError: The precision does not go with the device.
         MissingExtraError: TensorBoard is asked for and not installed.
     """
-    run, optimiser = options.run, options.optimiser
-    device = pick_device(run.device)
-    if device.index is not None:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-    precision = run.precision
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
-    if precision == "float16" and device.type != "cuda":
-        raise ConfigError(
-            f"--precision float16 needs a CUDA device, not {device.type}.",
-            "Use --precision bfloat16 or float32.",
-        )
+    run = options.run
     board = find_spec("tensorboard") is not None
     if run.report_to == "tensorboard" and not board:
         raise MissingExtraError("tensorboard", "train", "--report-to tensorboard")
     reports = ["tensorboard"] if board and run.report_to != "none" else []
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=optimiser.epochs,
-        per_device_train_batch_size=optimiser.batch_size,
-        per_device_eval_batch_size=optimiser.batch_size,
-        gradient_accumulation_steps=optimiser.accumulate,
-        max_grad_norm=optimiser.clip_gradient,
-        lr_scheduler_type="constant_with_warmup"
-        if optimiser.schedule in ("constant", "plateau")
-        else "cosine",
-        warmup_steps=min(optimiser.warmup, 0.999999),
-        learning_rate=optimiser.learning_rate,
+    return build_arguments(
+        folder,
+        run=run,
+        steps=options.optimiser,
+        precision=pick_precision(run.precision, run.device),
+        workers=options.data.workers,
         eval_strategy="epoch",
-        save_strategy="epoch",
-        logging_strategy="steps",
-        logging_steps=10,
-        seed=run.seed,
-        full_determinism=run.deterministic,
-        use_cpu=device.type == "cpu",
-        bf16=precision == "bfloat16",
-        fp16=precision == "float16",
-        dataloader_num_workers=options.data.workers,
-        dataloader_persistent_workers=options.data.workers > 0,
-        dataloader_pin_memory=device.type == "cuda",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        disable_tqdm=True,
         report_to=reports or "none",
-        logging_nan_inf_filter=False,
-        ddp_find_unused_parameters=False,
     )
-    if "WORLD_SIZE" not in os.environ:
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over the other GPUs
-    return arguments
 
 
 def picture_settings(

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from m2f2cli.cli.app import run
+from m2f2cli.models.explainer_loading import load_explainer
+from m2f2cli.models.importing import import_published
+from m2f2cli.weights import llava_names, reference
+from tests.weights import golden, llavas
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_the_golden_explainer_from_its_parts(tmp_path, capsys, file):
+    """A LLaVA base and a detector's file give every tensor of the merged golden explainer."""
+    base = golden.write(tmp_path / "base", golden.base(), file)
+    torch.save(golden.detector(), tmp_path / "detector.pth")
+    import_published(
+        [tmp_path / "detector.pth", base], tmp_path / "detector", clip_config=golden.CLIP_CONFIG
+    )
+    arguments = ["--llava", base, "--detector", tmp_path / "detector", "--output", tmp_path / "out"]
+    assert run(["init-llava", *map(str, arguments)]) == 0
+    assert "the same CLIP tower" in capsys.readouterr().err
+    found = llavas.stored(tmp_path / "out")
+    saved = {**golden.as_saved()}
+    saved |= {f"deepfake_encoder.{key}": tensor for key, tensor in golden.detector().items()}
+    wanted = reference.rename(saved, llava_names.PUBLISHED, what="x")
+    for key, tensor in found.items():
+        if not key.startswith("forgery_projector."):
+            assert tensor.dtype == wanted[key].dtype
+            assert torch.equal(tensor, wanted[key]), key
+    load_explainer(str(tmp_path / "out"), device="cpu")
