@@ -109,9 +109,8 @@ def _run_meteor(references: References, answers: Mapping[str, str], timeout: flo
         raise _Skipped("its paraphrase table is not there")
     command = [java, "-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
     # One line asked, one line answered, so that neither side waits for a full pipe.
-    with (
-        tempfile.TemporaryFile() as complaints,
-        subprocess.Popen(
+    with tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen(
             command,
             cwd=jar.parent,
             stdin=subprocess.PIPE,
@@ -119,8 +118,7 @@ def _run_meteor(references: References, answers: Mapping[str, str], timeout: flo
             stderr=complaints,
             text=True,
             encoding="utf-8",
-        ) as process,
-    ):
+        )
         late = threading.Event()
 
         def stop() -> None:
@@ -130,7 +128,12 @@ def _run_meteor(references: References, answers: Mapping[str, str], timeout: flo
         timer = threading.Timer(timeout, stop)
         timer.start()
         try:
-            return _ask_meteor(process, references, answers)
+            # Closing the pipes may fail as well: what could not be written is still in the buffer.
+            with process:
+                try:
+                    return _ask_meteor(process, references, answers)
+                finally:
+                    process.kill()
         except (OSError, EOFError):
             if late.is_set():
                 raise subprocess.TimeoutExpired(command, timeout) from None
@@ -138,7 +141,6 @@ def _run_meteor(references: References, answers: Mapping[str, str], timeout: flo
             raise _Skipped(f"java ended early ({_last_line(complaints.read())})") from None
         finally:
             timer.cancel()
-            process.kill()
 
 
 def _ask_meteor(

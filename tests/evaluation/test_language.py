@@ -81,7 +81,7 @@ def test_missing_extra_is_named(monkeypatch):
 def install_java(tmp_path, monkeypatch, body):
     """A program named java, first and only on the path."""
     program = tmp_path / "java"
-    program.write_text(f"#!{sys.executable}\nimport json, sys, time\n{body}\n")
+    program.write_text(f"#!{sys.executable}\nimport json, os, sys, time\n{body}\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path))
 
@@ -127,6 +127,14 @@ def test_a_java_that_fails_is_a_reason(tmp_path, monkeypatch, body, reason):
     value, said = java.meteor(REFERENCES, ANSWERS, timeout=0.5)
     assert value is None
     assert re.search(reason, said)
+
+
+def test_a_java_that_ends_while_it_is_asked_is_a_reason(tmp_path, monkeypatch):
+    body = "sys.stdin.readline(); os.close(0); print('1', flush=True); time.sleep(60)"
+    install_java(tmp_path, monkeypatch, body)
+    value, said = java.meteor({"a": ["one"], "b": ["two"]}, {"a": "one", "b": "two"}, timeout=20)
+    assert value is None
+    assert re.search(r"ended early \(no message\)", said)
 
 
 def test_spice_needs_models_that_are_never_fetched(tmp_path, monkeypatch):
