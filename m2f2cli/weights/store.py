@@ -16,7 +16,7 @@ from m2f2cli.weights.atomic import MARK, atomic_folder, atomic_write
 from m2f2cli.weights.streams import Stream, all_finite, as_stream, finite
 from m2f2cli.weights.tensorfile import (
     StoredTensor,
-    digest_of,
+    digests_of,
     open_tensor_file,
     write_tensor_file,
 )
@@ -235,8 +235,7 @@ def fingerprint(folder: Path, *, verify: bool = False) -> str:
     stored = read_stage(folder).get("fingerprint")
     if isinstance(stored, str) and not verify:
         return stored
-    digests = {key: digest_of(tensor) for key, tensor in open_tensors(folder).items()}
-    computed = combine(read_config(folder), digests)
+    computed = combine(read_config(folder), digests_of(open_tensors(folder)))
     if isinstance(stored, str) and stored != computed:
         raise CheckpointError(
             f"'{folder}' was changed after it was written: its fingerprint is {computed}, "

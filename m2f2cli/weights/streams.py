@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from m2f2cli.weights.tensorfile import StoredTensor
 
-BLOCK = 1 << 21
+BLOCK = 1 << 20
 """How many values every block of a stream holds, but the last."""
 
 
