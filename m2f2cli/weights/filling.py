@@ -2,7 +2,7 @@
 
 The threads share nothing but the file: what a thread reads, changes, hashes and writes next stays
 in its core's cache. Whole pages go to the disk without a detour through the system's page cache
-where it can do that (``O_DIRECT``): copying them there costs more time than hashing them.
+where it can do that (``O_DIRECT``): copying them there can cost more time than hashing them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _MOST_WORKERS = 8
 _PAGE = 4096
-_BUFFER = 1 << 20
+_BUFFER = 1 << 22
 _WORTH_RESERVING = 1 << 24
 _DIRECT = getattr(os, "O_DIRECT", 0)
 

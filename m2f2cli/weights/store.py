@@ -67,7 +67,7 @@ def write_checkpoint(
         folder: Where; parents are made.
         config: Becomes ``config.json``.
         tensors: Becomes ``model.safetensors``, or shards with an index. Streams are read once,
-            one after the other, so memory does not grow with them.
+            a few at a time in threads, so memory does not grow with them.
         stage: Becomes ``stage.json``, with the fingerprint added. A function is called when the
             tensors are written, with the digest of each.
         extra_files: Further files by name, for example ``preprocessor_config.json``.
