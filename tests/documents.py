@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from m2f2cli.models.loading import BUNDLED
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")])
 PAGES += sorted(ROOT.glob("examples/**/*.md"))
@@ -208,7 +210,7 @@ def needs(arguments: list[str]) -> list[str]:
         )
         if named and parameter.name not in _WRITES:
             wanted += [str(item) for item in _several(value)]
-    return [name for name in wanted if name != "lite"]
+    return [name for name in wanted if name not in BUNDLED]
 
 
 def runs_here(command: Command) -> bool:
