@@ -2,8 +2,9 @@
 
     python examples/lite/language_model.py TEXT.jsonl DETECTOR OUTPUT
 
-It learns from words alone; pictures come in with m2f2 align and m2f2 lora. The folder has LLaVA's own
-layout, with a projector that has not learnt yet, so that m2f2 init-llava takes it like any other LLaVA.
+It learns from words alone; pictures come in with m2f2 align and m2f2 lora. The folder has LLaVA's
+own layout, with a projector that has not learnt yet, so that m2f2 init-llava takes it like any
+other LLaVA.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from transformers import (  # noqa: E402
     set_seed,
 )
 
+from m2f2cli.models.loading import resolve_checkpoint  # noqa: E402
+
 WORDS = 1280
 SIZES = {
     "hidden_size": 256,
@@ -49,7 +52,7 @@ EPOCHS, BATCH, RATE = 1, 16, 1e-3
 
 
 def make_tokenizer(rows: list[dict[str, str]], folder: Path) -> Any:
-    """A byte-pair tokeniser with LLaMA's settings and special tokens, and a spelling for any byte."""
+    """A byte-pair tokeniser with LLaMA's settings, which can spell any byte."""
     sentences = [text for row in rows for text in (row["question"], row["answer"])]
     frames = [template.render([Turn("")])[0] for template in (VICUNA_V1, DDVQA)]
     model = io.BytesIO()
@@ -132,7 +135,7 @@ def write_llava(model: LlamaForCausalLM, vision_width: int, folder: Path) -> Non
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
 
 
-def main(texts: Path, detector: Path, output: Path) -> None:
+def main(texts: Path, detector: str, output: Path) -> None:
     seed_everything(0)
     set_seed(0)
     rows = [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines()]
@@ -148,4 +151,4 @@ def main(texts: Path, detector: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]))
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -2,15 +2,15 @@
 
     python examples/lite/talks.py DDVQA_FOLDER OUTPUT
 
-Only the train half of DD-VQA is read. The people that the lite detector was chosen on are held out here too: there alone is
-its answer as uncertain as it will be on strangers.
+Only the train half of DD-VQA is read. The people that the lite detector was chosen on are held out
+here too: of them alone is its answer as uncertain as it will be of strangers.
 
-| file | what |
-|---|---|
-| `text.jsonl` | question and answer, without pictures: what the language model begins with |
-| `judge.json` | stage 2: the authenticity question, in several words |
-| `explain.json` | stage 3: every answer as asked in the test (label told), with nothing told, and judgements |
-| `validation.jsonl`, `validation_truth.jsonl` | the held-out people's pictures, in the form of the test questions |
+    text.jsonl                questions and answers, without pictures, for the language model
+    judge.json                stage 2: the authenticity question, in the words of both templates
+    explain.json              stage 3: every answer, asked as in the test (the label is told) and
+                              with nothing told; judgements
+    validation.jsonl          the held-out people's pictures, in the form of the test questions
+    validation_truth.jsonl    and their labels
 """
 
 from __future__ import annotations

@@ -50,12 +50,13 @@ SPEAKING = ("--model", MODEL, "--max-new-tokens", "128", "--batch-size", "64")
 def part(tmp_path_factory) -> dict[str, Path]:
     """Questions, truth and pictures that are measured on, and a folder for what is written."""
     root, work = Path(os.environ["M2F2_DDVQA"]), tmp_path_factory.mktemp("card")
+    crops = root / "images" / "c40"
     if talks := os.environ.get("M2F2_TALKS"):
         files = Path(talks, "validation.jsonl"), Path(talks, "validation_truth.jsonl")
-        return dict(questions=files[0], truth=files[1], images=root / "images/c40/train", work=work)
+        return {"questions": files[0], "truth": files[1], "images": crops / "train", "work": work}
     prepare_ddvqa(root, work)
     files = work / QUESTIONS_FILE, work / TRUTH_FILE
-    return dict(questions=files[0], truth=files[1], images=root / "images/c40/test", work=work)
+    return {"questions": files[0], "truth": files[1], "images": crops / "test", "work": work}
 
 
 def run(*words: object) -> str:
@@ -212,28 +213,23 @@ def test_how_far_words_follow_the_evidence(part):
         "grey, surely fake": mixed(blanked, fake),
     }
     sounds = tones()
-    print(
-        "\n| input | judged fake | reasons that sound fake | judgements changed | reasons changed |"
-    )
+
+    def fake_sounding(rows: Iterable[list[str]]) -> float:
+        return float(np.mean([sounds(text) for row in rows for text in row[1:]]))
+
+    def unlike(rows: list[list[str]], places: slice) -> float:
+        pairs = zip(rows, as_it_is, strict=True)
+        return float(np.mean([np.array(a[places]) != np.array(b[places]) for a, b in pairs]))
+
+    print("\n| input | judged fake | sounds fake | judgements changed | reasons changed |")
     for name, rows in {"as it is": as_it_is, **changed}.items():
         judged = np.mean([parse(row[0]) == "fake" for row in rows])
-        told = [sounds(text) for row in rows for text in row[1:]]
-        flips = np.mean([parse(a[0]) != parse(b[0]) for a, b in zip(rows, as_it_is, strict=True)])
-        words = np.mean(
-            [x != y for a, b in zip(rows, as_it_is, strict=True) for x, y in zip(a[1:], b[1:])]
-        )
-        print(f"| {name} | {judged:.0%} | {np.mean(told):.0%} | {flips:.0%} | {words:.0%} |")
-    labels = [
-        json.loads(line)["label"] == "fake" for line in part["truth"].read_text().splitlines()
-    ]
-    for wanted, word in ((True, "forged"), (False, "real")):
-        told = [
-            sounds(t)
-            for row, one in zip(as_it_is, labels, strict=True)
-            if one == wanted
-            for t in row[1:]
-        ]
-        print(f"reasons that sound fake, of {word} pictures as they are: {np.mean(told):.0%}")
+        shares = judged, fake_sounding(rows), unlike(rows, slice(1)), unlike(rows, slice(1, None))
+        print(f"| {name} | {' | '.join(f'{share:.0%}' for share in shares)} |")
+    labels = [json.loads(line)["label"] for line in part["truth"].read_text().splitlines()]
+    for label in (REAL, "fake"):
+        rows = [row for row, one in zip(as_it_is, labels, strict=True) if one == label]
+        print(f"reasons about {label} pictures that sound fake: {fake_sounding(rows):.0%}")
 
 
 def tones():
