@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _MOST_WORKERS = 8
 _PAGE = 4096
-_BUFFER = 1 << 22
+_BUFFER = 1 << 20
 _WORTH_RESERVING = 1 << 24
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
