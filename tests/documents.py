@@ -20,8 +20,8 @@ REFERENCE = ROOT / "docs" / "cli.md"
 
 _FENCE = re.compile(r"^( *)```(\w*)(.*)\n((?:.*\n)*?)\1```", re.MULTILINE)
 _TITLE = re.compile(r'title="([^"]+)"')
-# A command of ours in a line: alone, after a prompt, after "&&", or behind a launcher's "-m".
-_OURS = re.compile(r"(?:^|(?<=&& )|(?<=\$ ))(?:m2f2|(?=\w+ .*-m m2f2cli)\w+ .*?-m m2f2cli) (?=\S)")
+# A command of ours in a line: alone, after a prompt, "&&" or "||", or behind a launcher's "-m".
+_OURS = re.compile(r"(?:^|(?<=&& )|(?<=\|\| )|(?<=\$ ))(?:m2f2|\w+ .*?-m(?:odule)? m2f2cli) (?=\S)")
 _EXIT = re.compile(r"#.*exit code (\d)")
 
 
@@ -177,7 +177,8 @@ def parse(arguments: list[str]) -> dict[Any, Any]:
     values = {}
     for parameter in command.params:
         value = given.get(parameter.name)
-        if parameter.name == "config":  # its callback would read the file
+        # The callback of --config would read the file; a script's variable may hold anything.
+        if parameter.name == "config" or "$" in str(value):
             values[parameter] = value
             continue
         values[parameter] = parameter.process_value(context, value)
