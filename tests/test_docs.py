@@ -151,6 +151,17 @@ def _pattern(shown: list[str]) -> str:
     return "".join(lines)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_slow_commands_run(page, place, capfd, monkeypatch):
+    monkeypatch.setenv("M2F2_EPOCHS", "1")
+    monkeypatch.setenv("M2F2_TRAIN", "head")
+    for command in commands(page):
+        if runs_here(command, patiently=True) and not runs_here(command):
+            shutil.rmtree("my-detector", ignore_errors=True)  # what training makes in its place
+            assert app.run(command.arguments) == 0, capfd.readouterr().err
+
+
 def test_most_commands_of_the_first_pages_run(place):
     """The rule that decides what is run does not quietly leave everything out."""
     for page, least in (("README.md", 3), ("docs/index.md", 8), ("docs/detect.md", 4)):
