@@ -14,6 +14,7 @@ import pytest
 from m2f2cli.errors import CheckpointError, ConfigError, UsageError
 from m2f2cli.training.explainer import prepare, train_stage
 from m2f2cli.training.states import state_folder
+from m2f2cli.weights import store
 from tests.training.talks import stage_options, write_all
 from tests.training.test_resume import Crash
 
@@ -26,6 +27,7 @@ STATEFUL = {
     "weight_decay": 0.1,
     "validation_share": 0.3,
     "answer_tokens": 3,
+    "eval_steps": 2,
 }
 
 
@@ -42,6 +44,7 @@ def bits(folder):
 def test_interrupted_and_resumed_stage_ends_bit_equal(stage, root, tmp_path):
     """Interrupted inside an epoch and right after one, resumed with other worker processes."""
     whole = train_stage(stage_options(stage, root, tmp_path / "whole", **STATEFUL))
+    figures = store.read_stage(whole)["metrics"]
     for step in (2, 8):
         output = tmp_path / f"cut{step}"
         run = prepare(stage_options(stage, root, output, **STATEFUL))
@@ -51,6 +54,7 @@ def test_interrupted_and_resumed_stage_ends_bit_equal(stage, root, tmp_path):
         assert not output.exists()
         options = stage_options(stage, root, output, **STATEFUL, resume=True, workers=step % 2)
         assert bits(train_stage(options)) == bits(whole), step
+        assert store.read_stage(output)["metrics"] == figures
         assert not state_folder(output).exists()
     if stage == "lora":
         others = STATEFUL | {"seed": 1}
@@ -61,7 +65,7 @@ def test_interrupted_and_resumed_stage_ends_bit_equal(stage, root, tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_sigkill_then_the_same_command_with_resume(stage, root, tmp_path):
-    settings = STATEFUL | {"validation_share": 0.0}
+    settings = STATEFUL | {"validation_share": 0.0, "eval_steps": 0}
     whole = train_stage(stage_options(stage, root, tmp_path / "whole", **settings))
     killed = stage_options(stage, root, tmp_path / "killed", **settings)
     file = tmp_path / "stage.yaml"

@@ -1,0 +1,114 @@
+"""Make a small LLaVA-shaped base for ``pipeline.sh``: a tokeniser and a LLaMA of one million
+weights that has read conversations, with a projector that has seen no picture.
+
+    python examples/pipeline_base.py CONVERSATIONS.json DETECTOR OUTPUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from m2f2cli.runtime import cure_torchvision, seed_everything
+
+cure_torchvision()
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from m2f2cli.data.conversations import read_conversations  # noqa: E402
+from m2f2cli.models.conversation import VICUNA_V1, turns_of  # noqa: E402
+from m2f2cli.models.tokenizer import load_tokenizer  # noqa: E402
+
+WORDS, WIDTH, STEPS, ROWS, TOKENS = 1200, 128, 100, 16, 128
+TEXTS = 2000  # how many conversations are read
+
+
+def texts(file: Path) -> list[str]:
+    """Conversations as the language model reads them, without the pictures' places."""
+    found = (
+        VICUNA_V1.render(turns_of(c.parts))[0] for c in read_conversations(file)[:TEXTS]
+    )
+    return [text.replace("<image>\n<deepfake>\n", "") for text in found]
+
+
+def write_tokenizer(folder: Path, lines: list[str]) -> None:
+    """Byte pairs over words that begin with a space, as a LLaMA's."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    special = ["<unk>", "<s>", "</s>"]
+    made.train_from_iterator(
+        (line.replace("</s>", " ") for line in lines),
+        trainers.BpeTrainer(vocab_size=WORDS, special_tokens=special, show_progress=False),
+    )
+    made.pre_tokenizer = None
+    made.save(str(folder / "tokenizer.json"))
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
+    fields = {"tokenizer_class": "LlamaTokenizer", **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+
+
+def train(model: LlamaForCausalLM, rows: list[list[int]]) -> None:
+    """Teach it to foretell the next token."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=STEPS)
+    for step in range(STEPS):
+        some = [rows[n][:TOKENS] for n in torch.randint(len(rows), (ROWS,)).tolist()]
+        longest = max(map(len, some))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in some])
+        loss = model(input_ids=ids, labels=ids.masked_fill(ids == 0, -100)).loss
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 40 == 0 or step == STEPS - 1:
+            print(f"base: step {step}, loss {loss.item():.3f}", file=sys.stderr)
+
+
+def main(file: Path, detector: Path, output: Path) -> None:
+    """Write the base in LLaVA's own layout; the CLIP tower will be the detector's."""
+    seed_everything(0)
+    output.mkdir(parents=True, exist_ok=True)
+    lines = texts(file)
+    write_tokenizer(output, lines)
+    tokenizer = load_tokenizer(output)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": 352,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 1024,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2))
+    train(model, [tokenizer(line)["input_ids"] for line in lines])
+    seen = json.loads((detector / "config.json").read_text())["clip"]["vision"]["hidden_size"]
+    tensors = dict(model.state_dict())
+    for number, inside in ((0, seen), (2, WIDTH)):
+        tensors[f"model.mm_projector.{number}.weight"] = 0.02 * torch.randn(WIDTH, inside)
+        tensors[f"model.mm_projector.{number}.bias"] = torch.zeros(WIDTH)
+    save_file(tensors, output / "model.safetensors")
+    config = {
+        "model_type": "llava_llama",
+        **sizes,
+        "image_aspect_ratio": "pad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": seen,
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (output / "config.json").write_text(json.dumps(config, indent=2))  # last: the folder is whole
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:4]))
