@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from contextlib import redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +62,6 @@ def build_arguments(
         **others: What only one stage sets.
     """
     device = pick_device(run.device)
-    if find_spec("deepspeed") is not None:  # accelerate imports it, whether it is used or not
-        with redirect_stdout(sys.stderr):  # where its log goes from then on
-            import deepspeed  # noqa: F401
     if device.index is not None:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     arguments = TrainingArguments(
