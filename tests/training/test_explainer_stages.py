@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from m2f2cli.data.conversations import Pictures
 from m2f2cli.errors import CheckpointError, ConfigError, InputError, MissingExtraError
 from m2f2cli.models.explainer_loading import load_explainer
+from m2f2cli.preparation.ddvqa import prepare_ddvqa
 from m2f2cli.training import explainer_settings
 from m2f2cli.training.explainer import prepare, train_stage
 from m2f2cli.training.explainer_data import Exercises, Usable, encode, read_usable
@@ -64,6 +65,18 @@ def test_unmasked_labels_of_the_published_file_decode_to_the_answers():
     data = Path(os.environ["M2F2_DDVQA"])
     file = data / "reference" / "train_judge_only_c40.json"
     assert check_labels(file, data / "images" / "c40" / "train", take=500) == 500
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("M2F2_DDVQA" not in os.environ, reason="needs DD-VQA")
+def test_unmasked_labels_of_every_prepared_conversation(tmp_path, monkeypatch):
+    """Of both stages' whole files; labels do not hang on what a picture shows."""
+    data = Path(os.environ["M2F2_DDVQA"])
+    prepare_ddvqa(data, tmp_path)
+    monkeypatch.setattr(Pictures, "pixels", lambda self, c: np.zeros((8, 8, 3), np.uint8))
+    images = data / "images" / "c40" / "train"
+    for name, count in (("judge_only", 9252), ("explain", 18504)):
+        assert check_labels(tmp_path / f"train_{name}_c40.json", images) == count
 
 
 class Gradients(TrainerCallback):
