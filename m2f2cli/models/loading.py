@@ -13,9 +13,12 @@ from m2f2cli.models.detector import Detector, DetectorConfig
 from m2f2cli.runtime import pick_device, pick_dtype
 from m2f2cli.weights import store
 
+# What comes with the package: a detector, and an explainer around it.
+BUNDLED = ("lite", "lite-explainer")
+
 
 def resolve_checkpoint(name: str, *, patterns: Sequence[str] = ("*.json", "*.safetensors")) -> Path:
-    """The folder behind ``lite`` (bundled), a path, or a Hub id ``owner/name``.
+    """The folder behind a name of ``BUNDLED``, a path, or a Hub id ``owner/name``.
 
     Args:
         name: As the user wrote it.
@@ -24,22 +27,27 @@ def resolve_checkpoint(name: str, *, patterns: Sequence[str] = ("*.json", "*.saf
     Raises:
         CheckpointError: Nothing is found under that name.
     """
-    if name == "lite":
-        return Path(str(files("m2f2cli") / "assets" / "lite"))
+    if name in BUNDLED:
+        return Path(str(files("m2f2cli") / "assets" / name))
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    owner, _, model = name.partition("/")
+    if not owner or not model or "/" in model or name.startswith((".", "~")):
         raise CheckpointError(
             f"There is no checkpoint at '{name}'.",
             "Give a checkpoint folder, 'lite' for the bundled model, or a Hub id like owner/name.",
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"'{name}' is neither a folder here nor a model the Hub gives: {type(error).__name__}.",
             "Check the spelling and the connection, or download the folder and give its path.",
