@@ -20,7 +20,7 @@ m2f2 train-detector --init lite --data "ddvqa:$data" --limit 48 --epochs 1 --bat
 
 step "a small base in LLaVA's layout"
 if [ ! -e base/config.json ]; then
-  python "$here/pipeline_base.py" talks/train_explain_c40.json detector base
+  python "$here/pipeline_base.py" talks/train_*.json detector base
 fi
 
 step "explainer before its training"

@@ -1,7 +1,7 @@
 """Make a small LLaVA-shaped base for ``pipeline.sh``: a tokeniser and a LLaMA of one million
 weights that has read conversations, with a projector that has seen no picture.
 
-    python examples/pipeline_base.py CONVERSATIONS.json DETECTOR OUTPUT
+    python examples/pipeline_base.py CONVERSATIONS.json... DETECTOR OUTPUT
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from m2f2cli.models.conversation import (  # noqa: E402
 from m2f2cli.models.tokenizer import load_tokenizer  # noqa: E402
 
 WORDS, WIDTH, STEPS, ROWS = 1200, 128, 50, 16
-TEXTS = 2000  # how many conversations are read
+TEXTS = 1000  # how many conversations of a file are read
 CUT = re.compile("<image>|<deepfake>|</s>")
 SHOWN = 24  # line breaks that stand for a picture, at most
 
@@ -94,11 +94,11 @@ def train(model: LlamaForCausalLM, rows: list[list[int]], *, line: int, patches:
             print(f"base: step {step}, loss {loss.item():.3f}", file=sys.stderr)
 
 
-def main(file: Path, detector: Path, output: Path) -> None:
+def main(files: list[Path], detector: Path, output: Path) -> None:
     """Write the base in LLaVA's own layout; the CLIP tower will be the detector's."""
     seed_everything(0)
     output.mkdir(parents=True, exist_ok=True)
-    lines = texts(file)
+    lines = [text for file in files for text in texts(file)]
     write_tokenizer(output, lines)
     tokenizer = load_tokenizer(output)
     sizes = {
@@ -139,4 +139,5 @@ def main(file: Path, detector: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]))
+    *FILES, DETECTOR, OUTPUT = map(Path, sys.argv[1:])
+    main(FILES, DETECTOR, OUTPUT)
