@@ -20,8 +20,8 @@ REFERENCE = ROOT / "docs" / "cli.md"
 
 _FENCE = re.compile(r"^( *)```(\w*)(.*)\n((?:.*\n)*?)\1```", re.MULTILINE)
 _TITLE = re.compile(r'title="([^"]+)"')
-# A command of ours in a line: alone, after a prompt, after "&&", or behind a launcher's "-m".
-_OURS = re.compile(r"(?:^|(?<=&& )|(?<=\$ ))(?:m2f2|(?=\w+ .*-m m2f2cli)\w+ .*?-m m2f2cli) (?=\S)")
+# A command of ours in a line: alone, after a prompt, "&&" or "||", or behind a launcher's "-m".
+_OURS = re.compile(r"(?:^|(?<=&& )|(?<=\|\| )|(?<=\$ ))(?:m2f2|\w+ .*?-m(?:odule)? m2f2cli) (?=\S)")
 _EXIT = re.compile(r"#.*exit code (\d)")
 
 
@@ -177,7 +177,8 @@ def parse(arguments: list[str]) -> dict[Any, Any]:
     values = {}
     for parameter in command.params:
         value = given.get(parameter.name)
-        if parameter.name == "config":  # its callback would read the file
+        # The callback of --config would read the file; a script's variable may hold anything.
+        if parameter.name == "config" or "$" in str(value):
             values[parameter] = value
             continue
         values[parameter] = parameter.process_value(context, value)
@@ -208,19 +209,25 @@ def needs(arguments: list[str]) -> list[str]:
         named = not parameter.opts[0].startswith("-") or any(
             word in (parameter.metavar or "") for word in ("DIR", "FILE", "HUB-ID")
         )
-        if named and parameter.name not in _WRITES:
-            wanted += [str(item) for item in _several(value)]
+        if parameter.name not in _WRITES:
+            wanted += [str(v) for v in _several(value) if named or isinstance(v, Path)]
     return [name for name in wanted if name not in BUNDLED]
 
 
-def runs_here(command: Command) -> bool:
-    """Whether a command can be run where the reader stands (the current folder), offline, soon.
+def runs_here(command: Command, *, patiently: bool = False) -> bool:
+    """Whether a command can be run where the reader stands (the current folder) and offline.
 
-    Everything it needs must be there. Training takes too long, and so does judging 36 spoilt
-    copies of every picture.
+    Everything it needs must be there; a training's networks are, where it starts from the bundled
+    model. Trainings and judging 36 spoilt copies of every picture take minutes.
+
+    Args:
+        command: The command.
+        patiently: Whether minutes do not matter.
     """
     words = command.arguments
     trains = words[0] in ("train-detector", "align", "lora") and "--print-config" not in words
-    if command.launched or trains or "--robustness" in words:
+    if command.launched or (trains and "--init lite" not in " ".join(words)):
+        return False
+    if (trains or "--robustness" in words) and not patiently:
         return False
     return all(Path(name).exists() for name in needs(words))

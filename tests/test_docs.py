@@ -10,10 +10,9 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,8 +38,9 @@ from tests.standins import bring
 LINK = re.compile(r"\]\(([^)#]+?)(?:#[^)]*)?\)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 PATH = re.compile(r"[\w.*-]*[/.-][\w/.*-]*")
-SCRIPT = re.compile(r"^python (examples/\S+\.py.*)$")
 WRITTEN = [page for page in PAGES if page != REFERENCE]  # by people
+SCRIPT = re.compile(r"^ *python (examples/\S+\.py.*)$", re.MULTILINE)
+SCRIPT_LINES = sorted({line for page in WRITTEN for line in SCRIPT.findall(page.read_text())})
 EVERY_COMMAND = [command for page in [*PAGES, *SCRIPTS] for command in commands(page)]
 
 
@@ -58,8 +58,9 @@ def test_commands_parse(command):
 
 def test_no_command_is_overlooked():
     """A plain search finds no command line that the reading of blocks does not."""
-    for page in PAGES:
-        plain = re.findall(r"(?:^ *(?:\$ )?|&& |-m )m2f2(?:cli)? [a-z]", page.read_text(), re.M)
+    for page in [*PAGES, *SCRIPTS]:
+        begin = r"(?:^ *(?:\$ )?|&& |\|\| |-m(?:odule)? )m2f2(?:cli)? [a-z]"
+        plain = re.findall(begin, page.read_text(), re.MULTILINE)
         assert len(plain) == len(list(commands(page))), name_of(page)
 
 
@@ -150,6 +151,17 @@ def _pattern(shown: list[str]) -> str:
     return "".join(lines)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_slow_commands_run(page, place, capfd, monkeypatch):
+    monkeypatch.setenv("M2F2_EPOCHS", "1")
+    monkeypatch.setenv("M2F2_TRAIN", "head")
+    for command in commands(page):
+        if runs_here(command, patiently=True) and not runs_here(command):
+            shutil.rmtree("my-detector", ignore_errors=True)  # what training makes in its place
+            assert app.run(command.arguments) == 0, capfd.readouterr().err
+
+
 def test_most_commands_of_the_first_pages_run(place):
     """The rule that decides what is run does not quietly leave everything out."""
     for page, least in (("README.md", 3), ("docs/index.md", 8), ("docs/detect.md", 4)):
@@ -175,11 +187,13 @@ def test_python_in_the_documents_runs(page, place, capfd):
                     assert hasattr(importlib.import_module(node.module), alias.name), code
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
-def test_scripts_in_the_documents_run(page, place):
-    for block in blocks(page):
-        for line in block.lines:
-            if found := SCRIPT.match(line):
-                script, *arguments = shlex.split(found[1])
-                command = [sys.executable, script, *arguments]
-                subprocess.run(command, check=True, timeout=300)
+@pytest.mark.parametrize("line", SCRIPT_LINES)
+def test_scripts_in_the_documents_run(line, place, capfd, monkeypatch):
+    script, *arguments = shlex.split(line)
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    code = None
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    assert not code, capfd.readouterr().err

@@ -7,7 +7,7 @@ here too: of them alone is its answer as uncertain as it will be of strangers.
 
     text.jsonl                questions and answers, without pictures, for the language model
     judge.json                stage 2: the authenticity question, in the words of both templates
-    explain.json              stage 3: every answer, asked as in the test (the label is told) and
+    explain.json              stage 3: every answer, asked as in the test (the label is told) or
                               with nothing told; judgements
     validation.jsonl          the held-out people's pictures, in the form of the test questions
     validation_truth.jsonl    and their labels
@@ -81,11 +81,10 @@ def judgements(stem: str) -> Iterator[dict[str, Any]]:
 
 
 def talks(stem: str, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
-    verdict = verdict_of(stem)
+    verdict, draw = verdict_of(stem), random.Random(stem)
     for answer in filter(said, answers):
         published, _, plain = questions(answer, verdict)
-        yield row(stem, str(published), said(answer))
-        yield row(stem, str(plain), said(answer))
+        yield row(stem, str(draw.choice((published, plain))), said(answer))
     yield from judgements(stem)
 
 
