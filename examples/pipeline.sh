@@ -45,7 +45,7 @@ step "explain a picture"
 m2f2 explain "$photo" --model explainer --max-new-tokens 60
 
 step "answer questions"
-head -n 60 talks/test_c40.jsonl > questions.jsonl
+awk 'NR % 18 == 1' talks/test_c40.jsonl > questions.jsonl
 m2f2 explain --dataset questions.jsonl --images "$crops/test" --model explainer --judge \
   --max-new-tokens 24 --output judgements.jsonl
 m2f2 explain --dataset questions.jsonl --images "$crops/test" --model explainer \

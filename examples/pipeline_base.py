@@ -18,7 +18,14 @@ cure_torchvision()
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers  # noqa: E402
+from tokenizers import (  # noqa: E402
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
@@ -57,6 +64,9 @@ def write_tokenizer(folder: Path, lines: list[str]) -> None:
         trainers.BpeTrainer(vocab_size=WORDS, special_tokens=special, show_progress=False),
     )
     made.pre_tokenizer = None
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     made.save(str(folder / "tokenizer.json"))
     names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
     fields = {"tokenizer_class": "LlamaTokenizer", **names}
