@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import typing
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,9 +104,10 @@ def train(
     if show:
         output.text(options.to_yaml())
         return
-    run = import_module(f"m2f2cli.training.{trainer}").prepare(options, notify=output.note)
-    with output.progress("Training", run.steps) as advance:
-        folder = run.run(advance=advance)
+    with redirect_stdout(sys.stderr):  # DeepSpeed prints, and logs to what this is when it loads
+        run = import_module(f"m2f2cli.training.{trainer}").prepare(options, notify=output.note)
+        with output.progress("Training", run.steps) as advance:
+            folder = run.run(advance=advance)
     if leads:
         output.text(str(folder))
 

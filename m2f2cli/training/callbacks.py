@@ -21,18 +21,27 @@ Notify = Callable[[str], None]
 
 
 class Housekeeping(TrainerCallback):
-    """Tells the sampler its epoch, seeds steps, saves mid-epoch states.
+    """Tells the sampler its epoch, seeds steps, measures and saves states within epochs.
 
     Args:
         sampler: Of the training batches.
         save_steps: Steps between saved states within an epoch; 0 for none.
         steps_per_epoch: Optimiser steps an epoch.
+        eval_steps: Steps between measurements within an epoch; 0 for none.
     """
 
-    def __init__(self, sampler: BatchSampler, *, save_steps: int, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        sampler: BatchSampler,
+        *,
+        save_steps: int,
+        steps_per_epoch: int,
+        eval_steps: int = 0,
+    ) -> None:
         self.sampler = sampler
         self.save_steps = save_steps
         self.steps_per_epoch = steps_per_epoch
+        self.eval_steps = eval_steps
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -55,12 +64,15 @@ class Housekeeping(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Ask for a saved state; the last step of an epoch is saved after it was measured.
+        """Ask for figures and a saved state, in this order; an epoch's last step has them anyway.
 
         The loss is logged before, or a resumed run would know nothing of it.
         """
-        inside = state.global_step % self.steps_per_epoch
-        if self.save_steps and inside and state.global_step % self.save_steps == 0:
+        if state.global_step % self.steps_per_epoch == 0:
+            return
+        if self.eval_steps and state.global_step % self.eval_steps == 0:
+            control.should_log = control.should_evaluate = True
+        if self.save_steps and state.global_step % self.save_steps == 0:
             control.should_log = control.should_save = True
 
 
@@ -123,8 +135,10 @@ class Reporter(TrainerCallback):
         self.loss = logs.get("loss", self.loss)
         self.auc = logs.get("eval_auc", self.auc)
         if figures := self.figures(logs):
-            epoch, last = round(logs["epoch"]), round(args.num_train_epochs)
-            self.notify(f"epoch {epoch}/{last}: loss {self.loss:.4f}, {figures}")
+            last = round(args.num_train_epochs)
+            ended, inside = divmod(state.global_step, state.max_steps // last)
+            place = f"step {state.global_step}" if inside else f"epoch {ended}/{last}"
+            self.notify(f"{place}: loss {self.loss:.4f}, {figures}")
 
     def figures(self, logs: Mapping[str, float]) -> str:
         """The validation figures in words; empty where none were measured."""

@@ -41,7 +41,7 @@ from m2f2cli.training.explainer_settings import (
 from m2f2cli.training.explainer_trainer import (
     ExplainerTrainer,
     StageReporter,
-    epoch_figures,
+    stage_figures,
 )
 from m2f2cli.training.states import (
     PROCESSES,
@@ -114,11 +114,10 @@ class Stage:
         trainer.train_from(state)
         tensors = trainer.tensors_to_save()  # in every process: DeepSpeed gathers them
         if trainer.is_world_process_zero():
-            metrics = {"epochs": epoch_figures(trainer.state)}
             write_delta(
                 run.output,
                 tensors={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-                stage=self.record | {"metrics": metrics},
+                stage=self.record | {"metrics": stage_figures(trainer.state)},
                 adapter=self.adapter,
                 overwrite=run.overwrite,
             )
@@ -178,7 +177,12 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Stage:
     )
     arguments.logging_steps = min(10, each)
     trainer.add_callback(
-        Housekeeping(trainer.sampler, save_steps=run.save_steps, steps_per_epoch=each)
+        Housekeeping(
+            trainer.sampler,
+            save_steps=run.save_steps,
+            steps_per_epoch=each,
+            eval_steps=options.data.eval_steps,
+        )
     )
     record = {
         "stage": "align" if isinstance(options, AlignOptions) else "lora",

@@ -59,6 +59,8 @@ def read_usable(
             or its placeholders wrong, and that is not to be passed over; or nothing is left.
     """
     found = read_conversations(options.data)
+    if 0 < options.limit < len(found):
+        found = [found[place * len(found) // options.limit] for place in range(options.limit)]
     room = min(options.max_length, processor.config.text_config.max_position_embeddings)
     lengths = {c.number: _length(c, processor, options) for c in found}
     long = [c for c in found if lengths[c.number] > room]

@@ -21,6 +21,9 @@ class ConversationOptions(Checked):
         "Folder of its pictures, or of the HDF5 files that names like "
         "FF++_Deepfakes_c40://000_003_17 speak of."
     )
+    limit: int = option(
+        0, "Use only so many conversations, evenly spaced in the file: for trials; 0 is all.", low=0
+    )
     missing: str = option(
         "error",
         "A picture that is missing, unreadable or another one: error, or skip its conversations "
@@ -43,12 +46,22 @@ class ConversationOptions(Checked):
         low=0.0,
         high=0.9,
     )
+    eval_steps: int = option(
+        0, "Measure on it every so many steps too; 0 for after each epoch only.", low=0
+    )
     split_seed: int = option(0, "Seed that decides which identities are held out.", low=0)
     answer_tokens: int = option(
         128, "Longest answer generated when held-out conversations are judged.", low=1
     )
     group_by_length: bool = option(True, "Put conversations of like length into a batch.")
     workers: int = option(0, "Processes that read pictures; 0 reads in the training's own.", low=0)
+
+    def check(self) -> None:
+        """Measuring needs something to measure on."""
+        if self.eval_steps and not self.validation_share:
+            raise ConfigError(
+                "--eval-steps has nothing to measure on.", "Add --validation-share 0.05."
+            )
 
 
 @dataclass(frozen=True)

@@ -248,11 +248,42 @@ class StageReporter(Reporter):
         return words
 
 
+def stage_figures(state: TrainerState) -> dict[str, list[dict[str, float]]]:
+    """The run so far: ``epochs``, and ``steps`` where it was measured within epochs."""
+    epochs, steps = epoch_figures(state), step_figures(state)
+    return {"epochs": epochs} | ({"steps": steps} if steps else {})
+
+
+def step_figures(state: TrainerState) -> list[dict[str, float]]:
+    """What was measured within epochs, one record a measurement."""
+    return [
+        {"step": entry["step"], "epoch": entry["epoch"], **_measured(entry)}
+        for entry in state.log_history
+        if "eval_loss" in entry and _inside(state, entry)
+    ]
+
+
+def _inside(state: TrainerState, entry: Mapping[str, float]) -> bool:
+    """Whether an entry was logged before the last step of its epoch."""
+    return entry["step"] % (state.max_steps // state.num_train_epochs) != 0
+
+
+def _measured(entry: Mapping[str, float]) -> dict[str, float]:
+    names = {
+        "eval_loss": "validation_loss",
+        "eval_judged_accuracy": "judged_accuracy",
+        "eval_judged": "judged",
+    }
+    return {name: entry[key] for key, name in names.items() if key in entry}
+
+
 def epoch_figures(state: TrainerState) -> list[dict[str, float]]:
     """The run so far, one record an epoch: mean training loss, and figures where measured."""
     records: list[dict[str, float]] = []
     for entry in state.log_history:
         epoch = -int(-entry["epoch"] // 1)  # the one it is in, or has just ended
+        if "eval_loss" in entry and _inside(state, entry):
+            continue
         if "loss" in entry or "eval_loss" in entry:
             if not records or records[-1]["epoch"] != epoch:
                 records.append({"epoch": epoch, "begin": records[-1]["step"] if records else 0})
@@ -265,9 +296,5 @@ def epoch_figures(state: TrainerState) -> list[dict[str, float]]:
             record["loss"] = total / max(entry["step"] - record["begin"], 1)
             record["learning_rate"] = entry["learning_rate"]
         elif "eval_loss" in entry:
-            record |= {
-                name.replace("eval_", "validation_" if name == "eval_loss" else ""): entry[name]
-                for name in ("eval_loss", "eval_judged_accuracy", "eval_judged")
-                if name in entry
-            }
+            record |= _measured(entry)
     return [{k: v for k, v in record.items() if k != "begin"} for record in records]

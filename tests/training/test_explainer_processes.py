@@ -90,14 +90,17 @@ def test_two_processes_train_what_one_does(root, alone, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "count"),
+    ("launcher", "count", "zero"),
     [
-        (("torch.distributed.run", "--nproc-per-node", "2"), 2),
-        (("accelerate.commands.launch", "--cpu", "--num_processes", "1"), 1),
+        (("torch.distributed.run", "--nproc-per-node", "2"), 2, None),
+        (("accelerate.commands.launch", "--cpu", "--num_processes", "1"), 1, None),
+        pytest.param(
+            ("torch.distributed.run", "--nproc-per-node", "2"), 2, "zero2", marks=needs_deepspeed
+        ),
     ],
 )
-def test_launchers(root, tmp_path, launcher, count):
-    options = stage_options("align", root, tmp_path / "delta")
+def test_launchers(root, tmp_path, launcher, count, zero):
+    options = stage_options("align", root, tmp_path / "delta", deepspeed=zero)
     (tmp_path / "align.yaml").write_text(options.to_yaml())
     command = [sys.executable, "-m", *launcher, "-m", "m2f2cli", "align"]
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -12,8 +13,11 @@ import time
 import pytest
 
 from m2f2cli.errors import CheckpointError, ConfigError, UsageError
+from m2f2cli.training import states
 from m2f2cli.training.explainer import prepare, train_stage
 from m2f2cli.training.states import state_folder
+from m2f2cli.weights import delta, store
+from m2f2cli.weights.tensorfile import write_tensor_file
 from tests.training.talks import stage_options, write_all
 from tests.training.test_resume import Crash
 
@@ -26,6 +30,7 @@ STATEFUL = {
     "weight_decay": 0.1,
     "validation_share": 0.3,
     "answer_tokens": 3,
+    "eval_steps": 2,
 }
 
 
@@ -42,6 +47,7 @@ def bits(folder):
 def test_interrupted_and_resumed_stage_ends_bit_equal(stage, root, tmp_path):
     """Interrupted inside an epoch and right after one, resumed with other worker processes."""
     whole = train_stage(stage_options(stage, root, tmp_path / "whole", **STATEFUL))
+    figures = store.read_stage(whole)["metrics"]
     for step in (2, 8):
         output = tmp_path / f"cut{step}"
         run = prepare(stage_options(stage, root, output, **STATEFUL))
@@ -51,6 +57,7 @@ def test_interrupted_and_resumed_stage_ends_bit_equal(stage, root, tmp_path):
         assert not output.exists()
         options = stage_options(stage, root, output, **STATEFUL, resume=True, workers=step % 2)
         assert bits(train_stage(options)) == bits(whole), step
+        assert store.read_stage(output)["metrics"] == figures
         assert not state_folder(output).exists()
     if stage == "lora":
         others = STATEFUL | {"seed": 1}
@@ -61,7 +68,7 @@ def test_interrupted_and_resumed_stage_ends_bit_equal(stage, root, tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_sigkill_then_the_same_command_with_resume(stage, root, tmp_path):
-    settings = STATEFUL | {"validation_share": 0.0}
+    settings = STATEFUL | {"validation_share": 0.0, "eval_steps": 0}
     whole = train_stage(stage_options(stage, root, tmp_path / "whole", **settings))
     killed = stage_options(stage, root, tmp_path / "killed", **settings)
     file = tmp_path / "stage.yaml"
@@ -69,9 +76,9 @@ def test_sigkill_then_the_same_command_with_resume(stage, root, tmp_path):
     command = [sys.executable, "-m", "m2f2cli", stage, "--config", str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
-    states, wanted = state_folder(killed.run.output), random.randint(1, 14)
+    folder, wanted = state_folder(killed.run.output), random.randint(1, 14)
     deadline = time.monotonic() + 120
-    while not any(int(s.parent.name[11:]) >= wanted for s in states.glob("checkpoint-*/complete")):
+    while not any(int(s.parent.name[11:]) >= wanted for s in folder.glob("checkpoint-*/complete")):
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -85,6 +92,36 @@ def test_sigkill_then_the_same_command_with_resume(stage, root, tmp_path):
     assert "Going on after step" in done.stderr
     assert done.stdout.strip() == str(killed.run.output)
     assert bits(killed.run.output) == bits(whole)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_costs_no_step_that_was_saved(stage, root, tmp_path, monkeypatch):
+    """Full while a state is saved, then while the delta is written."""
+    saved = []
+
+    def full(path, tensors):
+        saved.append(path)
+        if len(saved) < 3:
+            return write_tensor_file(path, tensors)
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def wanted(**changes):
+        return stage_options(stage, root, tmp_path / "out", save_steps=1, **changes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "write_tensor_file", full)
+        with pytest.raises(CheckpointError, match=r"cannot be saved .* No space left") as refused:
+            train_stage(wanted())
+    assert "--resume" in refused.value.hint
+    lines: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(delta, "write_tensor_file", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            train_stage(wanted(resume=True), notify=lines.append)
+    assert "Going on after step 2 of 6." in lines
+    assert [path.name for path in tmp_path.iterdir()] == ["out.training"]
+    whole = train_stage(stage_options(stage, root, tmp_path / "whole"))
+    assert bits(train_stage(wanted(resume=True))) == bits(whole)
 
 
 def test_unfinished_and_finished_stages_are_kept(root, tmp_path, monkeypatch):

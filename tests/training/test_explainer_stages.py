@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from m2f2cli.data.conversations import Pictures
 from m2f2cli.errors import CheckpointError, ConfigError, InputError, MissingExtraError
 from m2f2cli.models.explainer_loading import load_explainer
+from m2f2cli.preparation.ddvqa import prepare_ddvqa
 from m2f2cli.training import explainer_settings
 from m2f2cli.training.explainer import prepare, train_stage
 from m2f2cli.training.explainer_data import Exercises, Usable, encode, read_usable
@@ -64,6 +65,18 @@ def test_unmasked_labels_of_the_published_file_decode_to_the_answers():
     data = Path(os.environ["M2F2_DDVQA"])
     file = data / "reference" / "train_judge_only_c40.json"
     assert check_labels(file, data / "images" / "c40" / "train", take=500) == 500
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("M2F2_DDVQA" not in os.environ, reason="needs DD-VQA")
+def test_unmasked_labels_of_every_prepared_conversation(tmp_path, monkeypatch):
+    """Of both stages' whole files; labels do not hang on what a picture shows."""
+    data = Path(os.environ["M2F2_DDVQA"])
+    prepare_ddvqa(data, tmp_path)
+    monkeypatch.setattr(Pictures, "pixels", lambda self, c: np.zeros((8, 8, 3), np.uint8))
+    images = data / "images" / "c40" / "train"
+    for name, count in (("judge_only", 9252), ("explain", 18504)):
+        assert check_labels(tmp_path / f"train_{name}_c40.json", images) == count
 
 
 class Gradients(TrainerCallback):
@@ -243,6 +256,39 @@ def test_judged_accuracy_reads_the_generated_answers(root, tmp_path, monkeypatch
     assert not people[0] & people[1]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_measured_within_epochs_too(stage, root, tmp_path):
+    """Measuring changes nothing that is learnt, nor any figure of the epochs."""
+    settings = {"validation_share": 0.4, "answer_tokens": 4, "epochs": 2}
+    lines: list[str] = []
+    plain = train_stage(stage_options(stage, root, tmp_path / "plain", **settings))
+    settings["eval_steps"] = 2
+    often = prepare(stage_options(stage, root, tmp_path / "often", **settings), notify=lines.append)
+    folder = often.run()
+    each = often.steps // 2
+    assert apart(plain, folder) == 0
+    one, two = (store.read_stage(run)["metrics"] for run in (plain, folder))
+    assert set(one) == {"epochs"}
+    for a, b in zip(one["epochs"], two["epochs"], strict=True):
+        assert a == pytest.approx(b)
+    wanted = [step for step in range(2, often.steps, 2) if step % each]
+    assert [record["step"] for record in two["steps"]] == wanted
+    assert wanted
+    for record in two["steps"]:
+        assert set(record) == {"step", "epoch", "validation_loss", "judged_accuracy", "judged"}
+        assert record["epoch"] == pytest.approx(record["step"] / each)
+        assert 0 < record["validation_loss"] < 20
+    losses = [record["validation_loss"] for record in (*two["steps"], *two["epochs"])]
+    assert len(set(losses)) == len(losses)
+    said = [line.partition(":")[0] for line in lines[1:]]
+    assert said == [
+        f"epoch {s // each}/2" if s % each == 0 else f"step {s}"
+        for s in sorted({*wanted, each, 2 * each})
+    ]
+    with pytest.raises(ConfigError, match="nothing to measure on"):
+        stage_options(stage, root, tmp_path / "no", eval_steps=2)
+
+
 def usable_of(lengths):
     rows = [type("Row", (), {"number": n})() for n in range(len(lengths))]
     return Usable(rows, [], dict(enumerate(lengths)), {}, {})
@@ -278,6 +324,18 @@ def test_too_long_is_counted_or_refused_never_cut(stage, root, tmp_path):
     with pytest.raises(InputError, match=r"have more than 400 tokens, the first is number 1 "):
         prepare(stage_options(stage, root, tmp_path / "no", data=file, too_long="error"))
     assert not (tmp_path / "no").exists()
+
+
+def test_a_limit_takes_conversations_from_all_over_the_file(root):
+    def usable(**changes):
+        images = root / "crops"
+        options = ConversationOptions(data=root / "talks.json", images=images, **changes)
+        return read_usable(options, tiny_processor(), Pictures(images))
+
+    few = usable(limit=5)
+    assert [c.number for c in few.train] == [0, 4, 9, 14, 19]
+    assert few.counts["read"] == few.counts["train"] == 5
+    assert usable(limit=99).counts == usable().counts
 
 
 def test_missing_pictures_are_counted_or_refused(root, tmp_path):
