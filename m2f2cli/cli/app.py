@@ -39,6 +39,7 @@ class Entry(NamedTuple):
 COMMANDS = (
     Entry("detect", "m2f2cli.cli.infer:detect", "Judge pictures"),
     Entry("explain", "m2f2cli.cli.explain:explain", "Judge pictures"),
+    Entry("demo", "m2f2cli.cli.demo:demo", "Judge pictures"),
     Entry("prepare faces", "m2f2cli.cli.prepare:faces", "Prepare data"),
     Entry("prepare ddvqa", "m2f2cli.cli.prepare:ddvqa", "Prepare data"),
     Entry("evaluate ddvqa", "m2f2cli.cli.evaluate:ddvqa", "Measure"),

@@ -62,7 +62,7 @@ def load_explainer(
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     quantisation = quantisation_config(quantise, kind)
-    folder = resolve_checkpoint(name, patterns=_PATTERNS)
+    folder = find_explainer(name)
     config = read_explainer_config(folder)
     check_tensors(folder, config)
     with _no_progress_bars():
@@ -80,6 +80,21 @@ def load_explainer(
     model.requires_grad_(False)
     model.fingerprint = store.fingerprint(folder)
     return model.eval(), folder
+
+
+def find_explainer(name: str) -> Path:
+    """The folder behind an explainer's name; see ``models.loading.resolve_checkpoint``."""
+    return resolve_checkpoint(name, patterns=_PATTERNS)
+
+
+def is_explainer(name: str) -> bool:
+    """Whether a name stands for an explainer, not for a detector or something else.
+
+    Raises:
+        CheckpointError: It stands for nothing.
+    """
+    found = store.read_config(find_explainer(name)).get("model_type")
+    return bool(found == ExplainerConfig.model_type)
 
 
 def read_explainer_config(folder: Path) -> ExplainerConfig:
