@@ -108,7 +108,7 @@ def _picture_tab(page: Page) -> None:
             verdict = gr.HTML(elem_id="m2-verdict")
             stage = gr.HTML(elem_id="m2-stage", js_on_load=STAGE_SCRIPT)
             reasons, record = _words(page, look, face)
-    outputs = [drop, verdict, stage, reasons, record, look]
+    outputs = [drop, verdict, stage, reasons, record, look, face]
     for event in [
         drop.input(page.picture, drop, outputs, **_MODEL),
         *(
@@ -116,11 +116,14 @@ def _picture_tab(page: Page) -> None:
             for name, button in examples.items()
         ),
     ]:
-        first = event.success(lambda: 0, None, face, queue=False, api_visibility="private")
         if page.explains:
-            first.success(page.reasons, [look, face], [reasons, record], **_MODEL)
+            event.success(page.reasons, [look, face], [reasons, record], **_MODEL)
     stage.click(
-        page.focus, look, [verdict, stage, reasons, face], queue=False, api_visibility="private"
+        page.focus,
+        look,
+        [verdict, stage, reasons, face],
+        concurrency_limit=None,
+        api_visibility="private",
     )
 
 
@@ -158,7 +161,7 @@ def _video_tab(page: Page) -> None:
     timeline = gr.HTML(elem_id="m2-timeline")
     worst = gr.HTML()
     reasons, record = _words(page, look, face)
-    outputs = [drop, verdict, timeline, worst, reasons, record, look]
+    outputs = [drop, verdict, timeline, worst, reasons, record, look, face]
     event = drop.upload(page.video, drop, outputs, **_MODEL)
     if page.explains:
         event.success(page.reasons, [look, face], [reasons, record], **_MODEL)

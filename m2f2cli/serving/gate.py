@@ -12,7 +12,6 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
-from urllib.parse import unquote
 
 from m2f2cli.errors import M2F2Error
 from m2f2cli.serving.uploads import MAX_BYTES, Uploads
@@ -106,8 +105,10 @@ class Gate:
         self._check_visitor(headers)
         method, path = scope["method"], scope["path"]
         if method in ("GET", "HEAD"):
+            if path == f"{_API}/upload_progress":  # asked for while a file goes to our own store
+                raise RefusalError(204, "")
             if path.startswith(_FILE):
-                if not self._uploads.holds(unquote(path.removeprefix(_FILE))):
+                if not self._uploads.shows(path.removeprefix(_FILE)):
                     raise RefusalError(403, "There is no such upload.")
             elif not _GET.fullmatch(path) or ".." in path:
                 raise RefusalError(404, "There is nothing here.")
@@ -219,7 +220,7 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 async def _answer(
     send: Send, value: object, *, status: int = 200, headers: Iterable[tuple[bytes, bytes]] = ()
 ) -> None:
-    body = json.dumps(value).encode()
+    body = b"" if status == 204 else json.dumps(value).encode()
     about = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": [*about, *headers]})
     await send({"type": "http.response.body", "body": body})

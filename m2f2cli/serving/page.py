@@ -72,7 +72,7 @@ class Page:
     async def picture(self, sent: Sent | None) -> tuple[Any, ...]:
         """A picture was dropped, pasted or taken."""
         if sent is None:  # the place to drop it was emptied again
-            return (gr.skip(),) * 6
+            return (gr.skip(),) * 7
         return self._picture(await self.service.look(sent, kind="image"))
 
     @_polite
@@ -81,7 +81,7 @@ class Page:
         return self._picture(await self.service.example(file))
 
     def _picture(self, look: Look) -> tuple[Any, ...]:
-        """(drop, verdict, stage, reasons, record, look)."""
+        """(drop, verdict, stage, reasons, record, look, face)."""
         reasons = "" if look.record.verdict is None or self.explains else self._no_reasons
         return (
             None,
@@ -90,13 +90,14 @@ class Page:
             reasons,
             look.record.to_dict(),
             look,
+            0,
         )
 
     @_polite
     async def video(self, sent: Sent | None) -> tuple[Any, ...]:
-        """A video was dropped: (drop, verdict, timeline, worst frames, reasons, record, look)."""
+        """(drop, verdict, timeline, worst frames, reasons, record, look, face) of a video."""
         if sent is None:
-            return (gr.skip(),) * 7
+            return (gr.skip(),) * 8
         look = await self.service.look(sent, kind="video")
         _, verdict, _, *rest = self._picture(look)
         return (None, verdict, drawing.timeline(look.record), drawing.worst(look), *rest)

@@ -26,10 +26,15 @@ class Uploads:
 
     Args:
         folder: An empty folder that is ours alone; None makes one.
+
+    Attributes:
+        folder: It; the page's own pictures may lie in it beside what was sent.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = (folder or Path(tempfile.mkdtemp(prefix="m2f2-demo-"))).resolve()
+        self._sent = self.folder / "sent"
+        self._sent.mkdir()
 
     def store(self, name: str, content: BinaryIO) -> str:
         """Keep one file.
@@ -47,7 +52,7 @@ class Uploads:
         self.sweep(MAX_AGE)
         if self._stored() > MAX_STORED:
             raise M2F2Error("Too many files are waiting here.", "Try again in a few minutes.")
-        place = self.folder / secrets.token_hex(16)
+        place = self._sent / secrets.token_hex(16)
         place.mkdir()
         path = place / (_NAME.sub("_", Path(name).name)[-100:].lstrip(".") or "file")
         with open(path, "wb") as file:
@@ -55,11 +60,12 @@ class Uploads:
         return str(path)
 
     def holds(self, path: object) -> bool:
-        """Whether something is the path of a file kept here."""
-        if not isinstance(path, str) or "\0" in path or not os.path.isabs(path):
-            return False
-        found = Path(os.path.realpath(path))
-        return found.is_relative_to(self.folder) and found.is_file()
+        """Whether something is the path of a file that was sent."""
+        return _is_file_in(self._sent, path)
+
+    def shows(self, path: str) -> bool:
+        """Whether a path is one of a file that a page may load: sent, or the page's own."""
+        return _is_file_in(self.folder, path)
 
     @contextmanager
     def taken(self, sent: object) -> Iterator[tuple[str, str]]:
@@ -88,7 +94,7 @@ class Uploads:
     def sweep(self, age: float) -> None:
         """Delete what is older than so many seconds."""
         limit = time.time() - age
-        for place in self.folder.iterdir():
+        for place in self._sent.iterdir():
             try:
                 old = place.stat().st_mtime < limit
             except FileNotFoundError:
@@ -102,10 +108,17 @@ class Uploads:
 
     def _stored(self) -> int:
         total = 0
-        for root, _, files in os.walk(self.folder):
+        for root, _, files in os.walk(self._sent):
             for name in files:
                 try:
                     total += os.stat(os.path.join(root, name)).st_size
                 except FileNotFoundError:
                     continue
         return total
+
+
+def _is_file_in(folder: Path, path: object) -> bool:
+    if not isinstance(path, str) or "\0" in path or not os.path.isabs(path):
+        return False
+    found = Path(os.path.realpath(path))
+    return found.is_relative_to(folder) and found.is_file()
