@@ -26,6 +26,8 @@ from m2f2cli.weights import store
 QUANTISED = ("4bit", "8bit")
 # Modules that stay in floating point; a name also covers what is below it.
 KEPT_FLOAT = ("detector", "mm_projector", "forgery_projector", "lm_head")
+# By the name of the detector that they are built around.
+EXPLAINERS = {"lite": "lite-explainer"}
 _PATTERNS = ("*.json", "*.safetensors", "tokenizer.model")
 
 
@@ -41,7 +43,7 @@ def load_explainer(
     """Load an explainer for inference, with every tensor accounted for.
 
     Args:
-        name: A checkpoint folder or a Hub id.
+        name: A checkpoint folder, a Hub id, or ``lite`` for the bundled explainer.
         device: See ``runtime.pick_device``.
         dtype: See ``runtime.pick_dtype``; with ``quantise`` what stays in floating point.
         quantise: ``4bit`` or ``8bit`` for the language model's layers, or None.
@@ -65,9 +67,12 @@ def load_explainer(
     folder = find_explainer(name)
     config = read_explainer_config(folder)
     check_tensors(folder, config)
+    # transformers reads one folder only.
+    shares = bool(store.shared_tensors(folder))
     with _no_progress_bars():
         model: Explainer = Explainer.from_pretrained(
-            folder,
+            None if shares else folder,
+            state_dict=store.read_tensors(folder) if shares else None,
             config=config,
             dtype=kind,
             device_map=device_map or {"": where},
@@ -83,18 +88,20 @@ def load_explainer(
 
 
 def find_explainer(name: str) -> Path:
-    """The folder behind an explainer's name; see ``models.loading.resolve_checkpoint``."""
-    return resolve_checkpoint(name, patterns=_PATTERNS)
+    """The folder behind an explainer's name, as ``load_explainer`` takes it."""
+    return resolve_checkpoint(EXPLAINERS.get(name, name), patterns=_PATTERNS)
 
 
 def is_explainer(name: str) -> bool:
-    """Whether a name stands for an explainer, not for a detector or something else.
+    """Whether an explainer goes by a name, not a detector or something else alone.
 
     Raises:
-        CheckpointError: It stands for nothing.
+        CheckpointError: Nothing goes by it.
     """
-    found = store.read_config(find_explainer(name)).get("model_type")
-    return bool(found == ExplainerConfig.model_type)
+    folder = find_explainer(name)
+    if name in EXPLAINERS and not folder.is_dir():
+        return False
+    return bool(store.read_config(folder).get("model_type") == ExplainerConfig.model_type)
 
 
 def read_explainer_config(folder: Path) -> ExplainerConfig:

@@ -13,9 +13,12 @@ from m2f2cli.models.detector import Detector, DetectorConfig
 from m2f2cli.runtime import pick_device, pick_dtype
 from m2f2cli.weights import store
 
+# What comes with the package: a detector, and an explainer around it.
+BUNDLED = ("lite", "lite-explainer")
+
 
 def resolve_checkpoint(name: str, *, patterns: Sequence[str] = ("*.json", "*.safetensors")) -> Path:
-    """The folder behind ``lite`` (bundled), a path, or a Hub id ``owner/name``.
+    """The folder behind a name of ``BUNDLED``, a path, or a Hub id ``owner/name``.
 
     Args:
         name: As the user wrote it.
@@ -24,8 +27,8 @@ def resolve_checkpoint(name: str, *, patterns: Sequence[str] = ("*.json", "*.saf
     Raises:
         CheckpointError: Nothing is found under that name.
     """
-    if name == "lite":
-        return Path(str(files("m2f2cli") / "assets" / "lite"))
+    if name in BUNDLED:
+        return Path(str(files("m2f2cli") / "assets" / name))
     path = Path(name).expanduser()
     if path.exists():
         return path

@@ -150,6 +150,12 @@ def _describe_folder(path: Path) -> Description:
         foreign |= set(file.foreign)
     if strays := layout.strays(tensors):
         missing.append(f"{len(strays)} tensors of {layout.index}: {store.name_some(strays)}")
+    shared = {}
+    try:
+        shared = store.shared_tensors(path)
+    except CheckpointError as error:
+        missing.append(error.message.rstrip("."))
+    tensors |= shared
     config, stage = folder_config(path), store.read_stage(path)
     kind = kinds.kind_of_folder(config, stage, tensors, layout.files)
     missing += _missing_files(path, kind, layout.files) + kinds.missing_parts(kind, tensors)
@@ -163,7 +169,7 @@ def _describe_folder(path: Path) -> Description:
         stage=stage,
         fingerprint=mark if isinstance(mark, str) else None,
         missing=tuple(missing),
-        notes=tuple(_notes(tensors, config)),
+        notes=(*_notes(tensors, config), *_sources(shared)),
         foreign=tuple(sorted(foreign)),
     )
 
@@ -206,6 +212,12 @@ def _notes(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> li
     if base := config.get("base_model_name_or_path"):
         notes.append(f"trained on {base}")
     return notes
+
+
+def _sources(shared: Mapping[str, StoredTensor]) -> list[str]:
+    """Where the tensors lie that a folder takes from others."""
+    places = Counter(t.place.path.parent.resolve() for t in shared.values() if t.place)
+    return [f"{count} of its tensors lie in '{place}'" for place, count in places.items()]
 
 
 def _part(key: str, depth: int) -> str:

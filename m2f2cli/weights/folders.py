@@ -11,7 +11,14 @@ from typing import Any
 from m2f2cli.errors import CheckpointError
 from m2f2cli.weights.kinds import kind_of_folder
 from m2f2cli.weights.pickles import load_tensors_file
-from m2f2cli.weights.store import INDEX, WEIGHTS, name_some, read_json, read_stage
+from m2f2cli.weights.store import (
+    INDEX,
+    WEIGHTS,
+    name_some,
+    read_json,
+    read_stage,
+    shared_tensors,
+)
 from m2f2cli.weights.tensorfile import StoredTensor
 
 WHOLE = (WEIGHTS, "pytorch_model.bin")
@@ -130,6 +137,8 @@ def open_weights(path: Path) -> Weights:
         raise CheckpointError(
             f"'{folder}' does not hold what {layout.index} says: {name_some(strays)}.", _AGAIN
         )
+    if path.is_dir():
+        tensors |= shared_tensors(path)
     config = folder_config(path) if path.is_dir() else {}
     stage = read_stage(path) if path.is_dir() else {}
     return Weights(

@@ -39,11 +39,13 @@ __all__ = [
     "read_json",
     "read_stage",
     "read_tensors",
+    "shared_tensors",
     "write_checkpoint",
 ]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARED = "shared.json"
 # Fields of config.json that change without the model changing.
 _BOOKKEEPING = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -179,12 +181,12 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     """List the tensors of a folder's weights, single file or shards, without reading them.
 
     Raises:
-        CheckpointError: No weights, a missing or truncated shard, or an index that does not
-            agree with its shards.
+        CheckpointError: No weights, a missing or truncated shard, an index that does not agree
+            with its shards, or see ``shared_tensors``.
     """
     single, index = folder / WEIGHTS, folder / INDEX
     if single.is_file():
-        return open_tensor_file(single)
+        return open_tensor_file(single) | shared_tensors(folder)
     if not index.is_file():
         raise CheckpointError(f"'{folder}' has no {WEIGHTS}.", f"m2f2 info '{folder}'")
     mapping = read_json(index).get("weight_map")
@@ -202,6 +204,35 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
                 f"{name_some(wanted ^ set(tensors))}."
             )
         found |= tensors
+    return found | shared_tensors(folder)
+
+
+def shared_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """List the tensors that a folder takes from another checkpoint, as its ``shared.json`` says.
+
+    The file maps the beginning of their names to ``{"folder": relative path, "fingerprint": …}``;
+    ``weights.sharing`` writes it. Most folders have none and share nothing.
+
+    Raises:
+        CheckpointError: The file is malformed, or the other checkpoint is missing or not the one
+            that was shared.
+    """
+    path = folder / SHARED
+    if not path.is_file():
+        return {}
+    found: dict[str, StoredTensor] = {}
+    for begin, source in read_json(path).items():
+        try:
+            other, mark = folder / source["folder"], source["fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"'{path}' does not say what is shared with whom.") from error
+        if read_stage(other).get("fingerprint") != mark:
+            raise CheckpointError(
+                f"'{folder}' takes the tensors '{begin}' from '{other}', which is not there or not "
+                "the checkpoint they were left to.",
+                "Keep the two folders together, as they were made.",
+            )
+        found |= {begin + key: tensor for key, tensor in open_tensors(other).items()}
     return found
 
 

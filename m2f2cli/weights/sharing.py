@@ -1,0 +1,55 @@
+"""Checkpoints that share a part: stored once, in the one, and read from there by the other.
+
+So are an explainer and its detector bundled. The fingerprint covers all tensors wherever they lie,
+so it is that of the whole checkpoint. ``store.shared_tensors`` reads what is written here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from m2f2cli.errors import CheckpointError
+from m2f2cli.weights import store
+from m2f2cli.weights.atomic import MARK, atomic_folder
+from m2f2cli.weights.streams import as_stream
+from m2f2cli.weights.tensorfile import digest_of, write_tensor_file
+
+
+def share(folder: Path, output: Path, *, begin: str, source: Path) -> None:
+    """Copy a checkpoint without the tensors that another one has.
+
+    Args:
+        folder: The whole checkpoint.
+        output: The copy; it is found together with ``source``, so it names it by a relative path.
+        begin: What the shared tensors' names begin with, for example ``detector.``.
+        source: The checkpoint that has them, under the rest of their names.
+
+    Raises:
+        CheckpointError: One of them is missing in either or differs in a bit, or the disk refuses.
+    """
+    tensors = store.open_tensors(folder)
+    theirs = {begin + key: tensor for key, tensor in store.open_tensors(source).items()}
+    shared = {key for key in tensors if key.startswith(begin)}
+    unlike = [
+        key
+        for key in sorted(shared | set(theirs))
+        if key not in tensors
+        or key not in theirs
+        or digest_of(tensors[key]) != digest_of(theirs[key])
+    ]
+    if unlike:
+        raise CheckpointError(
+            f"'{folder}' and '{source}' differ in {len(unlike)} tensors: {store.name_some(unlike)}."
+        )
+    own = {key: as_stream(tensor) for key, tensor in tensors.items() if key not in shared}
+    place = Path(os.path.relpath(source.resolve(), output.resolve())).as_posix()
+    said = {begin: {"folder": place, "fingerprint": store.fingerprint(source)}}
+    with atomic_folder(output) as partial:
+        for path in sorted(folder.iterdir()):
+            if path.suffix != ".safetensors" and path.name not in (MARK, store.INDEX):
+                shutil.copyfile(path, partial / path.name)
+        write_tensor_file(partial / store.WEIGHTS, own)
+        (partial / store.SHARED).write_bytes(store.json_bytes(said))
+        shutil.copyfile(folder / MARK, partial / MARK)
