@@ -32,14 +32,15 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from m2f2cli.errors import ConfigError, UsageError
 from m2f2cli.models.detector import Detector, DetectorConfig
 from m2f2cli.models.projector import Projector
 
 ASPECTS = ("pad", "square")
+# What the installed transformers calls the keys and values of what was seen.
+CACHE = next(name for name in ("cache", "past_key_values") if hasattr(CausalLMOutputWithPast, name))
 
 
 class ExplainerConfig(PretrainedConfig):
@@ -118,23 +119,13 @@ class PictureFeatures:
 
 
 @dataclass
-class ExplainerOutput(ModelOutput):
-    """What an explainer gives for B sequences of T tokens.
+class ExplainerOutput(CausalLMOutputWithPast):
+    """What an explainer gives for B sequences of T tokens: what a LLaMA gives, and one more.
 
     Attributes:
-        loss: Mean cross-entropy of the next token over labels that are not -100.
-        logits: (B, T or fewer, vocabulary).
-        past_key_values: The keys and values of everything seen.
-        hidden_states: Of each layer, when asked for.
-        attentions: Of each layer, when asked for.
         detector_logits: (N, 2), order (real, fake), when pictures were given.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     detector_logits: torch.Tensor | None = None
 
 
@@ -152,7 +143,7 @@ class Explainer(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     # Never split over devices by device_map, nor quantised but for the language model's layers.
     _no_split_modules = ["LlamaDecoderLayer", "Detector", "Projector"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -242,7 +233,6 @@ class Explainer(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         *,
         pixel_values: torch.Tensor | None = None,
@@ -255,12 +245,11 @@ class Explainer(PreTrainedModel, GenerationMixin):
             input_ids: (B, T) int64, as ``models.processing`` makes them.
             attention_mask: (B, seen + T), 0 where there is padding.
             position_ids: (B, T); None counts from what was seen.
-            past_key_values: What was seen before.
             inputs_embeds: (B, T, W) in the place of ``input_ids`` and pictures.
             pixel_values: (N, 3, S, S) the pictures of all rows in order, as CLIP sees them.
             backbone_pixel_values: The same as the backbone sees them; None means no difference.
-            kwargs: ``labels`` (B, T) with -100 where nothing is to be learnt, and the rest of what
-                ``LlamaForCausalLM`` takes.
+            kwargs: ``labels`` (B, T) with -100 where nothing is to be learnt, ``CACHE`` with what
+                was seen before, and the rest of what ``LlamaForCausalLM`` takes.
 
         Raises:
             UsageError: The places in ``input_ids`` and the pictures do not match.
@@ -276,16 +265,10 @@ class Explainer(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             **{**kwargs, "return_dict": True},
         )
         return ExplainerOutput(
-            loss=out.loss,
-            logits=out.logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-            detector_logits=features.logits if features is not None else None,
+            **out, detector_logits=features.logits if features is not None else None
         )
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from m2f2cli.errors import UsageError
-from m2f2cli.models.explainer import Explainer, PictureFeatures
+from m2f2cli.models.explainer import CACHE, Explainer, PictureFeatures
 
 
 def common_start(prompts: Sequence[Sequence[int]]) -> int:
@@ -64,9 +64,9 @@ class SharedPrompts:
                 inputs_embeds=states,
                 attention_mask=self._mask,
                 position_ids=(self._mask.cumsum(dim=1) - 1).clamp(min=0),
-                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{CACHE: self._cache},
             )
         self._states = states
 
@@ -101,8 +101,7 @@ class SharedPrompts:
         out = self._model.generate(
             inputs_embeds=torch.cat([self._states[rows], rest], dim=1),
             attention_mask=torch.cat([self._mask[rows], mask], dim=1),
-            past_key_values=cache,
-            **options,
+            **{CACHE: cache, **options},
         )
         ends = self._model.end_tokens()
         sequences = out if isinstance(out, torch.Tensor) else out.sequences

@@ -7,7 +7,7 @@ import torch
 
 from m2f2cli.errors import ConfigError, UsageError
 from m2f2cli.models.conversation import DDVQA, VICUNA_V1, Turn
-from m2f2cli.models.explainer import Explainer, ExplainerConfig
+from m2f2cli.models.explainer import CACHE, Explainer, ExplainerConfig
 from tests.models.explainers import (
     GREEDY,
     logits_of,
@@ -96,7 +96,7 @@ def test_a_cache_gives_what_the_whole_gives(model, process):
     with torch.no_grad():
         whole = model(**batch).logits
         first = model(input_ids=ids[:, :-3], pixel_values=batch["pixel_values"], use_cache=True)
-        rest = model(input_ids=ids[:, -3:], past_key_values=first.past_key_values)
+        rest = model(input_ids=ids[:, -3:], **{CACHE: first[CACHE]})
     assert torch.allclose(torch.cat([first.logits, rest.logits], dim=1), whole, atol=1e-5)
 
 
