@@ -12,12 +12,14 @@ from html import escape
 
 from m2f2cli.inference.render import heat_layer
 from m2f2cli.inference.scoring import Score
+from m2f2cli.inference.verdict import Rule
 from m2f2cli.records import (
     Box,
     Detection,
     Explanation,
     FaceScore,
     FrameScore,
+    Settings,
     to_csv,
     to_line,
 )
@@ -141,7 +143,7 @@ def timeline(record: Detection) -> str:
         path.append(f"{pen}{_x(frame.time, last):.1f} {_y(frame.fake_probability):.1f}")
         pen = "L"
     parts.append(f'<path class="m2-line" d="{" ".join(path)}"/>')
-    parts += [_dot(frame, last, threshold) for frame in record.frames]
+    parts += [_dot(frame, last, record.settings) for frame in record.frames]
     shown = sum(frame.fake_probability is not None for frame in record.frames)
     label = f"Probability of being forged in {shown} frames over {last:.1f} seconds"
     return (
@@ -181,20 +183,25 @@ def _limit(threshold: float) -> str:
     return f'<line class="m2-limit" x1="{_LEFT}" x2="{_WIDTH - 14}" y1="{at:.1f}" y2="{at:.1f}"/>'
 
 
-def _dot(frame: FrameScore, last: float, threshold: float) -> str:
+def _dot(frame: FrameScore, last: float, settings: Settings) -> str:
     x = _x(frame.time, last)
     if frame.fake_probability is None:
         return (
             f'<text class="m2-gap" x="{x:.1f}" y="{_y(0.0) - 4:.1f}" text-anchor="middle">×'
             f"<title>{frame.time:.1f} s: no face</title></text>"
         )
-    kind = "fake" if frame.fake_probability >= threshold else "real"
+    kind = _kind(frame, settings)
     words = f"{frame.time:.1f} s: {wording.percent(frame.fake_probability)}"
     y = _y(frame.fake_probability)
     return (
         f'<circle class="m2-dot m2-{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5">'
         f"<title>{words}</title></circle>"
     )
+
+
+def _kind(frame: FrameScore, settings: Settings) -> str:
+    rule = Rule(settings.threshold, settings.uncertain)
+    return rule.judge(frame.fake_probability or 0.0, None).verdict
 
 
 def _table(frames: Sequence[FrameScore]) -> str:
@@ -219,7 +226,7 @@ def worst(look: Look) -> str:
     for number, content in look.shown.items():
         frame = known[number]
         words = f"{frame.time:.1f} s: {wording.percent(frame.fake_probability or 0.0)}"
-        kind = "fake" if (frame.fake_probability or 0) >= record.settings.threshold else "real"
+        kind = _kind(frame, record.settings)
         place = _place(frame.crop, size) if frame.crop else ""
         figures.append(
             f'<figure><div class="m2-canvas" style="aspect-ratio:{size[0]}/{size[1]}">'

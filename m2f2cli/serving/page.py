@@ -81,26 +81,21 @@ class Page:
         return self._picture(await self.service.example(file))
 
     def _picture(self, look: Look) -> tuple[Any, ...]:
-        """(drop, verdict, stage, reasons, record, look, face)."""
-        reasons = "" if look.record.verdict is None or self.explains else self._no_reasons
-        return (
-            None,
-            drawing.verdict(look),
-            drawing.stage(look),
-            reasons,
-            look.record.to_dict(),
-            look,
-            0,
-        )
+        return None, drawing.verdict(look), drawing.stage(look), *self._about(look)
 
     @_polite
     async def video(self, sent: Sent | None) -> tuple[Any, ...]:
-        """(drop, verdict, timeline, worst frames, reasons, record, look, face) of a video."""
+        """A video was dropped."""
         if sent is None:
             return (gr.skip(),) * 8
         look = await self.service.look(sent, kind="video")
-        _, verdict, _, *rest = self._picture(look)
-        return (None, verdict, drawing.timeline(look.record), drawing.worst(look), *rest)
+        drawn = drawing.timeline(look.record), drawing.worst(look)
+        return None, drawing.verdict(look), *drawn, *self._about(look)
+
+    def _about(self, look: Look) -> tuple[Any, ...]:
+        """(reasons, record, look, face)."""
+        silent = look.record.verdict is None or self.explains
+        return "" if silent else self._no_reasons, look.record.to_dict(), look, 0
 
     @property
     def explains(self) -> bool:

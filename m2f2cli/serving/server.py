@@ -115,7 +115,8 @@ def serve(
         app = application(model, options=options, address=address, uploads=uploads)
         host, port = bound.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        _run(app, bound, uploads, lambda: ready(f"http://{shown}:{port}"))
+        server = web_server(app, uploads, lambda: ready(f"http://{shown}:{port}"))
+        server.run(sockets=[bound])
     finally:
         uploads.close()
         bound.close()
@@ -174,7 +175,14 @@ def application(model: Any, *, options: ExplainOptions, address: Address, upload
     return Gate(app, uploads=uploads, password=address.auth, hosts=hosts)
 
 
-def _run(app: Any, bound: socket.socket, uploads: Uploads, ready: Callable[[], object]) -> None:
+def web_server(app: Any, uploads: Uploads, ready: Callable[[], object]) -> Any:
+    """A ``uvicorn.Server`` for ``application``; ``run(sockets=[…])`` serves until it is told to end.
+
+    Args:
+        app: From ``application``.
+        uploads: Deleted at the end.
+        ready: Is called once it answers.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -199,4 +207,4 @@ def _run(app: Any, bound: socket.socket, uploads: Uploads, ready: Callable[[], o
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=0,
     )
-    Server(config).run(sockets=[bound])
+    return Server(config)
