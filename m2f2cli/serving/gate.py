@@ -161,14 +161,14 @@ class Gate:
                 pending += item
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.exceptions import HTTPException
+        from starlette.formparsers import MultiPartException
         from starlette.requests import Request
 
         try:
             async with Request(scope, receive).form(max_files=MAX_FILES, max_fields=8) as form:
                 sent = [item for item in form.getlist("files") if not isinstance(item, str)]
                 paths = [self._uploads.store(f.filename or "", f.file) for f in sent]
-        except HTTPException as error:
+        except MultiPartException as error:
             raise RefusalError(400, "The upload cannot be read.") from error
         except M2F2Error as error:
             raise RefusalError(503, f"{error.message} {error.hint}") from error

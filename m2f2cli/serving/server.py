@@ -176,7 +176,7 @@ def application(model: Any, *, options: ExplainOptions, address: Address, upload
 
 
 def web_server(app: Any, uploads: Uploads, ready: Callable[[], object]) -> Any:
-    """A ``uvicorn.Server`` for ``application``; ``run(sockets=[…])`` serves until it is told to end.
+    """A ``uvicorn.Server`` for ``application``; ``run(sockets=[…])`` serves until it is ended.
 
     Args:
         app: From ``application``.

@@ -143,11 +143,13 @@ class Service:
                 tell(tuple(said))
 
             regions = () if questions else REGIONS
-            tell(
-                self.session.explain(
-                    look.judged, face=face, regions=regions, questions=questions, hear=hear
-                )
+            record = self.session.explain(
+                look.judged, face=face, regions=regions, questions=questions, hear=hear
             )
+            explained = record.explanations[0]
+            whole = (explained.judgement_text, *(reason.text for reason in explained.reasons))
+            tell(tuple(replace(one, text=text) for one, text in zip(said, whole, strict=True)))
+            tell(record)
 
         async for item in self._worker.stream(work):
             yield item
