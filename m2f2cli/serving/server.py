@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 QUEUE = 20  # visitors that wait; more are told to come back
 SESSIONS = 64  # visitors whose last answer is kept
 CONNECTIONS = 400
+# Read when the web framework is imported: no telemetry, no statistics about visitors.
+_ENVIRONMENT = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1",
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 _LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
@@ -134,10 +141,7 @@ def application(model: Any, *, options: ExplainOptions, address: Address, upload
     Raises:
         M2F2Error: The model is unusable, or a package is missing.
     """
-    # Read when the web framework is imported: no telemetry, and files where we look after them.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ.update(_ENVIRONMENT, GRADIO_TEMP_DIR=str(uploads.folder))
     from m2f2cli.inference.session import Session
     from m2f2cli.serving.card import card_of
     from m2f2cli.serving.gate import Gate
