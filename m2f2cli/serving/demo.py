@@ -83,6 +83,7 @@ _MODEL: dict[str, Any] = {
     "concurrency_limit": 1,
     "api_visibility": "private",
 }
+_DROPPED = {**_MODEL, "trigger_mode": "always_last"}
 
 
 def _picture_tab(page: Page) -> None:
@@ -107,48 +108,47 @@ def _picture_tab(page: Page) -> None:
         with gr.Column(scale=3, min_width=300):
             verdict = gr.HTML(elem_id="m2-verdict")
             stage = gr.HTML(elem_id="m2-stage", js_on_load=STAGE_SCRIPT)
-            reasons, record = _words(page, look, face)
+            reasons, record, running = _words(page, look, face)
     outputs = [drop, verdict, stage, reasons, record, look, face]
-    for event in [
-        drop.input(page.picture, drop, outputs, **_MODEL),
-        *(
-            button.click(partial(page.example, ASSETS / name), None, outputs, **_MODEL)
-            for name, button in examples.items()
-        ),
-    ]:
-        if page.explains:
-            event.success(page.reasons, [look, face], [reasons, record], **_MODEL)
-    stage.click(
-        page.focus,
-        look,
-        [verdict, stage, reasons, face],
-        concurrency_limit=None,
-        api_visibility="private",
-    )
+    looks = [drop.upload(page.picture, drop, outputs, **_DROPPED)]
+    for name, button in examples.items():
+        looks.append(button.click(partial(page.example, ASSETS / name), None, outputs, **_MODEL))
+    running += _then_reasons(page, looks, [look, face], [reasons, record])
+    focus = [verdict, stage, reasons, face]
+    stage.click(page.focus, look, focus, concurrency_limit=None, api_visibility="private")
+    for trigger in (drop.upload, stage.click, *(button.click for button in examples.values())):
+        trigger(None, cancels=running, api_visibility="private")
 
 
-def _words(page: Page, look: gr.State, face: gr.State) -> tuple[gr.HTML, gr.JSON]:
-    """Reasons, the box for a question, and the record."""
+def _words(page: Page, look: gr.State, face: gr.State) -> tuple[gr.HTML, gr.JSON, list[Any]]:
+    """Reasons, the box for a question, the record; and the events that write the reasons."""
     reasons = gr.HTML(elem_classes="m2-reasons")
-    ask = None
+    running: list[Any] = []
     if page.explains:
-        with gr.Row(equal_height=True):
-            ask = gr.Textbox(
-                label="Ask about this face",
-                placeholder="Is the hair natural?",
-                max_length=500,
-                scale=4,
-                submit_btn=True,
+        question = gr.Textbox(
+            label="Ask about this face", placeholder="Is the hair natural?", max_length=500
+        )
+        with gr.Row():
+            ask, again, stop = (
+                gr.Button(words, size="sm", min_width=90)
+                for words in ("Ask", "Reasons for this face", "Stop")
             )
-            again = gr.Button("Reasons for this face", scale=1, min_width=140)
-            stop = gr.Button("Stop", scale=1, min_width=80)
     with gr.Accordion(RECORD, open=False):
         record = gr.JSON(show_label=False)
-    if ask is not None:
-        asked = ask.submit(page.reasons, [look, face, ask], [reasons, record], **_MODEL)
-        more = again.click(page.reasons, [look, face], [reasons, record], **_MODEL)
-        stop.click(None, cancels=[asked, more])
-    return reasons, record
+    if page.explains:
+        words = [reasons, record]
+        running = [
+            question.submit(page.reasons, [look, face, question], words, **_MODEL),
+            ask.click(page.reasons, [look, face, question], words, **_MODEL),
+            again.click(page.reasons, [look, face], words, **_MODEL),
+        ]
+        stop.click(None, cancels=running, api_visibility="private")
+    return reasons, record, running
+
+
+def _then_reasons(page: Page, looks: list[Any], given: list[Any], words: list[Any]) -> list[Any]:
+    """Let reasons follow each verdict."""
+    return [look.success(page.reasons, given, words, **_MODEL) for look in looks if page.explains]
 
 
 def _video_tab(page: Page) -> None:
@@ -160,11 +160,11 @@ def _video_tab(page: Page) -> None:
     verdict = gr.HTML()
     timeline = gr.HTML(elem_id="m2-timeline")
     worst = gr.HTML()
-    reasons, record = _words(page, look, face)
+    reasons, record, running = _words(page, look, face)
     outputs = [drop, verdict, timeline, worst, reasons, record, look, face]
-    event = drop.upload(page.video, drop, outputs, **_MODEL)
-    if page.explains:
-        event.success(page.reasons, [look, face], [reasons, record], **_MODEL)
+    looked = drop.upload(page.video, drop, outputs, **_DROPPED)
+    running += _then_reasons(page, [looked], [look, face], [reasons, record])
+    drop.upload(None, cancels=running, api_visibility="private")
 
 
 def _batch_tab(page: Page) -> None:

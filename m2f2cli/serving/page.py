@@ -69,10 +69,8 @@ class Page:
         self.service, self._no_reasons = service, no_reasons
 
     @_polite
-    async def picture(self, sent: Sent | None) -> tuple[Any, ...]:
+    async def picture(self, sent: Sent) -> tuple[Any, ...]:
         """A picture was dropped, pasted or taken."""
-        if sent is None:  # the place to drop it was emptied again
-            return (gr.skip(),) * 7
         return self._picture(await self.service.look(sent, kind="image"))
 
     @_polite
@@ -84,10 +82,8 @@ class Page:
         return None, drawing.verdict(look), drawing.stage(look), *self._about(look)
 
     @_polite
-    async def video(self, sent: Sent | None) -> tuple[Any, ...]:
+    async def video(self, sent: Sent) -> tuple[Any, ...]:
         """A video was dropped."""
-        if sent is None:
-            return (gr.skip(),) * 8
         look = await self.service.look(sent, kind="video")
         drawn = drawing.timeline(look.record), drawing.worst(look)
         return None, drawing.verdict(look), *drawn, *self._about(look)
@@ -132,11 +128,8 @@ class Page:
                 yield drawing.answers(said), gr.skip()
 
     @_polite
-    async def batch(self, sent: list[Sent] | None) -> AsyncIterator[Any]:
+    async def batch(self, sent: list[Sent]) -> AsyncIterator[Any]:
         """Several files were dropped: (drop, table, downloads), once a file."""
-        if not sent:
-            yield gr.skip(), gr.skip(), gr.skip()
-            return
         records: list[Detection] = []
         for number, one in enumerate(sent, start=1):
             records.append((await self.service.look(one)).record)
