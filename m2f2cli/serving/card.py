@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from m2f2cli.inference.session import Session
-from m2f2cli.models.loading import resolve_checkpoint
+from m2f2cli.models.explainer_loading import find_explainer
+from m2f2cli.models.loading import BUNDLED, resolve_checkpoint
 from m2f2cli.serving import wording
 
 _HEADER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
@@ -37,13 +38,18 @@ def card_of(session: Session) -> str:
     if settings.uncertain:
         low, high = (wording.percent(value) for value in settings.uncertain)
         facts += f"; between {low} and {high} it does not decide"
-    return f"{GENERAL}\n{facts}.\n\n{_own_card(session.name)}"
+    return "\n\n".join([GENERAL, f"{facts}.", *_own_cards(session)])
 
 
-def _own_card(name: str) -> str:
-    if not name or not (Path(name).exists() or name == "lite"):
-        return ""
-    file = resolve_checkpoint(name) / "README.md"
-    if not file.is_file():
-        return ""
-    return _HEADER.sub("", file.read_text(encoding="utf-8", errors="replace")[:_MOST])
+def _own_cards(session: Session) -> list[str]:
+    """The checkpoint's own card; of a bundled explainer, the bundled detector's as well."""
+    name = session.name
+    if not (name in BUNDLED or Path(name).is_dir()):
+        return []
+    folders = [find_explainer(name)] if session.explains else []
+    files = [folder / "README.md" for folder in dict.fromkeys([*folders, resolve_checkpoint(name)])]
+    return [
+        _HEADER.sub("", file.read_text(encoding="utf-8", errors="replace")[:_MOST])
+        for file in files
+        if file.is_file()
+    ]
