@@ -86,15 +86,19 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module
 
 
-@pytest.fixture(scope="session")
-def tiny_detector_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_detector(folder: Path) -> Path:
     """A checkpoint folder of a tiny detector with random weights."""
     from m2f2cli.models.detector import Detector, DetectorConfig
     from m2f2cli.weights import store
 
     model = randomise(Detector(DetectorConfig(**tiny_fields())))
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     store.write_checkpoint(
         folder, config=model.config.to_dict(), tensors=model.state_dict(), stage={"stage": "test"}
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_detector_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a tiny detector with random weights."""
+    return write_detector(tmp_path_factory.mktemp("checkpoints") / "tiny")

@@ -24,12 +24,18 @@ if TYPE_CHECKING:
 
 EXAMPLES = {
     "explain": (
-        "m2f2 explain photo.jpg --model explainer/",
-        "m2f2 explain evidence/ -m explainer/ --recursive --output why.jsonl",
+        "m2f2 explain photo.jpg",
+        "m2f2 explain evidence/ --model explainer/ --recursive --output why.jsonl",
         'm2f2 explain photo.jpg -m explainer/ --region eyes --question "Is the hair natural?"',
         "m2f2 explain --dataset questions.jsonl --images crops/ -m explainer/ -o answers.jsonl",
     )
 }
+
+
+_SMALL = (
+    "This is the small bundled model; the published 7B one: m2f2 import "
+    "llava-v1.5-7b-M2F2-Det/ --output explainer, then --model explainer."
+)
 
 
 def explain(**values: Any) -> None:
@@ -48,6 +54,8 @@ def explain(**values: Any) -> None:
     printer = Output(as_json=values["as_json"], quiet=values["quiet"])
     kept = {name: values[name] for name in ("model", "output", "overwrite")}
     options = _options(values)
+    if values["model"] == "lite":
+        printer.note(_SMALL)
     if values["dataset"] is not None:
         answers = DatasetJob(values["dataset"], values["images"], options=options, **kept)
         raise typer.Exit(_answer(answers, printer))
@@ -59,12 +67,6 @@ def explain(**values: Any) -> None:
 
 def _check(values: Mapping[str, Any]) -> None:
     """Refuse what cannot be meant, before anything heavy is imported."""
-    if values["model"] is None:
-        raise UsageError(
-            "No explainer is bundled, so --model has to name one.",
-            "Build one with m2f2 init-llava, or make a folder of the published one with "
-            "m2f2 import.",
-        )
     if (values["dataset"] is None) != (values["images"] is None):
         raise UsageError("--dataset and --images belong together.", "Give both, or neither.")
     if values["dataset"] is None:
@@ -197,7 +199,7 @@ _FLAGS: dict[str, tuple[Any, Any]] = {
     "recursive": (flags.Recursive, False),
     "faces": (flags.Faces, "auto"),
     "frames": (flags.Frames, 16),
-    "model": (own.Explainer, None),
+    "model": (own.Explainer, "lite"),
     "device": (flags.Device, "auto"),
     "dtype": (flags.Dtype, "auto"),
     "quantise": (own.Quantise, None),

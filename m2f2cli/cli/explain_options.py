@@ -10,14 +10,13 @@ from m2f2cli.cli.options import flag
 _MODEL, _QUESTIONS, _ANSWERS, _RESULT = "Model", "Questions", "Answers", "Output"
 
 Explainer = Annotated[
-    str | None,
+    str,
     flag(
         "model",
-        "The explainer: a checkpoint folder or a hub id. None is bundled.",
+        "The explainer: 'lite' (bundled), a checkpoint folder, or a hub id.",
         short="-m",
-        metavar="DIR|HUB-ID",
+        metavar="lite|DIR|HUB-ID",
         rich_help_panel=_MODEL,
-        show_default=False,
     ),
 ]
 Quantise = Annotated[

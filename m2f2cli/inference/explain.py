@@ -32,7 +32,7 @@ FRAMES_AT_ONCE = 16
 def explain(
     paths: Sequence[str],
     *,
-    model: str | Loaded,
+    model: str | Loaded = "lite",
     options: ExplainOptions | None = None,
     recursive: bool = False,
 ) -> Iterator[Explanation]:

@@ -1,5 +1,9 @@
 """The backbone: any timm network by name, asked for its channels and stages.
 
+An installed package adds one through the entry-point group ``m2f2cli.backbones``: the name of the
+entry point is the network's, the object it points to the function that timm's ``register_model``
+decorates.
+
 Source: timm (https://github.com/huggingface/pytorch-image-models). The published detectors use
 ``densenet121`` (B) and ``efficientnet_b4`` (A): torchvision's networks under timm's names.
 """
@@ -14,6 +18,9 @@ import torch
 from torch import nn
 
 from m2f2cli.errors import ConfigError
+from m2f2cli.registry import Registry
+
+BACKBONES = Registry("backbone", {}, group="m2f2cli.backbones")
 
 
 class Backbone(nn.Module):
@@ -23,7 +30,7 @@ class Backbone(nn.Module):
     not have; it is taken out here.
 
     Args:
-        name: A timm architecture, for example ``densenet121``.
+        name: A timm architecture, for example ``densenet121``, or one of ``BACKBONES``.
         kwargs: Further arguments of ``timm.create_model``.
         stages: Feature stages (one per stride, finest first, negative from the end) whose maps
             ``forward`` returns beside the pooled features.
@@ -36,6 +43,8 @@ class Backbone(nn.Module):
         self, name: str, kwargs: dict[str, Any] | None = None, *, stages: Sequence[int] = ()
     ) -> None:
         super().__init__()
+        if not timm.is_model(name) and name in BACKBONES.names():
+            BACKBONES.get(name)  # registers it with timm
         if not timm.is_model(name):
             near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
             raise ConfigError(

@@ -135,7 +135,7 @@ _HERE = "m2f2cli.models.conversation"
 TEMPLATES = Registry(
     "conversation template",
     {"vicuna_v1": f"{_HERE}:VICUNA_V1", "ddvqa": f"{_HERE}:DDVQA"},
-    group="m2f2.templates",
+    group="m2f2cli.templates",
 )
 
 

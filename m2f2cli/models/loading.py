@@ -32,17 +32,22 @@ def resolve_checkpoint(name: str, *, patterns: Sequence[str] = ("*.json", "*.saf
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    owner, _, model = name.partition("/")
+    if not owner or not model or "/" in model or name.startswith((".", "~")):
         raise CheckpointError(
             f"There is no checkpoint at '{name}'.",
             "Give a checkpoint folder, 'lite' for the bundled model, or a Hub id like owner/name.",
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"'{name}' is neither a folder here nor a model the Hub gives: {type(error).__name__}.",
             "Check the spelling and the connection, or download the folder and give its path.",

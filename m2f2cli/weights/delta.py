@@ -17,7 +17,7 @@ from m2f2cli.errors import CheckpointError
 from m2f2cli.weights import store
 from m2f2cli.weights.atomic import MARK, atomic_folder
 from m2f2cli.weights.streams import Stream, as_stream, finite, from_stored
-from m2f2cli.weights.tensorfile import digest_of, write_tensor_file
+from m2f2cli.weights.tensorfile import digests_of, write_tensor_file
 
 if TYPE_CHECKING:
     import torch
@@ -113,11 +113,8 @@ def diff(base: Path, changed: Path, output: Path, *, overwrite: bool = False) ->
             f"{what} differs in more than values: {why}.",
             "A delta holds values only; both must be of one model, in the same types.",
         )
-    moved = {
-        key: from_stored(theirs[key])
-        for key in mine
-        if digest_of(mine[key]) != digest_of(theirs[key])
-    }
+    before, after = digests_of(mine), digests_of(theirs)
+    moved = {key: from_stored(theirs[key]) for key in mine if before[key] != after[key]}
     if not moved:
         raise CheckpointError(f"{what} is the same model: there is no difference to write.")
     stage = {

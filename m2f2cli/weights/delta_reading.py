@@ -16,7 +16,7 @@ from m2f2cli.weights import import_delta, importer, kinds, llava_names, store
 from m2f2cli.weights.delta import TENSORS
 from m2f2cli.weights.folders import Weights, home_of, open_weights
 from m2f2cli.weights.streams import Stream, as_stream
-from m2f2cli.weights.tensorfile import StoredTensor, digest_of
+from m2f2cli.weights.tensorfile import StoredTensor, digests_of
 
 _PREFIX = llava_names.DELTA_PREFIX
 _LORA = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -131,8 +131,8 @@ def _marks(found: Weights) -> tuple[str, str | None]:
     """Own fingerprint, computed and compared with stage.json's, and the parent's."""
     stage = store.read_stage(found.folder)
     parent = stage.get("parent")
-    digests = {key: digest_of(stored) for key, stored in found.tensors.items()}
-    mark = store.combine({} if found.kind == kinds.DELTA else found.config, digests)
+    config = {} if found.kind == kinds.DELTA else found.config
+    mark = store.combine(config, digests_of(found.tensors))
     if stage.get("fingerprint", mark) != mark:
         raise CheckpointError(
             f"'{found.path}' was changed after it was written: tensors are missing, added or of "

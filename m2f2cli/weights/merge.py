@@ -1,7 +1,8 @@
 """Deltas merged into a checkpoint, tensor by tensor; the result appears whole or not at all.
 
-Memory does not grow with the model: a block of values is read, changed, hashed and written before
-the next. Nothing is kept of a run that was killed; the next one begins anew and clears its traces.
+Memory does not grow with the model: each thread reads, changes, hashes and writes a block of values
+before the next. Nothing is kept of a run that was killed; the next one begins anew and clears its
+traces.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class Merge:
         """Write the checkpoint, or find that an earlier run has.
 
         Args:
-            advance: Called with (bytes, tensor's name) after each block.
+            advance: Called with (bytes, tensor's name) after each block, by several threads.
 
         Raises:
             CheckpointError: A value is not finite or out of range, a later delta was trained on

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from m2f2cli.errors import CheckpointError
 from m2f2cli.weights import kinds, llava_names, store, streams
 from m2f2cli.weights.delta_reading import Delta, Pair
+from m2f2cli.weights.filling import workers
 from m2f2cli.weights.folders import Weights, open_weights
 from m2f2cli.weights.streams import Stream
 
@@ -28,7 +29,7 @@ _HINTS = {
     kinds.DELTA: "Give it as --delta, and the checkpoint it was trained on as --base.",
     kinds.PEFT: "Give it as --delta, and the checkpoint it was trained on as --base.",
 }
-# Resident memory of a process that has loaded torch, and blocks in flight, in values.
+# Resident memory of a process that has loaded torch, and a worker's blocks in flight.
 _PROCESS = 250_000_000
 _BLOCKS = 6
 
@@ -242,7 +243,7 @@ def summary(rows: Mapping[str, Row]) -> list[dict[str, Any]]:
 
 
 def peak_memory(rows: Mapping[str, Row]) -> int:
-    """Bytes a merge needs at most, by estimate: the process, the largest pairs, some blocks."""
+    """Bytes a merge needs at most, by estimate: the process; each worker's pairs and blocks."""
     largest = max(
         (
             sum(c.up.size + c.down.size for c in row.changes if isinstance(c, Pair))
@@ -251,4 +252,4 @@ def peak_memory(rows: Mapping[str, Row]) -> int:
         default=0,
     )
     # Factors are held in float32 beside what they are read from; a block also in float32.
-    return _PROCESS + 12 * largest + 8 * _BLOCKS * streams.BLOCK
+    return _PROCESS + workers() * (12 * largest + 8 * _BLOCKS * streams.BLOCK)

@@ -16,7 +16,7 @@ from m2f2cli.weights.atomic import MARK, atomic_folder, atomic_write
 from m2f2cli.weights.streams import Stream, all_finite, as_stream, finite
 from m2f2cli.weights.tensorfile import (
     StoredTensor,
-    digest_of,
+    digests_of,
     open_tensor_file,
     write_tensor_file,
 )
@@ -69,7 +69,7 @@ def write_checkpoint(
         folder: Where; parents are made.
         config: Becomes ``config.json``.
         tensors: Becomes ``model.safetensors``, or shards with an index. Streams are read once,
-            one after the other, so memory does not grow with them.
+            a few at a time in threads, so memory does not grow with them.
         stage: Becomes ``stage.json``, with the fingerprint added. A function is called when the
             tensors are written, with the digest of each.
         extra_files: Further files by name, for example ``preprocessor_config.json``.
@@ -266,8 +266,7 @@ def fingerprint(folder: Path, *, verify: bool = False) -> str:
     stored = read_stage(folder).get("fingerprint")
     if isinstance(stored, str) and not verify:
         return stored
-    digests = {key: digest_of(tensor) for key, tensor in open_tensors(folder).items()}
-    computed = combine(read_config(folder), digests)
+    computed = combine(read_config(folder), digests_of(open_tensors(folder)))
     if isinstance(stored, str) and stored != computed:
         raise CheckpointError(
             f"'{folder}' was changed after it was written: its fingerprint is {computed}, "

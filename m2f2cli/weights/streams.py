@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from m2f2cli.weights.tensorfile import StoredTensor
 
-BLOCK = 1 << 21
+BLOCK = 1 << 20
 """How many values every block of a stream holds, but the last."""
 
 
@@ -147,7 +147,7 @@ def finite(stream: Stream, *, what: str) -> Stream:
 
 
 def watched(streams: Mapping[str, Stream], advance: Callable[..., None]) -> dict[str, Stream]:
-    """The same streams, which call ``advance(1, note=name)`` when they have been read."""
+    """The same streams; each calls ``advance(1, note=name)`` in the thread that has read it."""
 
     def watch(name: str, stream: Stream) -> Stream:
         def blocks() -> Iterator[torch.Tensor]:

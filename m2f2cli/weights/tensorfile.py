@@ -6,18 +6,16 @@ raw little-endian values). Reading and writing stream, so their memory does not 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m2f2cli.errors import CheckpointError
+from m2f2cli.weights.filling import FileOfPieces, spread
 from m2f2cli.weights.streams import Stream, as_stream
 
 if TYPE_CHECKING:
@@ -38,8 +36,6 @@ DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-_WORTH_A_THREAD = 1 << 20  # bytes
-_WORTH_RESERVING = 1 << 24
 _CODES = {name: code for code, name in DTYPES.items()}
 
 
@@ -87,7 +83,7 @@ def write_tensor_file(
 
     Args:
         path: The file to write.
-        tensors: Tensors of any device and stride, or streams; each is read in its turn.
+        tensors: Tensors of any device and stride, or streams; several are read at once.
 
     Returns:
         For each tensor the hex SHA-256 of its dtype, shape and values.
@@ -110,45 +106,36 @@ def write_tensor_file(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file, ThreadPoolExecutor(1) as hashing:
-        _reserve(file.fileno(), 8 + len(text) + end)
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        return {name: _digest(streams[name], file.write, hashing) for name in order}
+    head = len(text).to_bytes(8, "little") + text
+    with FileOfPieces(path, len(head) + end) as file:
+        file.rest.append((0, head))
 
+        def write(name: str) -> str:
+            with file.piece(len(head) + header[name]["data_offsets"][0]) as piece:
+                return _digest(streams[name], piece.write)
 
-def _reserve(file: int, size: int) -> None:
-    """Take a large file's room on the disk at once: faster, and a full disk shows at the start."""
-    if size >= _WORTH_RESERVING and hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(file, 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
+        return dict(zip(order, spread(write, order), strict=True))
 
 
 def digest_of(tensor: torch.Tensor | StoredTensor | Stream) -> str:
     """Hex SHA-256 of a tensor's dtype, shape and values."""
-    with ThreadPoolExecutor(1) as hashing:
-        return _digest(as_stream(tensor), lambda data: None, hashing)
+    return _digest(as_stream(tensor), lambda block: None)
 
 
-def _digest(stream: Stream, each: Callable[[memoryview], Any], hashing: ThreadPoolExecutor) -> str:
-    """Hash a stream and hand its bytes to ``each``; of large blocks both at the same time."""
+def digests_of(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """``digest_of`` each tensor, several at once."""
+    return dict(zip(tensors, spread(digest_of, tensors.values()), strict=True))
+
+
+def _digest(stream: Stream, each: Callable[[torch.Tensor], None]) -> str:
+    """Hash a stream and hand each block to ``each`` as flat uint8 values."""
+    import torch
+
     digest = hashlib.sha256(f"{stream.dtype} {list(stream.shape)}\n".encode())
-    pending: Future[None] | None = None
     for block in stream.blocks():
-        data = _bytes_of(block)
-        if pending is not None:
-            pending.result()
-        if data.nbytes < _WORTH_A_THREAD:
-            pending = None
-            digest.update(data)
-        else:
-            pending = hashing.submit(digest.update, data)
+        data = block.view(torch.uint8)
+        digest.update(data.numpy().data)
         each(data)
-    if pending is not None:
-        pending.result()
     return digest.hexdigest()
 
 
@@ -207,9 +194,3 @@ def _code(name: str, dtype: str) -> str:
     if code is None:
         raise CheckpointError(f"Tensor '{name}' has dtype {dtype}, which cannot be stored.")
     return code
-
-
-def _bytes_of(block: torch.Tensor) -> memoryview:
-    import torch
-
-    return block.view(torch.uint8).numpy().data

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_snippet_runs(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "demo.md").read_text()
-    snippet = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    snippet = re.search(r"```python[^\n]*\n(.*?)```", page, re.DOTALL)
     assert snippet
     monkeypatch.chdir(ROOT)
     with served("lite", Uploads(tmp_path), ExplainOptions()) as url:

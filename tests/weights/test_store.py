@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from m2f2cli.errors import CheckpointError
-from m2f2cli.weights import atomic, store, tensorfile
+from m2f2cli.weights import atomic, filling, store, tensorfile
 
 CONFIG = {"model_type": "m2f2_detector", "hidden_size": 8}
 
@@ -135,7 +135,7 @@ def test_a_full_disk_leaves_the_old_result_or_none(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if place == "write":
-        monkeypatch.setattr(tensorfile, "_bytes_of", full)
+        monkeypatch.setattr(filling.Piece, "write", full)
     elif place == "fsync":
         monkeypatch.setattr(os, "fsync", full)
     else:
@@ -175,11 +175,10 @@ def test_a_killed_writer_leaves_the_old_result_and_no_litter(tmp_path, small_ten
     script = (
         "import sys, time, torch\n"
         "from pathlib import Path\n"
-        "from m2f2cli.weights import store, tensorfile\n"
-        "whole = tensorfile._bytes_of\n"
-        "def slow(tensor):\n"
-        "    print('writing', flush=True); time.sleep(60); return whole(tensor)\n"
-        "tensorfile._bytes_of = slow\n"
+        "from m2f2cli.weights import filling, store\n"
+        "def slow(piece, data):\n"
+        "    print('writing', flush=True); time.sleep(60)\n"
+        "filling.Piece.write = slow\n"
         "store.write_checkpoint(Path(sys.argv[1]), config={}, stage={}, overwrite=True,\n"
         "                       tensors={'x': torch.ones(9)})\n"
     )
