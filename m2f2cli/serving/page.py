@@ -102,7 +102,7 @@ class Page:
     async def focus(self, look: Look | None, event: gr.EventData) -> tuple[Any, ...]:
         """A face was chosen: (verdict, stage, reasons, face)."""
         faces = len(look.record.faces) if look else 0
-        face = event._data.get("face") if isinstance(event._data, dict) else None
+        face = getattr(event, "face", None)
         if look is None or not isinstance(face, int) or not 0 <= face < faces:
             return (gr.skip(),) * 4
         reasons = "" if self.explains else gr.skip()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from m2f2cli.errors import M2F2Error, MissingExtraError, UsageError
-from m2f2cli.serving.uploads import MAX_BYTES, Uploads
+from m2f2cli.serving.uploads import MAX_AGE, MAX_BYTES, Uploads
 
 if TYPE_CHECKING:
     from m2f2cli.inference.explain_options import ExplainOptions
@@ -28,6 +28,7 @@ _ENVIRONMENT = {
     "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+_TICKS = 600  # of uvicorn, ten a second
 _LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
@@ -175,7 +176,7 @@ def application(model: Any, *, options: ExplainOptions, address: Address, upload
         theme=demo.THEME,
         css_paths=[demo.ASSETS / "page.css"],
     )
-    hosts = _LOCAL if address.is_local else ()
+    hosts = (*_LOCAL, address.host) if address.is_local else ()
     return Gate(app, uploads=uploads, password=address.auth, hosts=hosts)
 
 
@@ -194,6 +195,11 @@ def web_server(app: Any, uploads: Uploads, ready: Callable[[], object]) -> Any:
             await super().startup(sockets)
             if self.started:
                 ready()
+
+        async def on_tick(self, counter: int) -> bool:
+            if counter % _TICKS == 0:
+                uploads.sweep(MAX_AGE)
+            return bool(await super().on_tick(counter))
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             await super().shutdown(sockets)

@@ -68,6 +68,12 @@ def test_a_missing_model_is_an_error(capsys):
     assert "There is no checkpoint" in capsys.readouterr().err
 
 
+def test_a_missing_package_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert run(["demo", "--port", "0"]) == 1
+    assert "pip install 'm2f2cli[demo]'" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
 def test_it_says_when_it_is_ready_and_ends_at_once(tiny_detector_folder, tmp_path, sent, code):
