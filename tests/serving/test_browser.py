@@ -62,10 +62,8 @@ def page(window: Browser, url: str) -> Browser:
 def reasons(page: Browser) -> dict[str, str]:
     """The finished answers by their headings."""
     page.one(".m2-answers[aria-busy=false]")
-    script = (
-        "return [...document.querySelectorAll('.m2-answers ' + arguments[0])].map(e => e.innerText)"
-    )
-    headings, answers = (page.run(script, tag) for tag in ("dt", "dd"))
+    script = "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText)"
+    headings, answers = (page.run(script, f".m2-answers {tag}") for tag in ("dt", "dd"))
     return {heading.lower(): answer for heading, answer in zip(headings, answers, strict=False)}
 
 
