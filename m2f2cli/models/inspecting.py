@@ -15,17 +15,17 @@ def inspect_checkpoint(name: str, *, verify: bool = False) -> Description:
     """Describe a checkpoint; compare a model of ours with what its config describes.
 
     Args:
-        name: A folder, a weights file, or ``lite`` for the bundled detector.
+        name: A folder, a weights file, or a bundled model (``lite``, ``lite-explainer``).
         verify: Also read every value: refuse NaN, and check the stored fingerprint.
 
     Raises:
         CheckpointError: Nothing is there, or it is damaged.
     """
     path = Path(name).expanduser()
-    if name == "lite" and not path.exists():
-        from m2f2cli.models.loading import resolve_checkpoint
+    if not path.exists():
+        from m2f2cli.models.loading import BUNDLED, resolve_checkpoint
 
-        path = resolve_checkpoint(name)
+        path = resolve_checkpoint(name) if name in BUNDLED else path
     found = describe.describe(path, verify=verify)
     ours = (kinds.DETECTOR, kinds.OUR_EXPLAINER)
     if found.kind not in ours or not found.config or not found.tensors:
