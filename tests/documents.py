@@ -218,7 +218,8 @@ def runs_here(command: Command, *, patiently: bool = False) -> bool:
     """Whether a command can be run where the reader stands (the current folder) and offline.
 
     Everything it needs must be there; a training's networks are, where it starts from the bundled
-    model. Trainings and judging 36 spoilt copies of every picture take minutes.
+    model. Trainings and judging 36 spoilt copies of every picture take minutes, and the page in the
+    browser ends only when it is told to.
 
     Args:
         command: The command.
@@ -226,7 +227,7 @@ def runs_here(command: Command, *, patiently: bool = False) -> bool:
     """
     words = command.arguments
     trains = words[0] in ("train-detector", "align", "lora") and "--print-config" not in words
-    if command.launched or (trains and "--init lite" not in " ".join(words)):
+    if command.launched or words[0] == "demo" or (trains and "--init lite" not in " ".join(words)):
         return False
     if (trains or "--robustness" in words) and not patiently:
         return False

@@ -15,7 +15,7 @@ LAYERS = (
     {"weights"},
     {"models", "data"},
     {"training", "inference", "preparation"},
-    {"evaluation"},
+    {"evaluation", "serving"},
     {"cli"},
     {"__main__", "__init__"},
 )

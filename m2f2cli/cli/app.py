@@ -39,6 +39,7 @@ class Entry(NamedTuple):
 COMMANDS = (
     Entry("detect", "m2f2cli.cli.infer:detect", "Judge pictures"),
     Entry("explain", "m2f2cli.cli.explain:explain", "Judge pictures"),
+    Entry("demo", "m2f2cli.cli.demo:demo", "Judge pictures"),
     Entry("prepare faces", "m2f2cli.cli.prepare:faces", "Prepare data"),
     Entry("prepare ddvqa", "m2f2cli.cli.prepare:ddvqa", "Prepare data"),
     Entry("evaluate ddvqa", "m2f2cli.cli.evaluate:ddvqa", "Measure"),
@@ -204,7 +205,8 @@ def main() -> None:
     # from everybody else: on a busy machine sleeping ones halve the time. Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = run(sys.argv[1:])
-    if "torch" in sys.modules and threading.active_count() == 1:
+    others = [t for t in threading.enumerate() if t is not threading.main_thread()]
+    if "torch" in sys.modules and all(thread.daemon for thread in others):
         # Taking torch and transformers apart costs a second that nobody needs: everything is
         # written, so run the exit hooks, flush, and leave.
         atexit._run_exitfuncs()

@@ -24,7 +24,8 @@ def flag(name: str, help: str, **extra: Any) -> Any:
         name: The long flag without its dashes.
         help: One sentence for the user.
         **extra: For ``typer.Option``; ``short="-m"`` adds a short spelling, ``switch=True``
-            marks a flag without a value, ``negatable=True`` one that ``--no-NAME`` switches off.
+            marks a flag without a value, ``negatable=True`` one that ``--no-NAME`` switches off;
+            ``variable`` names another environment variable than the flag's own.
     """
     negatable = extra.pop("negatable", False)
     spellings = [f"--{name}/--no-{name}" if negatable else f"--{name}"]
@@ -32,7 +33,7 @@ def flag(name: str, help: str, **extra: Any) -> Any:
         spellings.append(short)
     if extra.pop("switch", False):
         extra["metavar"] = ""
-    variable = "M2F2_" + name.upper().replace("-", "_")
+    variable = extra.pop("variable", "M2F2_" + name.upper().replace("-", "_"))
     return typer.Option(*spellings, help=help, envvar=variable, show_envvar=False, **extra)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from m2f2cli.data.judgement import parse
 from m2f2cli.errors import UsageError
@@ -13,7 +13,7 @@ from m2f2cli.inference.explain_asker import Asker, Loaded
 from m2f2cli.inference.explain_interviews import Heard, Interview, Interviewer, Plan
 from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.explain_questions import Question
-from m2f2cli.inference.prepare import Crop, Prepared
+from m2f2cli.inference.prepare import Crop, Prepared, View
 from m2f2cli.inference.scoring import Score
 from m2f2cli.inference.sources import Source, expand
 from m2f2cli.inference.verdict import Rule
@@ -26,7 +26,7 @@ from m2f2cli.records import (
     agree,
 )
 
-_FRAMES_AT_ONCE = 16
+FRAMES_AT_ONCE = 16
 
 
 def explain(
@@ -79,13 +79,8 @@ def explain_sources(
             "Leave out --condition truth, or name the questions with --dataset.",
         )
     with Decoder(sources, faces=options.detect.faces, frames=options.detect.frames) as decoder:
-        asker = Asker(model, options)
+        asker = ready(model, options)
         questions = options.chosen()
-        asker.leave_room(
-            asker.length(question.prompt(asker.template, told))
-            for question in questions
-            for told in (None, "real", "fake")
-        )
         settings = explain_settings(model, asker)
         rule = rule_of(asker.model.detector, options.detect)
         prepared = decoder.prepared(asker.recipe(), ahead=options.detect.batch_size)
@@ -94,7 +89,22 @@ def explain_sources(
             seen = zip(plan.crops, interviews, strict=True)
             scores = {crop.digest: interview.score for crop, interview in seen} | plan.scores
             found = assemble(plan.prepared, scores, rule, settings)
-            yield _with_words(found, plan, interviews)
+            yield with_words(found, plan, interviews)
+
+
+def ready(model: str | Loaded, options: ExplainOptions) -> Asker:
+    """An explainer that can be asked what the options choose: the answers have their room.
+
+    Raises:
+        M2F2Error: The model is unusable, or a question impossible.
+    """
+    asker = Asker(model, options)
+    asker.leave_room(
+        asker.length(question.prompt(asker.template, told))
+        for question in options.chosen()
+        for told in (None, "real", "fake")
+    )
+    return asker
 
 
 def explain_settings(model: str | Loaded, asker: Asker) -> ExplainSettings:
@@ -124,21 +134,25 @@ def _plan(prepared: Prepared, questions: tuple[Question, ...], asker: Asker, rul
         return Plan(prepared)
     if prepared.source.kind != "video":
         return Plan(prepared, prepared.views[0].crops, questions)
-    crops = {crop.digest: crop for view in prepared.views for crop in view.crops}
+    crops = list({c.digest: c for view in prepared.views for c in view.crops}.values())
     scores: dict[bytes, Score] = {}
-    pending = list(crops.values())
-    for first in range(0, len(pending), _FRAMES_AT_ONCE):
-        some = pending[first : first + _FRAMES_AT_ONCE]
+    for first in range(0, len(crops), FRAMES_AT_ONCE):
+        some = crops[first : first + FRAMES_AT_ONCE]
         scores.update(zip((crop.digest for crop in some), asker.look(some)[0], strict=True))
+    frame, crop = most_fake(prepared, scores, rule)
+    return Plan(prepared, (crop,), questions, scores, frame.index)
+
+
+def most_fake(prepared: Prepared, scores: Mapping[bytes, Score], rule: Rule) -> tuple[View, Crop]:
+    """The frame of a video with the highest fake probability, and the face that decides it."""
     frame, face = max(
         ((view, faces_of(view, scores, rule)[0]) for view in prepared.views if view.crops),
         key=lambda pair: pair[1].fake_probability,
     )
-    crop = next(crop for crop in frame.crops if crop.crop == face.crop)
-    return Plan(prepared, (crop,), questions, scores, frame.index)
+    return frame, next(crop for crop in frame.crops if crop.crop == face.crop)
 
 
-def _with_words(found: Detection, plan: Plan, interviews: Sequence[Interview]) -> Explanation:
+def with_words(found: Detection, plan: Plan, interviews: Sequence[Interview]) -> Explanation:
     """The record of an item with what the language model said of its faces."""
     explained = [
         _face(crop, interview, plan) for crop, interview in zip(plan.crops, interviews, strict=True)

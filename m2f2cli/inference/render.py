@@ -192,13 +192,27 @@ def heat(
         if values is None:
             continue
         x0, y0, x1, y1 = (round(value * shrink) for value in crop.crop)
-        size = (max(x1 - x0, 1), max(y1 - y0, 1))
-        spread = float(np.ptp(values))
-        unit = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
-        smooth = Image.fromarray(unit.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
-        level = np.clip(np.asarray(smooth), 0, 1)
-        knots = np.linspace(0, 1, len(_SCALE))
-        colours = np.stack([np.interp(level, knots, _SCALE[:, c]) for c in range(3)], axis=-1)
-        mask = Image.fromarray((70 + 90 * level).astype(np.uint8))
-        drawn.paste(Image.fromarray(colours.astype(np.uint8)), (x0, y0), mask)
+        layer = heat_layer(values, (max(x1 - x0, 1), max(y1 - y0, 1)))
+        drawn.paste(layer, (x0, y0), layer)
     return drawn
+
+
+def heat_layer(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """A forgery map as a see-through picture, to be laid over its crop.
+
+    Args:
+        values: float32 (g, g), cosines in [-1, 1].
+        size: (width, height) of the picture.
+
+    Returns:
+        RGBA; the more opaque, the higher the value.
+    """
+    spread = float(np.ptp(values))
+    unit = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
+    smooth = Image.fromarray(unit.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+    level = np.clip(np.asarray(smooth), 0, 1)
+    knots = np.linspace(0, 1, len(_SCALE))
+    colours = np.stack([np.interp(level, knots, _SCALE[:, c]) for c in range(3)], axis=-1)
+    layer = Image.fromarray(colours.astype(np.uint8))
+    layer.putalpha(Image.fromarray((70 + 90 * level).astype(np.uint8)))
+    return layer

@@ -64,7 +64,7 @@ def load_explainer(
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     quantisation = quantisation_config(quantise, kind)
-    folder = resolve_checkpoint(EXPLAINERS.get(name, name), patterns=_PATTERNS)
+    folder = find_explainer(name)
     config = read_explainer_config(folder)
     check_tensors(folder, config)
     # transformers reads one folder only.
@@ -85,6 +85,23 @@ def load_explainer(
     model.requires_grad_(False)
     model.fingerprint = store.fingerprint(folder)
     return model.eval(), folder
+
+
+def find_explainer(name: str) -> Path:
+    """The folder behind an explainer's name, as ``load_explainer`` takes it."""
+    return resolve_checkpoint(EXPLAINERS.get(name, name), patterns=_PATTERNS)
+
+
+def is_explainer(name: str) -> bool:
+    """Whether an explainer goes by a name, not a detector or something else alone.
+
+    Raises:
+        CheckpointError: Nothing goes by it.
+    """
+    folder = find_explainer(name)
+    if name in EXPLAINERS and not folder.is_dir():
+        return False
+    return bool(store.read_config(folder).get("model_type") == ExplainerConfig.model_type)
 
 
 def read_explainer_config(folder: Path) -> ExplainerConfig:

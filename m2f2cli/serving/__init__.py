@@ -1,0 +1,1 @@
+"""The page that judges pictures for people without a terminal."""

@@ -1,0 +1,220 @@
+"""``m2f2 demo`` as one process: address, password, model, page, and a clean end."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from m2f2cli.errors import M2F2Error, MissingExtraError, UsageError
+from m2f2cli.serving.uploads import MAX_AGE, MAX_BYTES, Uploads
+
+if TYPE_CHECKING:
+    from m2f2cli.inference.explain_options import ExplainOptions
+
+QUEUE = 20  # visitors that wait; more are told to come back
+SESSIONS = 64  # visitors whose last answer is kept
+CONNECTIONS = 400
+# Read when the web framework is imported: no telemetry, no statistics about visitors.
+_ENVIRONMENT = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1",
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+_TICKS = 600  # of uvicorn, ten a second
+_LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the page is served, and to whom.
+
+    Attributes:
+        host: A name or an address of this machine.
+        port: 0 takes a free one.
+        auth: ``USER:PASS`` that visitors have to give; None for none, on this computer only.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    auth: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        user, _, password = (self.auth or "").partition(":")
+        if self.auth is not None and not (user and password):
+            raise UsageError("--auth takes USER:PASS.", "For example: --auth anna:a-long-password")
+        if not self.is_local and self.auth is None:
+            raise UsageError(
+                f"On '{self.host}' others can reach the page, so it needs a password.",
+                "Set M2F2_DEMO_AUTH=USER:PASS, add --auth USER:PASS, or leave out --host.",
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this computer can reach it."""
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    def bind(self) -> socket.socket:
+        """Take the address, before anything slow is done.
+
+        Raises:
+            M2F2Error: It is taken, or not ours.
+        """
+        where = f"port {self.port} of '{self.host}'"
+        try:
+            found = socket.getaddrinfo(
+                self.host.strip("[]"), self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            family, kind, protocol, _, address = found[0]
+            bound = socket.socket(family, kind, protocol)
+        except (OSError, UnicodeError) as error:
+            raise M2F2Error(f"There is no host '{self.host}' here.", "Check --host.") from error
+        try:
+            if os.name == "posix":
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            bound.listen()
+        except (OSError, OverflowError) as error:
+            bound.close()
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
+                raise M2F2Error(
+                    f"Another program uses {where}.",
+                    "End it, or choose another port: --port 0 takes a free one.",
+                ) from error
+            reason = getattr(error, "strerror", None) or str(error)
+            raise M2F2Error(
+                f"The page cannot be served on {where}: {reason}.", "Check --host and --port."
+            ) from error
+        return bound
+
+
+def serve(
+    model: str,
+    *,
+    address: Address,
+    options: ExplainOptions,
+    ready: Callable[[str], object],
+) -> None:
+    """Serve the page until the process is told to end.
+
+    Args:
+        model: See ``inference.session.Session``.
+        address: Where and to whom.
+        options: How to judge and to ask.
+        ready: Is told the page's address once it answers.
+
+    Raises:
+        M2F2Error: The address is taken, the model is unusable, or a package is missing.
+        KeyboardInterrupt: It was ended by Ctrl-C.
+    """
+    bound = address.bind()
+    uploads = Uploads()
+    try:
+        app = application(model, options=options, address=address, uploads=uploads)
+        host, port = bound.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        server = web_server(app, uploads, lambda: ready(f"http://{shown}:{port}"))
+        server.run(sockets=[bound])
+    finally:
+        uploads.close()
+        bound.close()
+
+
+def application(model: Any, *, options: ExplainOptions, address: Address, uploads: Uploads) -> Any:
+    """The page behind its gate, as an ASGI application.
+
+    Args:
+        model: See ``inference.session.Session``.
+        options: How to judge and to ask.
+        address: To whom it is served.
+        uploads: Where files go.
+
+    Raises:
+        M2F2Error: The model is unusable, or a package is missing.
+    """
+    os.environ.update(_ENVIRONMENT, GRADIO_TEMP_DIR=str(uploads.folder))
+    from m2f2cli.inference.session import Session
+    from m2f2cli.serving.card import card_of
+    from m2f2cli.serving.gate import Gate
+    from m2f2cli.serving.service import Service
+
+    try:
+        import fastapi
+        import gradio as gr
+    except ImportError as error:
+        raise MissingExtraError("gradio", "demo", "The page") from error
+    from m2f2cli.serving import demo
+    from m2f2cli.serving.page import Page
+
+    session = Session(model, options=options)
+    page = Page(Service(session, uploads), no_reasons=demo.NO_REASONS)
+    blocks = demo.build(page, card=card_of(session))
+    blocks.queue(max_size=QUEUE, default_concurrency_limit=1)
+    blocks.state_session_capacity = SESSIONS
+    app = gr.mount_gradio_app(
+        fastapi.FastAPI(openapi_url=None),
+        blocks,
+        path="/",
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        max_file_size=MAX_BYTES,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=demo.THEME,
+        css_paths=[demo.ASSETS / "page.css"],
+    )
+    hosts = (*_LOCAL, address.host) if address.is_local else ()
+    return Gate(app, uploads=uploads, password=address.auth, hosts=hosts)
+
+
+def web_server(app: Any, uploads: Uploads, ready: Callable[[], object]) -> Any:
+    """A ``uvicorn.Server`` for ``application``; ``run(sockets=[…])`` serves until it is ended.
+
+    Args:
+        app: From ``application``.
+        uploads: Deleted at the end.
+        ready: Is called once it answers.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                ready()
+
+        async def on_tick(self, counter: int) -> bool:
+            if counter % _TICKS == 0:
+                uploads.sweep(MAX_AGE)
+            return bool(await super().on_tick(counter))
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().shutdown(sockets)
+            uploads.close()  # a signal may end the process before anything else can
+
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.ERROR)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=0,
+    )
+    return Server(config)

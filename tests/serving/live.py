@@ -1,0 +1,34 @@
+"""The page, really served, in a thread of the test."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from m2f2cli.inference.explain_options import ExplainOptions
+from m2f2cli.serving.server import Address, application, web_server
+from m2f2cli.serving.uploads import Uploads
+
+
+@contextmanager
+def served(
+    model: Any, uploads: Uploads, options: ExplainOptions, auth: str | None = None
+) -> Iterator[str]:
+    """The address of a page about a model, for as long as the block lasts."""
+    address = Address(port=0, auth=auth)
+    app = application(model, options=options, address=address, uploads=uploads)
+    bound = address.bind()
+    ready = threading.Event()
+    server = web_server(app, uploads, ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(15)
+        bound.close()
+    assert not thread.is_alive()

@@ -1,0 +1,39 @@
+"""What the page says about its model before it is trusted."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+from m2f2cli.inference.session import Session
+from m2f2cli.serving import wording
+from m2f2cli.serving.card import card_of
+from tests.inference.conftest import MeanJudge
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_bundled_models_limits_are_those_of_its_card():
+    own = (files("m2f2cli") / "assets" / "lite" / "README.md").read_text(encoding="utf-8")
+    card = (ROOT / "docs" / "models" / "lite-detector.md").read_text()
+    paragraphs = [part for part in own.split("\n\n") if not part.startswith("#")]
+    assert paragraphs
+    for paragraph in paragraphs:
+        assert paragraph.strip() in card
+
+
+def test_a_folders_card_is_shown_without_its_header(tmp_path, tiny_detector_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_detector_folder, folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Ours\n\nTrained on cats.")
+    session = Session(str(folder))
+    card = card_of(session)
+    assert "# Ours\n\nTrained on cats." in card
+    assert "license" not in card
+    assert str(session.settings.model_fingerprint) in card
+    assert "Threshold 50 %" in card
+
+
+def test_without_a_card_the_general_limits_stand_alone():
+    assert wording.OPINION in card_of(Session(MeanJudge()))
