@@ -1,8 +1,8 @@
 """The page under load: eight clients, a hundred requests; and how long a person waits.
 
-Two cores that other programs kept busy too (load 7), the bundled detector: 7.6 s of processor time
-to the ready line (41 s by the clock), 0.87 s from drop to verdict; 200 of 200 requests answered,
-none mixed up, 2.9 a second, 588 MB before and 589 MB after.
+Two cores, the bundled explainer: 8.5 s to the ready line while little else ran (32 s at load 8);
+then, at load 8: 0.71 s from drop to verdict, 200 of 200 requests answered, none mixed up, 3.5 a
+second, 633 MB before and after.
 
 Run with: pytest tests/bench/test_demo_load.py -m bench -s
 """
