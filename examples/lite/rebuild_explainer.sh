@@ -22,13 +22,10 @@ m2f2 align --config "$here/align.yaml" --model "$work/explainer-0" --data "$work
   --images "$images" --output "$work/delta-1" --resume
 m2f2 merge --base "$work/explainer-0" --delta "$work/delta-1" --output "$work/explainer-1"
 
-step "lora: stage 3, each answer asked for in one way and then in the other"
-lora() { m2f2 lora --config "$here/lora.yaml" --images "$images" --resume "$@"; }
-lora --model "$work/explainer-1" --data "$work/talks/explain.json" --output "$work/delta-2"
-m2f2 merge --base "$work/explainer-1" --delta "$work/delta-2" --output "$work/explainer-2"
-lora --model "$work/explainer-2" --data "$work/talks/explain_more.json" --output "$work/delta-3" \
-  --learning-rate 5e-4 --projector-lr 5e-4 --seed 1
-m2f2 merge --base "$work/explainer-2" --delta "$work/delta-3" --dtype float16 --output "$work/explainer" --verify
+step "lora: stage 3"
+m2f2 lora --config "$here/lora.yaml" --model "$work/explainer-1" --data "$work/talks/explain.json" \
+  --images "$images" --output "$work/delta-2" --resume
+m2f2 merge --base "$work/explainer-1" --delta "$work/delta-2" --dtype float16 --output "$work/explainer" --verify
 
 step "how it does on the held-out people"
 for condition in truth detector none; do

@@ -9,7 +9,6 @@ here too: of them alone is its answer as uncertain as it will be of strangers.
     judge.json                stage 2: the authenticity question, in the words of both templates
     explain.json              stage 3: every answer, asked as in the test (the label is told) or
                               with nothing told; judgements
-    explain_more.json         its second pass: the other way round
     validation.jsonl          the held-out people's pictures, in the form of the test questions
     validation_truth.jsonl    and their labels
 """
@@ -76,24 +75,17 @@ def row(stem: str, question: str, answer: str) -> dict[str, Any]:
     return {"id": stem[2:], "image": f"{stem}.jpg", "conversations": turns}
 
 
-def judgements(stem: str, words: Sequence[str] = JUDGE) -> Iterator[dict[str, Any]]:
-    for judge in words:
+def judgements(stem: str) -> Iterator[dict[str, Any]]:
+    for judge in JUDGE:
         yield row(stem, judge, explanations.JUDGEMENT.format(verdict=verdict_of(stem)))
 
 
-def talks(stem: str, answers: Sequence[Answer], *, again: bool) -> Iterator[dict[str, Any]]:
-    """One picture's conversations in the first pass, or in the second, ``again``.
-
-    Each answer is asked for with the label told in the one and with nothing told in the other. The
-    second evens out judgements, since there are twice as many forged pictures as real ones.
-    """
+def talks(stem: str, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
     verdict, draw = verdict_of(stem), random.Random(stem)
     for answer in filter(said, answers):
         published, _, plain = questions(answer, verdict)
-        told = draw.choice((True, False)) != again
-        yield row(stem, str(published if told else plain), said(answer))
-    once = (draw.choice(JUDGE),)
-    yield from judgements(stem, once if again and verdict != REAL else JUDGE)
+        yield row(stem, str(draw.choice((published, plain))), said(answer))
+    yield from judgements(stem)
 
 
 def validation(stem: str, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
@@ -125,16 +117,12 @@ def main(root: Path, output: Path) -> None:
     kept = [Path(sample.name).stem for sample in held.samples]
     output.mkdir(parents=True, exist_ok=True)
     judge = [one for stem in shown for one in judgements(stem)]
-    explain, more = (
-        [one for stem in shown for one in talks(stem, known[stem], again=again)]
-        for again in (False, True)
-    )
-    for rows in (judge, explain, more):
+    explain = [one for stem in shown for one in talks(stem, known[stem])]
+    for rows in (judge, explain):
         random.Random(0).shuffle(rows)
     write(output / "text.jsonl", list(texts(known)))
     write(output / "judge.json", judge)
     write(output / "explain.json", explain)
-    write(output / "explain_more.json", more)
     asked = [one for stem in kept for one in validation(stem, annotations[stem])]
     write(output / "validation.jsonl", asked)
     write(output / "validation_truth.jsonl", [truth(stem) for stem in kept])

@@ -6,6 +6,8 @@ import shutil
 from importlib.resources import files
 from pathlib import Path
 
+import pytest
+
 from m2f2cli.inference.session import Session
 from m2f2cli.serving import wording
 from m2f2cli.serving.card import card_of
@@ -14,9 +16,12 @@ from tests.inference.conftest import MeanJudge
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_bundled_models_limits_are_those_of_its_card():
-    own = (files("m2f2cli") / "assets" / "lite" / "README.md").read_text(encoding="utf-8")
-    card = (ROOT / "docs" / "models" / "lite-detector.md").read_text()
+@pytest.mark.parametrize(
+    ("model", "page"), [("lite", "lite-detector"), ("lite-explainer", "lite-explainer")]
+)
+def test_the_bundled_models_limits_are_those_of_their_cards(model, page):
+    own = (files("m2f2cli") / "assets" / model / "README.md").read_text(encoding="utf-8")
+    card = (ROOT / "docs" / "models" / f"{page}.md").read_text(encoding="utf-8")
     paragraphs = [part for part in own.split("\n\n") if not part.startswith("#")]
     assert paragraphs
     for paragraph in paragraphs:
