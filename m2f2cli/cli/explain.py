@@ -54,15 +54,17 @@ def explain(**values: Any) -> None:
     printer = Output(as_json=values["as_json"], quiet=values["quiet"])
     kept = {name: values[name] for name in ("model", "output", "overwrite")}
     options = _options(values)
-    if values["model"] == "lite":
-        printer.note(_SMALL)
     if values["dataset"] is not None:
         answers = DatasetJob(values["dataset"], values["images"], options=options, **kept)
-        raise typer.Exit(_answer(answers, printer))
-    tripping = gates(values["fail_on"])
-    job = ExplainJob(values["paths"] or [], options=options, recursive=values["recursive"], **kept)
-    _explain(job, printer, shown=values["output"] is None)
-    raise typer.Exit(exit_code(job.tally, tripping))
+        code = _answer(answers, printer)
+    else:
+        tripping, paths = gates(values["fail_on"]), values["paths"] or []
+        job = ExplainJob(paths, options=options, recursive=values["recursive"], **kept)
+        _explain(job, printer, shown=values["output"] is None)
+        code = exit_code(job.tally, tripping)
+    if values["model"] == "lite":
+        printer.note(_SMALL)
+    raise typer.Exit(code)
 
 
 def _check(values: Mapping[str, Any]) -> None:
