@@ -98,10 +98,8 @@ def is_explainer(name: str) -> bool:
     Raises:
         CheckpointError: Nothing goes by it.
     """
-    folder = find_explainer(name)
-    if name in EXPLAINERS and not folder.is_dir():
-        return False
-    return bool(store.read_config(folder).get("model_type") == ExplainerConfig.model_type)
+    kind = store.read_config(find_explainer(name)).get("model_type")
+    return bool(kind == ExplainerConfig.model_type)
 
 
 def read_explainer_config(folder: Path) -> ExplainerConfig:
