@@ -6,10 +6,12 @@ import errno
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from m2f2cli.errors import M2F2Error, MissingExtraError, UsageError
@@ -125,6 +127,8 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         server = web_server(app, uploads, lambda: ready(f"http://{shown}:{port}"))
         server.run(sockets=[bound])
+        if server.interrupted:  # a background job of a shell is deaf to what run() sends on
+            raise KeyboardInterrupt
     finally:
         uploads.close()
         bound.close()
@@ -183,6 +187,8 @@ def application(model: Any, *, options: ExplainOptions, address: Address, upload
 def web_server(app: Any, uploads: Uploads, ready: Callable[[], object]) -> Any:
     """A ``uvicorn.Server`` for ``application``; ``run(sockets=[…])`` serves until it is ended.
 
+    Its ``interrupted`` says whether Ctrl-C ended it.
+
     Args:
         app: From ``application``.
         uploads: Deleted at the end.
@@ -191,6 +197,12 @@ def web_server(app: Any, uploads: Uploads, ready: Callable[[], object]) -> Any:
     import uvicorn
 
     class Server(uvicorn.Server):
+        interrupted = False
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            self.interrupted = self.interrupted or sig == signal.SIGINT
+            super().handle_exit(sig, frame)
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:

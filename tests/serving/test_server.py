@@ -75,9 +75,16 @@ def test_a_missing_package_is_one_sentence(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
-def test_it_says_when_it_is_ready_and_ends_at_once(tiny_detector_folder, tmp_path, sent, code):
-    command = [*DEMO, "--port", "0", "--model", str(tiny_detector_folder)]
+@pytest.mark.parametrize(
+    ("sent", "code", "started"),
+    [(signal.SIGINT, 130, ""), (signal.SIGINT, 130, "trap '' INT; "), (signal.SIGTERM, -15, "")],
+    ids=["interrupted", "interrupted in the background", "terminated"],
+)
+def test_it_says_when_it_is_ready_and_ends_at_once(
+    tiny_detector_folder, tmp_path, sent, code, started
+):
+    command = ["sh", "-c", f'{started}exec "$@"', "sh", *DEMO]
+    command += ["--port", "0", "--model", str(tiny_detector_folder)]
     about = {**os.environ, "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=about
