@@ -67,8 +67,7 @@ def load_explainer(
     folder = find_explainer(name)
     config = read_explainer_config(folder)
     check_tensors(folder, config)
-    # transformers reads one folder only.
-    shares = bool(store.shared_tensors(folder))
+    shares = (folder / store.SHARED).is_file()  # transformers reads one folder only
     with _no_progress_bars():
         model: Explainer = Explainer.from_pretrained(
             None if shares else folder,

@@ -14,7 +14,7 @@ from m2f2cli.errors import CheckpointError
 from m2f2cli.weights import store
 from m2f2cli.weights.atomic import MARK, atomic_folder
 from m2f2cli.weights.streams import as_stream
-from m2f2cli.weights.tensorfile import digest_of, write_tensor_file
+from m2f2cli.weights.tensorfile import digests_of, write_tensor_file
 
 
 def share(folder: Path, output: Path, *, begin: str, source: Path) -> None:
@@ -31,14 +31,9 @@ def share(folder: Path, output: Path, *, begin: str, source: Path) -> None:
     """
     tensors = store.open_tensors(folder)
     theirs = {begin + key: tensor for key, tensor in store.open_tensors(source).items()}
-    shared = {key for key in tensors if key.startswith(begin)}
-    unlike = [
-        key
-        for key in sorted(shared | set(theirs))
-        if key not in tensors
-        or key not in theirs
-        or digest_of(tensors[key]) != digest_of(theirs[key])
-    ]
+    shared = {key: tensor for key, tensor in tensors.items() if key.startswith(begin)}
+    mine, others = digests_of(shared), digests_of(theirs)
+    unlike = [key for key in mine | others if mine.get(key) != others.get(key)]
     if unlike:
         raise CheckpointError(
             f"'{folder}' and '{source}' differ in {len(unlike)} tensors: {store.name_some(unlike)}."
