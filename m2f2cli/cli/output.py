@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ EXIT_GATE = 4
 EXIT_INTERRUPTED = 130
 
 _WIDE = 400  # columns for a reader that is no terminal: never wrap, never cut
+_SECONDS_A_LINE = 60  # between lines of progress in a log
 
 
 def printable(text: str) -> str:
@@ -123,7 +127,9 @@ class Output:
     def progress(
         self, description: str, total: int | None = None, *, in_bytes: bool = False
     ) -> Iterator[Callable[..., None]]:
-        """Show a progress bar on standard error, only where that is a terminal and not quiet.
+        """Show on standard error how far a command is, unless quiet.
+
+        A terminal gets a bar that vanishes; a log a line a minute, so that short commands add none.
 
         Args:
             description: What is done.
@@ -133,8 +139,11 @@ class Output:
         Yields:
             ``advance(steps=1, note="")``: moves the bar and sets the words beside it.
         """
-        if self.quiet or not sys.stderr.isatty():
+        if self.quiet:
             yield lambda steps=1, note="": None
+            return
+        if not sys.stderr.isatty():
+            yield _Lines(description, total, in_bytes, self.note)
             return
         from rich.progress import (
             BarColumn,
@@ -161,6 +170,49 @@ class Output:
                 bar.update(task, advance=steps, note=note)
 
             yield advance
+
+
+class _Lines:
+    """Progress for a log: ``Training: 120/640, 0:12:05 left, loss 0.431``, once a minute.
+
+    The first call starts the clock, so that steps which a resumed run has behind it are not taken
+    for fast ones. Several threads may call.
+    """
+
+    def __init__(
+        self, description: str, total: int | None, in_bytes: bool, say: Callable[[str], None]
+    ) -> None:
+        self.description = description
+        self.total = total
+        self.in_bytes = in_bytes
+        self.say = say
+        self.lock = threading.Lock()
+        self.done = 0
+        self.last: tuple[float, int] | None = None  # when a line was due, and the steps done then
+
+    def __call__(self, steps: int = 1, note: str = "") -> None:
+        with self.lock:
+            self.done += steps
+            self._speak_if_due(note)
+
+    def _speak_if_due(self, note: str) -> None:
+        now = time.monotonic()
+        if self.last is None:
+            self.last = now, self.done
+        then, before = self.last
+        if now - then < _SECONDS_A_LINE:
+            return
+        self.last = now, self.done
+        words = [self._amount(self.done)]
+        if self.total is not None:
+            words[0] += f"/{self._amount(self.total)}"
+            if self.done > before:
+                seconds = (self.total - self.done) * (now - then) / (self.done - before)
+                words.append(f"{timedelta(seconds=round(seconds))} left")
+        self.say(f"{self.description}: {', '.join(filter(None, [*words, note]))}")
+
+    def _amount(self, steps: int) -> str:
+        return f"{steps / 1e9:.1f} GB" if self.in_bytes else str(steps)
 
 
 def _console(stream: TextIO) -> Console:

@@ -51,7 +51,45 @@ def test_a_table_is_whole_and_plain_in_a_pipe(capsys: pytest.CaptureFixture[str]
     assert all("\x1b" not in line for line in lines)
 
 
-def test_progress_shows_only_on_a_terminal(
+def test_a_log_gets_a_line_a_minute(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with Output().progress("Training", 500) as advance:
+        advance(100, "")  # a resumed run
+        for step in range(1, 121):
+            now += 1.5
+            advance(1, f"loss {1 / step:.3f}")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "Training: 140/500, 0:09:00 left, loss 0.025",
+        "Training: 180/500, 0:08:00 left, loss 0.013",
+        "Training: 220/500, 0:07:00 left, loss 0.008",
+    ]
+
+
+def test_a_log_of_bytes_or_of_no_known_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with Output().progress("Merging", 14_000_000_000, in_bytes=True) as merged:
+        merged(0)
+        now += 60
+        merged(3_500_000_000, "layers.0")
+    with Output().progress("Verifying") as verified:
+        verified()
+        now += 61
+        verified(note="layers.0")
+    assert capsys.readouterr().err.splitlines() == [
+        "Merging: 3.5 GB/14.0 GB, 0:03:00 left, layers.0",
+        "Verifying: 2, layers.0",
+    ]
+
+
+def test_a_short_command_adds_nothing_to_a_log_and_draws_a_bar_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Output().progress("Judging", 2) as advance:
