@@ -32,12 +32,18 @@ align --model explainer-0 --output delta-1 {{talks}} {{run}}
     --learning-rate 1e-2 --validation-share 0.3 --eval-steps 1 --answer-tokens 4
 merge --base explainer-0 --delta delta-1 --output explainer-1
 lora --model explainer-1 --output delta-2 {{talks}} {{run}} --rank 16 --alpha 32
-    --learning-rate 2e-2 --projector-lr 1e-2 --epochs 12
+    --learning-rate 1e-2 --projector-lr 1e-2 --epochs 16
 merge --base explainer-1 --delta delta-2 --output last --verify
 """.format(
     talks="--data talks.json --images crops --batch-size 6 --max-length 400",
     run="--device cpu --report-to none --quiet",
 )
+
+
+def ask_as_explain_does(file: Path) -> None:
+    """Training keeps the newlines around placeholders, as published, and so would ask otherwise."""
+    placeholders = json.dumps(PLACEHOLDERS)[1:-1]
+    file.write_text(file.read_text().replace(placeholders, "<image><deepfake>"))
 
 
 def speaker(file: Path) -> LlamaForCausalLM:
@@ -89,7 +95,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
 def chain(tmp_path, clip_folder, monkeypatch):  # noqa: F811
     """Stands in the folder of a finished chain."""
     monkeypatch.chdir(tmp_path)
-    write_talks(tmp_path)
+    ask_as_explain_does(write_talks(tmp_path))
     write_base(tmp_path / "base", speaker(tmp_path / "talks.json"))
     sort_by_label(tmp_path / "crops", tmp_path / "faces")
     (tmp_path / "clip").symlink_to(clip_folder)
@@ -135,6 +141,7 @@ def check_family(chain: Path) -> None:
 def check_explained(chain: Path) -> None:
     """The last explainer speaks in sentences, and sees more than chance."""
     asked = ["explain", "crops", "--model", "last", "--faces", "none", "--region", "skin"]
+    asked += ["--condition", "none"]  # as it was trained
     assert app.run([*asked, "--max-new-tokens", "40", "--output", "why.jsonl"]) == 0
     records = rows(chain / "why.jsonl")
     assert len(records) == 12
