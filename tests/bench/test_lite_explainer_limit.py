@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from m2f2cli.data.ddvqa import kind_of, read_ddvqa, read_judgements
+from m2f2cli.data.images import read_picture
 from m2f2cli.data.samples import REAL, split_by_identity
 from m2f2cli.data.transforms import preprocess
-from m2f2cli.evaluation.metrics import roc_auc
+from m2f2cli.evaluation.metrics import Ranking, area
 from m2f2cli.models.loading import load_detector
 
 pytestmark = [
@@ -47,8 +47,7 @@ def read(samples, crops: Path, annotations: Path) -> Part:
     judged = read_judgements(annotations, stems)
     columns: dict[str, list[np.ndarray]] = {"verdict": [], "backbone": [], "patches": []}
     for stem in stems:
-        with Image.open(crops / f"{stem}.jpg") as picture:
-            pixels = np.asarray(picture.convert("RGB"))
+        pixels = read_picture(crops / f"{stem}.jpg").pixels
         pixels = preprocess(pixels, size=size, mean=config.image_mean, std=config.image_std)
         with torch.inference_mode():
             out = detector(torch.from_numpy(pixels)[None], return_hidden=True)
@@ -71,18 +70,16 @@ def foretold(known: np.ndarray, targets: np.ndarray, unknown: np.ndarray) -> np.
     return unknown @ (known.T @ np.linalg.solve(kernel, targets - targets.mean(0)))
 
 
-def mean_auc(targets: np.ndarray, scores: np.ndarray) -> float:
-    kept = targets.any(0) & ~targets.all(0)
-    pairs = zip(targets.T[kept], scores.T[kept], strict=True)
-    return float(np.mean([roc_auc(target, score) for target, score in pairs]))
-
-
 def interval(targets: np.ndarray, scores: np.ndarray) -> tuple[float, float, float]:
-    """The mean AUC, and its 95 % percentile bootstrap over pictures."""
-    draw = np.random.default_rng(0).integers(0, len(targets), (DRAWS, len(targets)))
-    drawn = [mean_auc(targets[rows], scores[rows]) for rows in draw]
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return mean_auc(targets, scores), float(low), float(high)
+    """The mean AUC over targets, and its 95 % percentile bootstrap over pictures."""
+    count = len(targets)
+    draws = np.random.default_rng(0).integers(0, count, (DRAWS, count))
+    weights = np.stack([np.ones(count), *(np.bincount(draw, minlength=count) for draw in draws)])
+    rankings = map(Ranking, targets.T, scores.T)
+    # A draw that lacks a class has no AUC of that target.
+    found = np.nanmean([area(ranking.curve(weights)) for ranking in rankings], axis=0)
+    low, high = np.quantile(found[1:], (0.025, 0.975))
+    return float(found[0]), float(low), float(high)
 
 
 def test_what_features_tell_of_what_annotators_say():
