@@ -88,8 +88,8 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def write_detector(folder: Path) -> Path:
     """A checkpoint folder of a tiny detector with random weights."""
+    from m2f2cli.checkpoints import store
     from m2f2cli.models.detector import Detector, DetectorConfig
-    from m2f2cli.weights import store
 
     model = randomise(Detector(DetectorConfig(**tiny_fields())))
     store.write_checkpoint(

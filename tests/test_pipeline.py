@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from m2f2cli.checkpoints import store
 from m2f2cli.cli import app
 from m2f2cli.data.conversations import read_conversations
+from m2f2cli.data.prepare.explanations import PLACEHOLDERS
 from m2f2cli.models.conversation import VICUNA_V1, turns_of
 from m2f2cli.models.tokenizer import load_tokenizer
-from m2f2cli.preparation.explanations import PLACEHOLDERS
-from m2f2cli.weights import store
+from tests.checkpoints import llavas
 from tests.conftest import TINY_CLIP, TINY_SIDE
 from tests.models.explainers import TEXT, TOKENIZER
 from tests.training.conftest import clip_folder, one_thread  # noqa: F401 - fixtures
 from tests.training.talks import write_talks
-from tests.weights import llavas
 
 CHAIN = f"""
 train-detector --data faces --clip clip --output detector {{run}} --image-size {TINY_SIDE}

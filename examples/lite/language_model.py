@@ -21,10 +21,10 @@ import sentencepiece
 import torch
 from torch import nn
 
+from m2f2cli.checkpoints import store
 from m2f2cli.models.conversation import DDVQA, VICUNA_V1, Turn, encode_with_labels
 from m2f2cli.models.tokenizer import load_tokenizer
 from m2f2cli.runtime import cure_torchvision, seed_everything
-from m2f2cli.weights import store
 
 cure_torchvision()
 
@@ -37,7 +37,7 @@ from transformers import (  # noqa: E402
     set_seed,
 )
 
-from m2f2cli.models.loading import resolve_checkpoint  # noqa: E402
+from m2f2cli.checkpoints.loading import resolve_checkpoint  # noqa: E402
 
 WORDS = 1280
 SIZES = {

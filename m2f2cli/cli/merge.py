@@ -9,8 +9,8 @@ from m2f2cli.cli import options as flags
 from m2f2cli.cli.output import Output
 
 if TYPE_CHECKING:
-    from m2f2cli.models.merge_proof import Proof
-    from m2f2cli.weights.merge import Merge
+    from m2f2cli.checkpoints.merge import Merge
+    from m2f2cli.checkpoints.merge_proof import Proof
 
 EXAMPLES = {
     "merge": (
@@ -94,7 +94,7 @@ def merge(
     place, and a delta must have been trained on this base. The output folder appears whole or not
     at all; a run that was killed is simply started again.
     """
-    from m2f2cli.weights.merge import Merge
+    from m2f2cli.checkpoints.merge import Merge
 
     out = Output(as_json, quiet)
     job = Merge(base, delta, output, dtype=dtype, force=force, overwrite=overwrite)
@@ -147,7 +147,7 @@ def _show_plan(out: Output, job: Merge) -> None:
 
 
 def _verify(out: Output, job: Merge) -> Proof:
-    from m2f2cli.models.merge_proof import prove
+    from m2f2cli.checkpoints.merge_proof import prove
 
     with out.progress("Verifying", None) as advance:
         return prove(job, advance)

@@ -12,7 +12,7 @@ from m2f2cli.cli import options as flags
 from m2f2cli.cli.output import EXIT_SOME_FAILED, Output
 
 if TYPE_CHECKING:
-    from m2f2cli.preparation.faces import Prepared
+    from m2f2cli.data.prepare.faces import Prepared
 
 EXAMPLES = {
     "prepare faces": (
@@ -106,7 +106,7 @@ def faces(
 
     Exit codes: 0 done, 3 some videos have no crops.
     """
-    from m2f2cli.preparation.faces import FacesJob, FacesOptions
+    from m2f2cli.data.prepare.faces import FacesJob, FacesOptions
 
     job = FacesJob(
         sources or [],
@@ -147,7 +147,7 @@ def ddvqa(
     Four files: judge-only conversations (stage 2), explanations in one and in two turns (stage 3),
     the test questions with reference answers, and the truth about the test pictures.
     """
-    from m2f2cli.preparation.ddvqa import prepare_ddvqa
+    from m2f2cli.data.prepare.ddvqa import prepare_ddvqa
 
     report = prepare_ddvqa(root, output, seed=seed, overwrite=overwrite)
     printer = Output(as_json=as_json, quiet=quiet)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from m2f2cli.cli.train import as_command, train
-from m2f2cli.training.explainer_options import AlignOptions, LoraOptions
+from m2f2cli.options.train_explainer import AlignOptions, LoraOptions
 
 _BLANKS = {"model": "DIR", "data": "FILE", "images": "DIR", "output": "DIR"}
 

@@ -16,10 +16,10 @@ import typer
 
 from m2f2cli.cli import options as flags
 from m2f2cli.cli.output import Output
-from m2f2cli.config import OptionGroups, flag_name
+from m2f2cli.options.fields import OptionGroups, flag_name
+from m2f2cli.options.recipes import read_recipe
+from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.runtime import first_process
-from m2f2cli.training.options import TrainDetectorOptions
-from m2f2cli.training.recipes import read_recipe
 
 EXAMPLES = {
     "train-detector": (

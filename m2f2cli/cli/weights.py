@@ -39,7 +39,7 @@ def import_checkpoint(
     1), a CLIP vision tower beside one that lacks it. Every key is mapped, folded or dropped for a
     stated reason; an unknown one is an error. Nothing that a pickle names is run.
     """
-    from m2f2cli.models.importing import Import
+    from m2f2cli.checkpoints.importing import Import
 
     out = Output(as_json, quiet)
     job = Import(files, output, clip_config=clip_config, overwrite=overwrite)
@@ -77,7 +77,7 @@ def init_llava(
     new projector for the detector's answer is drawn from N(0, 0.1). One CLIP tower serves both.
     Tensors are copied one by one, so memory does not grow with the model.
     """
-    from m2f2cli.models.initialising import InitLlava, InitLlavaOptions
+    from m2f2cli.checkpoints.initialising import InitLlava, InitLlavaOptions
 
     out = Output(as_json, quiet)
     options = InitLlavaOptions(dtype=dtype, tower=tower, seed=seed)

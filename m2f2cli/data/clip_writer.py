@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 
 from m2f2cli.data.clips import ClipNotes, ClipShape, FrameReader, check_pixels, write_notes
-from m2f2cli.weights.atomic import sync_folder, write_error
+from m2f2cli.files import sync_folder, write_error
 
 
 class ClipWriter:

@@ -22,8 +22,8 @@ REAL = "real"
 LAYOUTS = Registry(
     "data layout",
     {
-        "folder": "m2f2cli.data.folder:read_folder",
-        "ddvqa": "m2f2cli.data.ddvqa:read_ddvqa",
+        "folder": "m2f2cli.data.readers.folder:read_folder",
+        "ddvqa": "m2f2cli.data.readers.ddvqa:read_ddvqa",
     },
     group="m2f2cli.layouts",
 )
@@ -119,8 +119,8 @@ def read_samples(source: str | Path, identities: Path | None = None) -> SampleSe
         InputError: The folder is missing, holds no pictures, or lacks one of the two classes.
         ConfigError: The layout is unknown.
     """
-    from m2f2cli.data.ddvqa import looks_like_ddvqa
-    from m2f2cli.data.folder import read_people
+    from m2f2cli.data.readers.ddvqa import looks_like_ddvqa
+    from m2f2cli.data.readers.folder import read_people
 
     layout, colon, rest = str(source).partition(":")
     if not colon or len(layout) < 2:  # a Windows drive is no layout

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from m2f2cli import __version__
+from m2f2cli.checkpoints import store
 from m2f2cli.errors import CheckpointError, InputError, UsageError
 from m2f2cli.evaluation.calibration import TARGET_FPR, Calibration, fit
 from m2f2cli.evaluation.scored import ScoredSet
-from m2f2cli.weights import store
-from m2f2cli.weights.atomic import MARK, refuse_existing
+from m2f2cli.files import MARK, refuse_existing
 
 _MODEL_TYPE = "m2f2_detector"
 
@@ -52,7 +52,7 @@ def calibrate(
         CheckpointError: The checkpoint is no detector, was changed, or cannot be written. What was
             there before is still there.
     """
-    from m2f2cli.models.loading import resolve_checkpoint
+    from m2f2cli.checkpoints.loading import resolve_checkpoint
 
     target = check_calibration(model, scored.split, output=output, overwrite=overwrite)
     if scored.task != "scores":

@@ -14,7 +14,7 @@ import numpy as np
 
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.intervals import Groups
-from m2f2cli.evaluation.metrics import Ranking, calibration_error
+from m2f2cli.metrics import Ranking, calibration_error
 
 TARGET_FPR, BAND_LEVEL = 0.05, 0.95
 FEWEST = 20  # pictures of each class below which nothing is fitted

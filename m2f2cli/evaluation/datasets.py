@@ -8,19 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from m2f2cli.data.ffpp import FfppSet
+from m2f2cli.data.readers.ffpp import FfppSet
 from m2f2cli.data.samples import SampleSet
 from m2f2cli.errors import UsageError
-from m2f2cli.evaluation.options import (
+from m2f2cli.evaluation.predictions import Predictions
+from m2f2cli.evaluation.scored import Truth
+from m2f2cli.evaluation.truth import ddvqa_truth, file_truth, frames_truth
+from m2f2cli.inference.detect import DetectOptions
+from m2f2cli.options.evaluate import (
     EvaluateDdvqaOptions,
     EvaluateFfppOptions,
     EvaluateImagesOptions,
     EvaluateOptions,
 )
-from m2f2cli.evaluation.predictions import Predictions
-from m2f2cli.evaluation.scored import Truth
-from m2f2cli.evaluation.truth import ddvqa_truth, file_truth, frames_truth
-from m2f2cli.inference.detect import DetectOptions
 
 
 class DataSet(Protocol):
@@ -57,7 +57,7 @@ class Ddvqa:
 
     def samples(self) -> SampleSet:
         """The crops of the split."""
-        from m2f2cli.data.ddvqa import read_ddvqa
+        from m2f2cli.data.readers.ddvqa import read_ddvqa
 
         folder = Path(self._data.data or "")
         crops = folder / "images" / "c40" / self._data.split
@@ -101,7 +101,7 @@ class Images:
         folder, split = Path(self._data.folder or ""), self._data.split
         if split not in ("train", "validation"):
             return read_split(folder, split)
-        from m2f2cli.models.loading import resolve_checkpoint
+        from m2f2cli.checkpoints.loading import resolve_checkpoint
 
         return read_split(folder, split, model=resolve_checkpoint(self._model))
 
@@ -131,7 +131,7 @@ class Ffpp:
 
     def samples(self) -> FfppSet:
         """The videos of the split."""
-        from m2f2cli.data.ffpp import read_ffpp
+        from m2f2cli.data.readers.ffpp import read_ffpp
 
         return read_ffpp(
             Path(self._data.folder or ""),

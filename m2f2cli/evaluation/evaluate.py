@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from m2f2cli.errors import UsageError
 from m2f2cli.evaluation import report as reports
 from m2f2cli.evaluation.datasets import data_of
-from m2f2cli.evaluation.options import EvaluateOptions
 from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.scored import Measures, ScoredSet, Truth, join
 from m2f2cli.inference.detect import DetectOptions
+from m2f2cli.options.evaluate import EvaluateOptions
 
 if TYPE_CHECKING:
     from m2f2cli.evaluation.robustness import Sweep

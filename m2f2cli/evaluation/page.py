@@ -15,9 +15,9 @@ from PIL import Image
 from m2f2cli.data.images import read_picture
 from m2f2cli.errors import InputError
 from m2f2cli.evaluation import plots
-from m2f2cli.evaluation.metrics import roc_auc
 from m2f2cli.evaluation.mistakes import Mistake, find_mistakes, threshold_of
 from m2f2cli.evaluation.scored import FAKE, REAL, Scored, ScoredSet
+from m2f2cli.metrics import roc_auc
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

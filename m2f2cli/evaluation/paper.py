@@ -13,9 +13,9 @@ import numpy as np
 
 from m2f2cli.data.judgement import parse_as_published, plain
 from m2f2cli.errors import UsageError
-from m2f2cli.evaluation.metrics import Confusion, confusion, roc_auc
 from m2f2cli.evaluation.predictions import Predictions
 from m2f2cli.evaluation.scored import FAKE, REAL, Figure, Measures, ScoredSet
+from m2f2cli.metrics import Confusion, confusion, roc_auc
 
 PROTOCOL = "paper"
 REAL_PREFIX = "./utils/DDVQA_images/c40/test/5"  # a picture is real if its path starts so

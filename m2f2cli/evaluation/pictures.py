@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from m2f2cli.evaluation.intervals import Groups
-from m2f2cli.evaluation.metrics import (
+from m2f2cli.evaluation.scored import FAKE, REAL, ScoredSet
+from m2f2cli.metrics import (
     BINS,
     Confusion,
     Ranking,
@@ -17,7 +18,6 @@ from m2f2cli.evaluation.metrics import (
     equal_error_rate,
     precision_area,
 )
-from m2f2cli.evaluation.scored import FAKE, REAL, ScoredSet
 
 DEFAULT_THRESHOLD = 0.5  # where the predictions name none
 FALSE_ALARMS = {"tpr_at_fpr_1": 0.01, "tpr_at_fpr_5": 0.05}

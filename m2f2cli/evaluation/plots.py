@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from m2f2cli import metrics
 from m2f2cli.errors import MissingExtraError
-from m2f2cli.evaluation import metrics
 
 try:
     import matplotlib as mpl

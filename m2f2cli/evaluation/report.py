@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.scored import FAKE, REAL, UNKNOWN, Figure, Measures, Scored, ScoredSet
+from m2f2cli.files import atomic_write
 from m2f2cli.records import STATUSES, VERDICTS, to_line
-from m2f2cli.weights.atomic import atomic_write
 
 SCHEMA_VERSION = 1
 KIND = "evaluation"

@@ -13,10 +13,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from m2f2cli.checkpoints.store import json_bytes
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.corruptions import CORRUPTIONS, SEVERITIES, find_corruption
-from m2f2cli.data.ffpp import FfppSet
 from m2f2cli.data.images import Picture
+from m2f2cli.data.readers.ffpp import FfppSet
 from m2f2cli.data.samples import SampleSet
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, MissingExtraError, UsageError
@@ -26,13 +27,12 @@ from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.report import read_json
 from m2f2cli.evaluation.runs import check_same_data, count_items, list_sources, truth_of
 from m2f2cli.evaluation.scored import Figure, ScoredSet, Truth, fingerprint, join
+from m2f2cli.files import atomic_write
 from m2f2cli.inference.detect import DetectOptions, judge_sources, load, settings_of
 from m2f2cli.inference.recordfile import RecordFile
 from m2f2cli.inference.scoring import Judge
 from m2f2cli.inference.sources import Source
 from m2f2cli.records import Settings
-from m2f2cli.weights.atomic import atomic_write
-from m2f2cli.weights.store import json_bytes
 
 SCHEMA_VERSION, KIND = 1, "robustness"
 REPORT, PLOT, RECORDS, PLAN = "robustness.json", "robustness.svg", "records", "plan.json"

@@ -13,9 +13,10 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from m2f2cli.checkpoints import store
 from m2f2cli.data.clips import FrameReader
-from m2f2cli.data.ffpp import FfppSet
 from m2f2cli.data.images import Picture, read_picture
+from m2f2cli.data.readers.ffpp import FfppSet
 from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.scored import Scored, Truth
@@ -24,7 +25,6 @@ from m2f2cli.inference.job import Tally, judge_and_record
 from m2f2cli.inference.recordfile import RecordFile
 from m2f2cli.inference.scoring import Judge
 from m2f2cli.inference.sources import Source
-from m2f2cli.weights import store
 
 SPLITS = ("all", "train", "validation", "test")
 _COMPARED = 64  # records of a resumed file whose pictures are looked at again

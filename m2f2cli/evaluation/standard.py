@@ -15,9 +15,9 @@ from m2f2cli.data.judgement import plain
 from m2f2cli.errors import UsageError
 from m2f2cli.evaluation import intervals
 from m2f2cli.evaluation.intervals import LEVEL, RESAMPLES, SEED, Groups, Measure
-from m2f2cli.evaluation.metrics import BINS
 from m2f2cli.evaluation.pictures import DEFAULT_THRESHOLD, FALSE_ALARMS, Pictures
 from m2f2cli.evaluation.scored import FAKE, REAL, Figure, Measures, ScoredSet
+from m2f2cli.metrics import BINS
 
 PROTOCOL = "standard"
 

@@ -117,8 +117,8 @@ def load(model: str | Judge, options: DetectOptions) -> Judge:
     """The detector behind a name, or the detector itself."""
     if not isinstance(model, str):
         return model
+    from m2f2cli.checkpoints.loading import load_detector
     from m2f2cli.inference.folding import hasten
-    from m2f2cli.models.loading import load_detector
 
     judge: Judge = hasten(load_detector(model, device=options.device, dtype=options.dtype))
     return judge

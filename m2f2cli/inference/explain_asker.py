@@ -10,6 +10,7 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
+from m2f2cli.checkpoints.explainer_loading import load_explainer
 from m2f2cli.data.transforms import explainer_views, normalise
 from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.explain_sampling import SeededDraws, seed_of
@@ -18,7 +19,6 @@ from m2f2cli.inference.prepare import Crop, Recipe
 from m2f2cli.inference.scoring import AT_ONCE_ON_CPU, Score, score_of
 from m2f2cli.models.conversation import Template
 from m2f2cli.models.explainer import Explainer, PictureFeatures
-from m2f2cli.models.explainer_loading import load_explainer
 from m2f2cli.models.prefix import SharedPrompts
 from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.models.tokenizer import decode

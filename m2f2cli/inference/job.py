@@ -121,7 +121,7 @@ class Job:
                     written.append(record)
                 yield record
         if self._table is not None:
-            from m2f2cli.weights.atomic import atomic_write
+            from m2f2cli.files import atomic_write
 
             atomic_write(self._table, to_csv(written).encode("utf-8", "surrogateescape"))
 

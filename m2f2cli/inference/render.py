@@ -14,11 +14,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from m2f2cli.data.video import read_frames
 from m2f2cli.errors import InputError, UsageError
+from m2f2cli.files import atomic_write
 from m2f2cli.inference.prepare import Crop, Prepared, View
 from m2f2cli.inference.scoring import Score
 from m2f2cli.inference.sources import Source
 from m2f2cli.records import Box, Detection, FaceScore
-from m2f2cli.weights.atomic import atomic_write
 
 _LONGEST_SIDE = 2048
 _COLOURS = {"fake": (214, 40, 40), "real": (46, 139, 87), "uncertain": (232, 160, 32)}

@@ -16,7 +16,7 @@ from tokenizers import normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from m2f2cli.errors import CheckpointError
-from m2f2cli.weights.store import read_json
+from m2f2cli.files import read_json
 
 _ELSEWHERE = "Take the tokeniser's files from the folder of the base LLaVA or LLaMA model."
 _SPACE = "▁"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from m2f2cli.checkpoints.explainer_loading import find_explainer
+from m2f2cli.checkpoints.loading import BUNDLED, resolve_checkpoint
 from m2f2cli.inference.session import Session
-from m2f2cli.models.explainer_loading import find_explainer
-from m2f2cli.models.loading import BUNDLED, resolve_checkpoint
 from m2f2cli.serving import wording
 
 _HEADER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)

@@ -12,9 +12,9 @@ import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transf
 from transformers import TrainingArguments
 
 from m2f2cli.errors import ConfigError
+from m2f2cli.options.train_detector import OptimiserOptions, RunOptions
+from m2f2cli.options.train_explainer import StageRunOptions, StepOptions
 from m2f2cli.runtime import pick_device
-from m2f2cli.training.explainer_options import StageRunOptions, StepOptions
-from m2f2cli.training.options import OptimiserOptions, RunOptions
 
 # A plateau's cuts are made by the detector's trainer; other schedules have the Trainer's names.
 _SCHEDULES = {"constant": "constant_with_warmup", "plateau": "constant_with_warmup"}

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from m2f2cli.checkpoints.backbones import to_timm
+from m2f2cli.checkpoints.loading import load_detector
+from m2f2cli.checkpoints.pickles import load_tensors_file
+from m2f2cli.checkpoints.store import check_names_and_shapes
 from m2f2cli.errors import CheckpointError, ConfigError
 from m2f2cli.models.backbone import Backbone
 from m2f2cli.models.clip import blocks_needed, load_clip
 from m2f2cli.models.detector import CLIP_MEAN, CLIP_STD, Detector, DetectorConfig
-from m2f2cli.models.loading import load_detector
-from m2f2cli.training.options import ModelOptions
-from m2f2cli.weights.backbones import to_timm
-from m2f2cli.weights.pickles import load_tensors_file
-from m2f2cli.weights.store import check_names_and_shapes
+from m2f2cli.options.train_detector import ModelOptions
 
 NORMALISATIONS = {
     "clip": (CLIP_MEAN, CLIP_STD),

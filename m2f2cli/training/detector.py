@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from m2f2cli.data.ddvqa import FLAWS, REGIONS
+from m2f2cli.checkpoints import store
+from m2f2cli.data.readers.ddvqa import FLAWS, REGIONS
+from m2f2cli.options.train_detector import INCIDENTAL, TrainDetectorOptions
 from m2f2cli.runtime import process_count, seed_everything
 from m2f2cli.training.build import build_detector
 from m2f2cli.training.callbacks import (
@@ -23,7 +25,6 @@ from m2f2cli.training.callbacks import (
 )
 from m2f2cli.training.domain import fit_domain
 from m2f2cli.training.objective import Objective, moving_groups
-from m2f2cli.training.options import INCIDENTAL, TrainDetectorOptions
 from m2f2cli.training.picture_store import PictureStore
 from m2f2cli.training.pictures import MeasuringPictures, TrainingPictures
 from m2f2cli.training.settings import picture_settings, trainer_arguments
@@ -38,7 +39,6 @@ from m2f2cli.training.states import (
     state_folder,
 )
 from m2f2cli.training.trainer import DetectorTrainer
-from m2f2cli.weights import store
 
 STAGE = "train-detector"
 

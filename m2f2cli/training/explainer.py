@@ -8,23 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints.delta import write_delta
+from m2f2cli.checkpoints.explainer_loading import load_explainer
 from m2f2cli.data.conversations import Pictures
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.errors import ConfigError
-from m2f2cli.models.explainer_loading import load_explainer
 from m2f2cli.models.processing import ExplainerProcessor
-from m2f2cli.runtime import process_count, seed_everything
-from m2f2cli.training.arguments import pick_precision
-from m2f2cli.training.callbacks import Advance, Housekeeping, Notify
-from m2f2cli.training.epochs import Steps
-from m2f2cli.training.explainer_data import Exercises, Usable, read_usable
-from m2f2cli.training.explainer_options import (
+from m2f2cli.options.train_explainer import (
     INCIDENTAL,
     AlignOptions,
     QuantisedOptions,
     StageOptions,
     adapter_of,
 )
+from m2f2cli.runtime import process_count, seed_everything
+from m2f2cli.training.arguments import pick_precision
+from m2f2cli.training.callbacks import Advance, Housekeeping, Notify
+from m2f2cli.training.epochs import Steps
+from m2f2cli.training.explainer_data import Exercises, Usable, read_usable
 from m2f2cli.training.explainer_parts import (
     explainer_of,
     hide_scalars,
@@ -53,8 +55,6 @@ from m2f2cli.training.states import (
     same_options,
     state_folder,
 )
-from m2f2cli.weights import store
-from m2f2cli.weights.delta import write_delta
 
 
 def train_stage(

@@ -19,7 +19,7 @@ from m2f2cli.data.conversations import (
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.models.conversation import IMAGE, Turn, encode_with_labels, turns_of
 from m2f2cli.models.processing import ExplainerProcessor, check_placeholders
-from m2f2cli.training.explainer_options import ConversationOptions
+from m2f2cli.options.train_explainer import ConversationOptions
 
 _ORDER = 1  # stream of random numbers
 _STEPS_SORTED = 50  # how many steps' conversations are sorted by length together

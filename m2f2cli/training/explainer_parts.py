@@ -19,9 +19,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from m2f2cli.checkpoints.delta import adapter_fields
 from m2f2cli.models.explainer import Explainer
-from m2f2cli.training.explainer_options import AdapterOptions
-from m2f2cli.weights.delta import adapter_fields
+from m2f2cli.options.train_explainer import AdapterOptions
 
 PROJECTORS = ("mm_projector", "forgery_projector")
 _LAYERS = "language_model.model."

@@ -19,9 +19,9 @@ from transformers.integrations.deepspeed import (
 )
 
 from m2f2cli.errors import ConfigError, MissingExtraError
+from m2f2cli.options.train_explainer import DEEPSPEED, StageOptions, StageRunOptions
 from m2f2cli.runtime import pick_device
 from m2f2cli.training.arguments import build_arguments, pick_precision
-from m2f2cli.training.explainer_options import DEEPSPEED, StageOptions, StageRunOptions
 
 _SETTINGS = Path(__file__).parent.parent / "assets" / "deepspeed"
 

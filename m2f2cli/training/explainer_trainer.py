@@ -19,14 +19,15 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
+from m2f2cli.checkpoints.store import check_names_and_shapes
 from m2f2cli.data.conversations import Conversation
 from m2f2cli.data.judgement import parse
 from m2f2cli.errors import InputError, M2F2Error
 from m2f2cli.models.tokenizer import decode
+from m2f2cli.options.train_explainer import LoraStepOptions, StepOptions
 from m2f2cli.training.callbacks import Reporter
 from m2f2cli.training.epochs import BatchSampler, Steps
 from m2f2cli.training.explainer_data import Exercises, encode, judged_prompt, shares
-from m2f2cli.training.explainer_options import LoraStepOptions, StepOptions
 from m2f2cli.training.explainer_parts import (
     PROJECTORS,
     explainer_of,
@@ -34,7 +35,6 @@ from m2f2cli.training.explainer_parts import (
     trained,
 )
 from m2f2cli.training.states import StatefulTrainer
-from m2f2cli.weights.store import check_names_and_shapes
 
 
 class ExplainerTrainer(StatefulTrainer):

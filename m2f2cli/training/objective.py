@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from m2f2cli.models.detector import Detector
-from m2f2cli.training.options import TrainDetectorOptions
+from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.training.stages import freeze, group_of
 
 # Turns a cosine similarity into the logit of "forged here": ±1 becomes ±10.

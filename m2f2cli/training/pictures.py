@@ -19,8 +19,8 @@ from m2f2cli.data.samples import REAL, Sample
 from m2f2cli.data.synthesis import Forgery, compress_h264, forge
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.data.video import evenly
+from m2f2cli.options.training_pictures import AugmentOptions, PseudoFakeOptions
 from m2f2cli.training.epochs import Epochs, Steps
-from m2f2cli.training.picture_options import AugmentOptions, PseudoFakeOptions
 from m2f2cli.training.picture_store import PictureStore
 
 Item = dict[str, np.ndarray]

@@ -11,12 +11,12 @@ import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transf
 # isort: split
 from transformers import TrainingArguments
 
-from m2f2cli.data.ddvqa import read_judgements
+from m2f2cli.data.readers.ddvqa import read_judgements
 from m2f2cli.data.samples import SampleSet
 from m2f2cli.errors import ConfigError, InputError, MissingExtraError
 from m2f2cli.models.detector import Detector
+from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.training.arguments import build_arguments, pick_precision
-from m2f2cli.training.options import TrainDetectorOptions
 from m2f2cli.training.pictures import PictureSettings
 
 

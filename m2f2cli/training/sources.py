@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from m2f2cli.data.ffpp import looks_like_ffpp, read_ffpp
-from m2f2cli.data.folder import read_people
+from m2f2cli.data.readers.ffpp import looks_like_ffpp, read_ffpp
+from m2f2cli.data.readers.folder import read_people
 from m2f2cli.data.samples import (
     LAYOUTS,
     Sample,
@@ -24,7 +24,7 @@ from m2f2cli.data.samples import (
     split_by_identity,
 )
 from m2f2cli.errors import ConfigError, InputError
-from m2f2cli.training.data_options import DataOptions
+from m2f2cli.options.training_data import DataOptions
 
 _FFPP = "ffpp:"
 Tell = Callable[[str], None]

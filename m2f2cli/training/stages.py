@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from m2f2cli.training.options import ModelOptions, OptimiserOptions
+from m2f2cli.options.train_detector import ModelOptions, OptimiserOptions
 
 if TYPE_CHECKING:
     from torch import nn

@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from m2f2cli.config import OptionGroups
+from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints.tensorfile import write_tensor_file
 from m2f2cli.errors import CheckpointError, ConfigError, UsageError
+from m2f2cli.files import refuse_existing
+from m2f2cli.options.fields import OptionGroups
 from m2f2cli.runtime import first_process, process_count
 from m2f2cli.training.epochs import BatchSampler
-from m2f2cli.weights import store
-from m2f2cli.weights.atomic import refuse_existing
-from m2f2cli.weights.tensorfile import write_tensor_file
 
 WEIGHTS = "model.safetensors"
 PROCESSES = "processes"

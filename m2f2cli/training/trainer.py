@@ -20,10 +20,10 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import EvalPrediction
 
 from m2f2cli.errors import InputError, M2F2Error
-from m2f2cli.evaluation.metrics import average_precision, roc_auc
+from m2f2cli.metrics import average_precision, roc_auc
+from m2f2cli.options.train_detector import OptimiserOptions
 from m2f2cli.training.epochs import BatchSampler, Steps
 from m2f2cli.training.objective import Objective
-from m2f2cli.training.options import OptimiserOptions
 from m2f2cli.training.pictures import Batcher, MeasuringPictures, TrainingPictures
 from m2f2cli.training.stages import optimiser_groups
 from m2f2cli.training.states import StatefulTrainer

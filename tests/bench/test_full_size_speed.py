@@ -19,12 +19,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from m2f2cli.checkpoints.importing import import_published
+from m2f2cli.checkpoints.loading import load_detector
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.inference.detect import DetectOptions, load
 from m2f2cli.inference.packing import PackedLinear
 from m2f2cli.models.detector import Detector
-from m2f2cli.models.importing import import_published
-from m2f2cli.models.loading import load_detector
 from tests.parity.published import manifest, state_dict
 from tests.parity.recipe import image_for
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from m2f2cli.data.clips import FrameReader
-from m2f2cli.preparation.faces import FacesJob, FacesOptions
-from tests.preparation.videos import FPS, Scene
+from m2f2cli.data.prepare.faces import FacesJob, FacesOptions
+from tests.data.prepare.videos import FPS, Scene
 
 pytestmark = pytest.mark.bench
 CLIPS, FRAMES, ROUNDS, READS = 40, 100, 7, 60

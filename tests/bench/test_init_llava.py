@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from m2f2cli.checkpoints import store
 from m2f2cli.models.detector import Detector, DetectorConfig
-from m2f2cli.weights import store
+from tests.checkpoints import llavas
 from tests.conftest import TINY_CLIP, randomise
-from tests.weights import llavas
 
 pytestmark = pytest.mark.bench
 WORDS, WIDTH, INNER, LAYERS = 32000, 2048, 5632, 28
@@ -138,7 +138,7 @@ def test_memory_and_time_against_copying(tmp_path, layout):
         ours.append(measured(sys.executable, "-m", "m2f2cli", *map(str, command), "--quiet"))
         assert size < sum(file.stat().st_size for file in out.iterdir()) < 1.2 * size
         shutil.rmtree(out)
-        starts.append(measured(sys.executable, "-c", "import m2f2cli.models.initialising"))
+        starts.append(measured(sys.executable, "-c", "import m2f2cli.checkpoints.initialising"))
     shutil.rmtree(source)
     peak = max(row[2] for row in ours)
     print(

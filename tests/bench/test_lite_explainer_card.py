@@ -23,8 +23,10 @@ import numpy as np
 import pytest
 import torch
 
-from m2f2cli.data.ddvqa import kind_of, read_annotations
 from m2f2cli.data.judgement import parse
+from m2f2cli.data.prepare import explanations
+from m2f2cli.data.prepare.ddvqa import QUESTIONS_FILE, TRUTH_FILE, prepare_ddvqa
+from m2f2cli.data.readers.ddvqa import kind_of, read_annotations
 from m2f2cli.data.samples import REAL
 from m2f2cli.inference.detect import DetectOptions, detect
 from m2f2cli.inference.explain_asker import Asker
@@ -33,8 +35,6 @@ from m2f2cli.inference.explain_questions import JUDGEMENT, REGIONS, of_region
 from m2f2cli.inference.prepare import Recipe, prepare
 from m2f2cli.inference.sources import expand
 from m2f2cli.models.explainer import PictureFeatures
-from m2f2cli.preparation import explanations
-from m2f2cli.preparation.ddvqa import QUESTIONS_FILE, TRUTH_FILE, prepare_ddvqa
 
 pytestmark = [
     pytest.mark.bench,

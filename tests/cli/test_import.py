@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints.importing import import_published
+from m2f2cli.checkpoints.loading import load_detector
 from m2f2cli.cli.app import run
-from m2f2cli.models.importing import import_published
-from m2f2cli.models.loading import load_detector
-from m2f2cli.weights import store
-from tests.weights import published
+from tests.checkpoints import published
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_detector_a_loads_with_the_same_logits(do, tmp_path):
     with torch.no_grad():
         output = model(pixels)
     features, half = output.features, output.features.shape[1] // 2
-    from m2f2cli.weights.reference import bridge_constant
+    from m2f2cli.checkpoints.reference import bridge_constant
 
     constant = (state["clip_text_alpha"] * bridge_constant(state)).expand(3, -1)
     whole = torch.cat([features[:, :half], constant, features[:, half:]], 1)

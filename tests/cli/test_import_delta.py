@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints.importing import import_published
 from m2f2cli.cli.app import run
-from m2f2cli.models.importing import import_published
-from m2f2cli.weights import store
-from tests.weights import llavas, published
+from tests.checkpoints import llavas, published
 
 PREFIX = "base_model.model."
 RANK = 2
@@ -162,7 +162,7 @@ def test_stage_3_becomes_an_adapter_that_peft_loads(do, tmp_path, binary):
 def _check_with_peft(tmp_path: Path, saved: dict[str, torch.Tensor]) -> None:
     from peft import PeftModel
 
-    from m2f2cli.models.explainer_loading import load_explainer
+    from m2f2cli.checkpoints.explainer_loading import load_explainer
 
     (tmp_path / "clip.json").write_text(json.dumps(published.CLIP_CONFIG))
     base = llavas.write(tmp_path / "base", llavas.explainer(), llavas.ORIGINAL_CONFIG)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from m2f2cli.checkpoints import importer, llava_names, reference, store
+from m2f2cli.checkpoints.explainer_loading import load_explainer
 from m2f2cli.cli.app import run
-from m2f2cli.models.explainer_loading import load_explainer
-from m2f2cli.weights import importer, llava_names, reference, store
-from tests.weights import golden, llavas, published
+from tests.checkpoints import golden, llavas, published
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from m2f2cli import environment
+from m2f2cli.checkpoints import kinds, store
 from m2f2cli.cli.app import run
-from m2f2cli.weights import kinds, store
-from tests.weights import published
+from tests.checkpoints import published
 
 
 @pytest.fixture

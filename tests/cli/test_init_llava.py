@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from m2f2cli.checkpoints import llava_names, reference, store
+from m2f2cli.checkpoints.explainer_loading import load_explainer
 from m2f2cli.cli.app import run
-from m2f2cli.models.explainer_loading import load_explainer
-from m2f2cli.weights import llava_names, reference, store
-from tests.weights import llavas, published
+from tests.checkpoints import llavas, published
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +358,7 @@ def test_a_killed_run_leaves_nothing_that_loads(home, tmp_path):
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from m2f2cli.models.initialising import InitLlava\n"
+        "from m2f2cli.checkpoints.initialising import InitLlava\n"
         "home, out = map(Path, sys.argv[1:])\n"
         "def slow(steps, note=''):\n"
         "    print('writing', flush=True); time.sleep(60)\n"

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from m2f2cli.checkpoints import llava_names, reference
+from m2f2cli.checkpoints.explainer_loading import load_explainer
+from m2f2cli.checkpoints.importing import import_published
 from m2f2cli.cli.app import run
-from m2f2cli.models.explainer_loading import load_explainer
-from m2f2cli.models.importing import import_published
-from m2f2cli.weights import llava_names, reference
-from tests.weights import golden, llavas
+from tests.checkpoints import golden, llavas
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])

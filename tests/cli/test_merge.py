@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from m2f2cli.checkpoints import delta, merge_proof, store
+from m2f2cli.checkpoints.explainer_loading import load_explainer
+from m2f2cli.checkpoints.merge import Merge
 from m2f2cli.cli.app import run
-from m2f2cli.models import merge_proof
 from m2f2cli.models.explainer import Explainer
-from m2f2cli.models.explainer_loading import load_explainer
-from m2f2cli.weights import delta, store
-from m2f2cli.weights.merge import Merge
-from tests.weights import merges
+from tests.checkpoints import merges
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +200,8 @@ KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from m2f2cli.weights import store
-from m2f2cli.weights.merge import Merge
+from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints.merge import Merge
 
 torch.set_num_threads(1)
 base, delta, output = map(Path, sys.argv[1:4])

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from m2f2cli.cli.app import run
-from tests.preparation.test_ddvqa import root as ddvqa_root  # noqa: F401 - a fixture
-from tests.preparation.videos import PHOTO, Scene
+from tests.data.prepare.test_ddvqa import root as ddvqa_root  # noqa: F401 - a fixture
+from tests.data.prepare.videos import PHOTO, Scene
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import sys
 import pytest
 import yaml
 
+from m2f2cli.checkpoints import store
 from m2f2cli.cli import app
-from m2f2cli.config import flag_name
-from m2f2cli.weights import store
+from m2f2cli.options.fields import flag_name
 from tests.training.conftest import one_thread  # noqa: F401 - a fixture
 from tests.training.talks import KINDS, stage_options, write_all
 

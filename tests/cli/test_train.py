@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from m2f2cli.cli import app
-from m2f2cli.config import flag_name
-from m2f2cli.training.options import TrainDetectorOptions
+from m2f2cli.options.fields import flag_name
+from m2f2cli.options.train_detector import TrainDetectorOptions
 from tests.training.conftest import clip_folder, one_thread, toy_data  # noqa: F401 - fixtures
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")

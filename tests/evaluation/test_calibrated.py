@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m2f2cli.checkpoints import store
 from m2f2cli.data.samples import read_samples
 from m2f2cli.errors import CheckpointError, InputError, UsageError
 from m2f2cli.evaluation.calibrated import calibrate
@@ -17,7 +18,6 @@ from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.runs import score_set, truth_of
 from m2f2cli.evaluation.scored import ScoredSet, join
 from m2f2cli.inference.detect import DetectOptions, detect
-from m2f2cli.weights import store
 from tests.inference.conftest import noise_picture
 
 CROPS = DetectOptions(faces="none")

@@ -14,7 +14,7 @@ from m2f2cli.evaluation.calibration import (
     fit,
     wilson_interval,
 )
-from m2f2cli.evaluation.metrics import roc_auc
+from m2f2cli.metrics import roc_auc
 
 
 def sigmoid(z: np.ndarray) -> np.ndarray:

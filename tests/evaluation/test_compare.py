@@ -8,9 +8,9 @@ import pytest
 from m2f2cli.errors import InputError
 from m2f2cli.evaluation import standard
 from m2f2cli.evaluation.compare import compare_reports
-from m2f2cli.evaluation.metrics import roc_auc
 from m2f2cli.evaluation.report import build_report, write_report
 from m2f2cli.evaluation.scored import ScoredSet, fingerprint
+from m2f2cli.metrics import roc_auc
 from tests.evaluation.reports import explanation_set, judgement_set, scores_set
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from m2f2cli.data import corruptions
-from m2f2cli.data.ffpp import read_ffpp
 from m2f2cli.data.images import read_picture
+from m2f2cli.data.readers.ffpp import read_ffpp
 from m2f2cli.data.samples import SampleSet, read_samples
 from m2f2cli.errors import ConfigError, UsageError
 from m2f2cli.evaluation import runs
-from m2f2cli.evaluation.metrics import roc_auc
 from m2f2cli.evaluation.robustness import SweepOptions, count_records, sweep
 from m2f2cli.inference.detect import DetectOptions, detect
+from m2f2cli.metrics import roc_auc
 from tests.evaluation.test_runs import clips
 from tests.inference.conftest import FLAT_ONLY, MeanJudge, noise_picture
 

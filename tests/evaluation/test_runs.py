@@ -9,8 +9,9 @@ import h5py
 import numpy as np
 import pytest
 
+from m2f2cli.checkpoints.loading import resolve_checkpoint
 from m2f2cli.data.clip_writer import ClipWriter
-from m2f2cli.data.ffpp import FfppSet, read_ffpp
+from m2f2cli.data.readers.ffpp import FfppSet, read_ffpp
 from m2f2cli.data.samples import read_samples, split_by_identity
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.predictions import read_predictions
@@ -24,9 +25,8 @@ from m2f2cli.evaluation.runs import (
 from m2f2cli.evaluation.scored import join
 from m2f2cli.inference.detect import DetectOptions, detect
 from m2f2cli.inference.job import Tally
-from m2f2cli.models.loading import resolve_checkpoint
+from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.records import Detection
-from m2f2cli.training.options import TrainDetectorOptions
 from m2f2cli.training.sources import read_sources
 from tests.inference.conftest import MeanJudge, noise_picture
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from m2f2cli.errors import UsageError
 from m2f2cli.evaluation import standard
-from m2f2cli.evaluation.metrics import (
+from m2f2cli.evaluation.scored import Figure, Scored, ScoredSet, fingerprint
+from m2f2cli.metrics import (
     average_precision,
     calibration_error,
     roc_auc,
 )
-from m2f2cli.evaluation.scored import Figure, Scored, ScoredSet, fingerprint
 
 
 def scored(items, *, task="scores", threshold=0.5, **more):

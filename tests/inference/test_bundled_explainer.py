@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints.explainer_loading import load_explainer
+from m2f2cli.checkpoints.inspecting import inspect_checkpoint
+from m2f2cli.checkpoints.loading import load_detector, resolve_checkpoint
+from m2f2cli.checkpoints.tensorfile import open_tensor_file
 from m2f2cli.cli import app
-from m2f2cli.models.explainer_loading import load_explainer
-from m2f2cli.models.inspecting import inspect_checkpoint
-from m2f2cli.models.loading import load_detector, resolve_checkpoint
-from m2f2cli.weights import store
-from m2f2cli.weights.tensorfile import open_tensor_file
 
 PHOTO = Path(__file__).parents[2] / "examples" / "astronaut.jpg"
 MEGABYTE = 1_000_000

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from m2f2cli.checkpoints import store
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.models.explainer import Explainer, ExplainerConfig
 from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.models.tokenizer import load_tokenizer
-from m2f2cli.weights import store
 from tests.conftest import randomise, tiny_fields
 
 TOKENIZER = Path(__file__).parent.parent / "parity" / "golden" / "llava_tiny"

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from m2f2cli.checkpoints import llava_names, reference
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.models.explainer import Explainer, ExplainerConfig
 from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.models.tokenizer import load_tokenizer
-from m2f2cli.weights import llava_names, reference
 from tests.parity.published import state_dict
 from tests.parity.recipe import image_for
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from m2f2cli.checkpoints.importing import import_published
+from m2f2cli.checkpoints.loading import load_detector
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.models.detector import Detector
-from m2f2cli.models.importing import import_published
-from m2f2cli.models.loading import load_detector
 from tests.parity.published import golden, manifest, state_dict, write_stage_1
 
 LOGITS = 1e-5

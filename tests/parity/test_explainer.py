@@ -7,15 +7,16 @@ import hashlib
 import pytest
 import torch
 
+from m2f2cli.checkpoints.explainer_loading import load_explainer
+from m2f2cli.checkpoints.importing import import_published
+from m2f2cli.checkpoints.initialising import InitLlava
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.models.conversation import turns_of
 from m2f2cli.models.explainer import PictureFeatures
-from m2f2cli.models.explainer_loading import load_explainer
-from m2f2cli.models.importing import import_published
-from m2f2cli.models.initialising import InitLlava
 from m2f2cli.models.prefix import SharedPrompts
 from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.models.tokenizer import decode
+from tests.checkpoints import golden
 from tests.parity.explainer import (
     FOLDER,
     model,
@@ -27,7 +28,6 @@ from tests.parity.explainer import (
     write_published,
 )
 from tests.parity.published import state_dict
-from tests.weights import golden
 
 LOGITS = 2e-5
 GREEDY = {"do_sample": False, "max_new_tokens": 24}

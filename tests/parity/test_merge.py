@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from m2f2cli.checkpoints import llava_names, reference, store
+from m2f2cli.checkpoints.importing import import_published
+from m2f2cli.checkpoints.merge import Merge
 from m2f2cli.errors import CheckpointError
-from m2f2cli.models.importing import import_published
-from m2f2cli.weights import llava_names, reference, store
-from m2f2cli.weights.merge import Merge
 from tests.parity import explainer
 from tests.parity.published import HERE, state_dict
 from tests.parity.recipe import tensor_for

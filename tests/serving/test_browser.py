@@ -23,8 +23,8 @@ from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.explain_questions import REGIONS
 from m2f2cli.serving.uploads import Uploads
 from m2f2cli.serving.wording import HEADLINES
+from tests.data.prepare.videos import Scene
 from tests.inference.explainers import tiny
-from tests.preparation.videos import Scene
 from tests.serving.browser import Browser
 from tests.serving.live import served
 

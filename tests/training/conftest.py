@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import m2f2cli.models  # noqa: F401 - before transformers
-from m2f2cli.training.options import TrainDetectorOptions
+from m2f2cli.options.train_detector import TrainDetectorOptions
 from tests.conftest import TINY_CLIP, TINY_SIDE
 
 Options = Callable[..., TrainDetectorOptions]

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from m2f2cli.preparation.explanations import PLACEHOLDERS, judge_turns
-from m2f2cli.training.explainer_options import AlignOptions, LoraOptions
+from m2f2cli.data.prepare.explanations import PLACEHOLDERS, judge_turns
+from m2f2cli.options.train_explainer import AlignOptions, LoraOptions
 from tests.models.explainers import write_explainer
 from tests.training.conftest import toy_picture
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from m2f2cli.checkpoints.backbones import to_timm
 from m2f2cli.errors import CheckpointError, ConfigError
 from m2f2cli.models.backbone import Backbone
 from m2f2cli.models.clip import load_clip
+from m2f2cli.options.train_detector import ModelOptions
 from m2f2cli.training.build import build_detector, load_backbone, resize_clip
 from m2f2cli.training.detector import train_detector
-from m2f2cli.training.options import ModelOptions
-from m2f2cli.weights.backbones import to_timm
 
 STEM = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
 
@@ -126,14 +126,14 @@ def test_a_new_detector_takes_the_clip_weights_it_needs(clip_folder):
 
 
 def test_init_starts_from_a_detector_and_names_its_parent(options, tmp_path):
-    from m2f2cli.models.loading import load_detector
-    from m2f2cli.weights import store
+    from m2f2cli.checkpoints import store
+    from m2f2cli.checkpoints.loading import load_detector
 
     first = train_detector(options(output=tmp_path / "first", epochs=1))
     parent = load_detector(str(first))
     shape = ("clip", "backbone", "backbone_weights", "hidden_size", "prompt_tokens", "image_size")
     plain = dict.fromkeys(shape)
-    from m2f2cli.training.options import TrainDetectorOptions
+    from m2f2cli.options.train_detector import TrainDetectorOptions
 
     flat = options(output=tmp_path / "second", epochs=1).to_flat()
     kept = {k: v for k, v in flat.items() if k.replace("-", "_") not in plain}

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from m2f2cli.checkpoints import store
 from m2f2cli.training.explainer import prepare
 from m2f2cli.training.states import state_folder
-from m2f2cli.weights import store
 from tests.training.talks import stage_options, write_all
 from tests.training.test_processes import start
 

@@ -12,12 +12,12 @@ import time
 
 import pytest
 
+from m2f2cli.checkpoints import delta, store
+from m2f2cli.checkpoints.tensorfile import write_tensor_file
 from m2f2cli.errors import CheckpointError, ConfigError, UsageError
 from m2f2cli.training import states
 from m2f2cli.training.explainer import prepare, train_stage
 from m2f2cli.training.states import state_folder
-from m2f2cli.weights import delta, store
-from m2f2cli.weights.tensorfile import write_tensor_file
 from tests.training.talks import stage_options, write_all
 from tests.training.test_resume import Crash
 

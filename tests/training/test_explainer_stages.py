@@ -15,16 +15,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints.explainer_loading import load_explainer
 from m2f2cli.data.conversations import Pictures
+from m2f2cli.data.prepare.ddvqa import prepare_ddvqa
 from m2f2cli.errors import CheckpointError, ConfigError, InputError, MissingExtraError
-from m2f2cli.models.explainer_loading import load_explainer
-from m2f2cli.preparation.ddvqa import prepare_ddvqa
+from m2f2cli.options.train_explainer import ConversationOptions
 from m2f2cli.training import explainer_settings
 from m2f2cli.training.explainer import prepare, train_stage
 from m2f2cli.training.explainer_data import Exercises, Usable, encode, read_usable
-from m2f2cli.training.explainer_options import ConversationOptions
 from m2f2cli.training.explainer_parts import trained
-from m2f2cli.weights import store
 from tests.models import explainers
 from tests.models.explainers import tiny_processor
 from tests.training.talks import stage_options, turns, write_all, write_talks

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from m2f2cli.data.samples import read_samples
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.errors import InputError
+from m2f2cli.options.training_pictures import AugmentOptions, PseudoFakeOptions
 from m2f2cli.training.epochs import BatchSampler, Steps
-from m2f2cli.training.picture_options import AugmentOptions, PseudoFakeOptions
 from m2f2cli.training.picture_store import PictureStore
 from m2f2cli.training.pictures import (
     Batcher,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from m2f2cli.checkpoints import store
 from m2f2cli.training.detector import prepare, train_detector
-from m2f2cli.weights import store
 from tests.training.conftest import TOY_KINDS
 
 # Two processes at batch 3 are one at batch 6.

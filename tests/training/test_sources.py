@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from m2f2cli.errors import ConfigError, InputError
-from m2f2cli.training import data_options
-from m2f2cli.training.data_options import DataOptions
+from m2f2cli.options import training_data as data_options
+from m2f2cli.options.training_data import DataOptions
 from m2f2cli.training.sources import is_ffpp, read_sources
 from tests.training.conftest import TOY_KINDS, TOY_SPLITS
 
@@ -34,7 +34,7 @@ def crops(tmp_path):
 
 
 def test_the_words_for_ffpp_are_those_of_its_reader():
-    from m2f2cli.data import ffpp
+    from m2f2cli.data.readers import ffpp
 
     assert data_options._COMPRESSIONS == ffpp.COMPRESSIONS
     assert data_options._MANIPULATIONS == ffpp.MANIPULATIONS

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file
 
+from m2f2cli.checkpoints import store
 from m2f2cli.errors import ConfigError
 from m2f2cli.training.detector import Training, prepare, state_folder, train_detector
-from m2f2cli.weights import store
 from tests.training.test_resume import Crash, weights
 
 # Nothing moves, so no epoch is better than the first.

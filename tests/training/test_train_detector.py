@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints.loading import load_detector
 from m2f2cli.errors import ConfigError, InputError, M2F2Error, MissingExtraError
-from m2f2cli.evaluation.metrics import average_precision, roc_auc
-from m2f2cli.models.loading import load_detector
+from m2f2cli.metrics import average_precision, roc_auc
 from m2f2cli.training.detector import prepare, train_detector
 from m2f2cli.training.objective import Objective
-from m2f2cli.weights import store
 
 
 def test_it_learns_and_writes_a_detector(options):

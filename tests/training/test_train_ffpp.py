@@ -6,13 +6,13 @@ import h5py
 import numpy as np
 import pytest
 
+from m2f2cli.checkpoints import store
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.errors import InputError
-from m2f2cli.training.data_options import DataOptions
+from m2f2cli.options.training_data import DataOptions
 from m2f2cli.training.detector import prepare, state_folder, train_detector
 from m2f2cli.training.picture_store import PictureStore
 from m2f2cli.training.sources import read_sources
-from m2f2cli.weights import store
 from tests.training.conftest import TOY_KINDS
 
 

@@ -19,8 +19,8 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
+from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.training.detector import prepare
-from m2f2cli.training.options import TrainDetectorOptions
 from m2f2cli.training.pictures import Batcher
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT

@@ -1,0 +1,125 @@
+"""A delta on disk: what a training stage changed, in a folder of its own.
+
+Two forms: ``delta.safetensors``, whose tensors take the place of the base's tensors of the same
+name; or a standard PEFT adapter (``adapter_config.json``, ``adapter_model.safetensors``) with the
+projectors as modules trained whole. Both with ``stage.json``, written last, that names the
+checkpoint they were trained on (``parent``) by its fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints.streams import Stream, as_stream, finite, from_stored
+from m2f2cli.checkpoints.tensorfile import digests_of, write_tensor_file
+from m2f2cli.errors import CheckpointError
+from m2f2cli.files import MARK, atomic_folder
+
+if TYPE_CHECKING:
+    import torch
+
+TENSORS = "delta.safetensors"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def write_delta(
+    folder: Path,
+    *,
+    tensors: Mapping[str, torch.Tensor] | Mapping[str, Stream],
+    stage: Mapping[str, Any] | Callable[[Mapping[str, str]], Mapping[str, Any]],
+    adapter: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Write a delta folder in one step and return its fingerprint.
+
+    Args:
+        folder: Where; parents are made.
+        tensors: By our names; for an adapter by PEFT's, as ``get_peft_model_state_dict`` gives
+            them (``base_model.model.`` before every name, no adapter's name inside).
+        stage: Becomes ``stage.json``, with the fingerprint added. Its ``parent`` is the
+            fingerprint of the checkpoint the delta was trained on, None where that is unknown.
+            A function is called when the tensors are written, with the digest of each.
+        adapter: ``adapter_config.json``, for an adapter; see ``adapter_fields``.
+        overwrite: Replace an existing checkpoint or delta folder.
+
+    Returns:
+        ``sha256:`` over the adapter's configuration and every tensor.
+
+    Raises:
+        CheckpointError: The folder exists, a tensor holds NaN or infinity, or the disk refuses;
+            whatever was there before is still there.
+    """
+    checked = {key: finite(as_stream(t), what=f"The tensor '{key}'") for key, t in tensors.items()}
+    with atomic_folder(folder, overwrite) as partial:
+        digests = write_tensor_file(partial / (TENSORS if adapter is None else ADAPTER), checked)
+        if adapter is not None:
+            (partial / ADAPTER_CONFIG).write_bytes(store.json_bytes(adapter))
+        mark = store.combine(adapter or {}, digests)
+        said = stage(digests) if callable(stage) else stage
+        (partial / MARK).write_bytes(store.json_bytes({**said, "fingerprint": mark}))
+    return mark
+
+
+def adapter_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of ``adapter_config.json`` from a PEFT configuration's ``to_dict()``.
+
+    Sets become sorted lists and enumerations their values, as PEFT writes them; the adapter is
+    marked for inference, and the place of its base, a path of one machine, is left out.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, (set, frozenset)):
+            return sorted(plain(item) for item in value)
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value
+
+    return plain(config) | {"inference_mode": True, "base_model_name_or_path": None}
+
+
+def diff(base: Path, changed: Path, output: Path, *, overwrite: bool = False) -> str:
+    """Write the delta that leads from one checkpoint to another, and return its fingerprint.
+
+    Merging it into ``base`` gives the tensors of ``changed`` again, byte for byte.
+
+    Args:
+        base: A checkpoint folder.
+        changed: One of the same model with other values.
+        output: The delta folder to make.
+        overwrite: Replace an existing checkpoint or delta folder.
+
+    Raises:
+        CheckpointError: The two differ in configuration, names, shapes or types, or in nothing; a
+            value is not finite, or the disk refuses.
+    """
+    mine, theirs = store.open_tensors(base), store.open_tensors(changed)
+    what = f"'{changed}' beside '{base}'"
+    store.check_names_and_shapes(theirs, mine, what=what)
+    retyped = [key for key in mine if mine[key].dtype != theirs[key].dtype]
+    if retyped or store.combine(store.read_config(base), {}) != store.combine(
+        store.read_config(changed), {}
+    ):
+        why = f"types of {store.name_some(retyped)}" if retyped else "settings in config.json"
+        raise CheckpointError(
+            f"{what} differs in more than values: {why}.",
+            "A delta holds values only; both must be of one model, in the same types.",
+        )
+    before, after = digests_of(mine), digests_of(theirs)
+    moved = {key: from_stored(theirs[key]) for key in mine if before[key] != after[key]}
+    if not moved:
+        raise CheckpointError(f"{what} is the same model: there is no difference to write.")
+    stage = {
+        "stage": "diff",
+        "parent": store.fingerprint(base),
+        "changed": store.fingerprint(changed),
+    }
+    return write_delta(output, tensors=moved, stage=stage, overwrite=overwrite)

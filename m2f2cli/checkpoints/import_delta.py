@@ -1,0 +1,183 @@
+"""The published deltas of stages 2 and 3 in our form.
+
+Trained projectors become ``delta.safetensors``: tensors by our names that take the place of the
+base's. A LoRA adapter becomes a standard PEFT folder over our module names, the projectors in it as
+modules trained whole, so ``peft.PeftModel.from_pretrained`` loads it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from m2f2cli.checkpoints import importer, kinds, llava_names, streams
+from m2f2cli.checkpoints.folders import Weights
+from m2f2cli.checkpoints.importer import Conversion
+from m2f2cli.checkpoints.reference import Fate
+from m2f2cli.checkpoints.streams import Stream
+from m2f2cli.checkpoints.tensorfile import StoredTensor
+from m2f2cli.errors import CheckpointError
+
+PROJECTORS = "non_lora_trainables.bin"
+_PREFIX = llava_names.DELTA_PREFIX
+_MODULES = ("mm_projector", "forgery_projector")
+_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+FROZEN = "frozen in training: its update is exactly zero"
+_ABOVE = "above the hidden state that the detector reads"
+_PART = 1 << 12
+_BLOCK = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
+# What an adapter must say, or leave out, to be plain LoRA.
+_PLAIN = {"use_rslora": False, "use_dora": False, "bias": "none", "fan_in_fan_out": False}
+_EMPTY = ("rank_pattern", "alpha_pattern", "layer_replication", "megatron_config", "lora_bias")
+
+
+def convert(source: Weights) -> Conversion:
+    """Turn a published delta into ours.
+
+    Args:
+        source: A stage-2 folder or its ``mm_projector.bin``, a stage-3 folder, or its projectors.
+
+    Raises:
+        CheckpointError: A tensor is unknown, missing, misshapen or of an adapter of another kind.
+    """
+    if source.kind in (kinds.STAGE_3, kinds.PEFT):
+        return _adapter(source)
+    tensors, fates = _projectors(source.tensors, what=f"'{source.path}'")
+    return _conversion(source, {}, tensors, fates)
+
+
+def _conversion(
+    source: Weights, config: dict[str, Any], tensors: Mapping[str, Stream], fates: list[Fate]
+) -> Conversion:
+    return Conversion(
+        kind=source.kind,
+        config=config,
+        tensors=tensors,
+        fates={str(source.path): fates},
+        sources=[importer.describe_file(source)],
+        rows=llava_names.PUBLISHED,
+    )
+
+
+def _projectors(
+    found: Mapping[str, StoredTensor], *, what: str
+) -> tuple[dict[str, Stream], list[Fate]]:
+    """Trained projectors by our names, whole ones only."""
+    bare = {key.removeprefix(_PREFIX): key for key in found}
+    fates = llava_names.look_up(bare, llava_names.PUBLISHED, what=what)
+    tensors = {f.to: found[bare[f.key]] for f in fates if f.to is not None}
+    for module in _MODULES:
+        names = [f"{module}.{n}.{part}" for n in (0, 2) for part in ("weight", "bias")]
+        absent = [name for name in names if name not in tensors]
+        if len(absent) not in (0, len(names)):
+            raise CheckpointError(
+                f"{what} lacks the tensors {', '.join(absent)}.", "Copy or download it again."
+            )
+    others = sorted(name for name in tensors if not name.startswith(_MODULES))
+    if others:
+        raise CheckpointError(
+            f"{what} holds tensors that no published delta trains: {', '.join(others[:4])}.",
+            "The file is of another kind; m2f2 info PATH says what it is.",
+        )
+    mapped = [Fate(bare[fate.key], fate.action, fate.to, fate.why) for fate in fates]
+    return {name: streams.from_stored(stored) for name, stored in tensors.items()}, mapped
+
+
+def _adapter(source: Weights) -> Conversion:
+    what = f"'{source.path}'"
+    config = dict(source.config)
+    _refuse_other_adapters(config, what)
+    pairs, projectors = _split(source, what)
+    tensors: dict[str, Stream] = {}
+    fates: list[Fate] = []
+    targets = []
+    top = max((int(n) for module in pairs for n in _BLOCK.findall(module)), default=-1)
+    for module, sides in sorted(pairs.items()):
+        _check_pair(module, sides, config, source, what)
+        ours = llava_names.module_of(module.removeprefix(_PREFIX))
+        block = _BLOCK.search(module)
+        why = _ABOVE if ours is None or (block and int(block.group(1)) == top) else ""
+        why = FROZEN if is_zero(streams.from_stored(source.tensors[sides["B"]])) else why
+        for side, key in sorted(sides.items()):
+            if why:
+                fates.append(Fate(key, "dropped", None, why))
+                continue
+            name = f"{_PREFIX}{ours}.lora_{side}.weight"
+            tensors[name] = streams.from_stored(source.tensors[key])
+            fates.append(Fate(key, "mapped", name))
+        if not why and ours is not None:
+            targets.append(ours)
+    whole, of_projectors = _projectors(projectors, what=what)
+    tensors |= {f"{_PREFIX}{name}": stream for name, stream in whole.items()}
+    fates += [
+        Fate(f.key, f.action, f"{_PREFIX}{f.to}" if f.to else None, f.why) for f in of_projectors
+    ]
+    if not targets:
+        raise CheckpointError(
+            f"The adapter in {what} changes nothing: every one of its updates is zero.",
+            "It was saved before training, or is damaged; take another checkpoint.",
+        )
+    config["target_modules"] = targets
+    config["modules_to_save"] = [m for m in _MODULES if f"{m}.0.weight" in whole] or None
+    config["base_model_name_or_path"] = None
+    return _conversion(source, config, tensors, fates)
+
+
+def _split(source: Weights, what: str) -> tuple[dict[str, dict[str, str]], dict[str, StoredTensor]]:
+    """The adapter's keys by module and side, and the projectors trained beside it."""
+    pairs: dict[str, dict[str, str]] = {}
+    rest: dict[str, StoredTensor] = {}
+    for key, stored in source.tensors.items():
+        if match := _LORA.fullmatch(key):
+            pairs.setdefault(match["module"], {})[match["side"]] = key
+        else:
+            rest[key] = stored
+    if any(len(sides) != 2 for sides in pairs.values()):
+        module = next(m for m, sides in pairs.items() if len(sides) != 2)
+        raise CheckpointError(
+            f"The adapter in {what} has only one half of its update of {module}.",
+            "Copy or download it again.",
+        )
+    if not any(".mm_projector." in key or ".deepfake_projector." in key for key in rest):
+        raise CheckpointError(
+            f"{what} lacks the projectors trained with the adapter ({PROJECTORS}).",
+            f"Copy or download {PROJECTORS} into the folder.",
+        )
+    return pairs, rest
+
+
+def _refuse_other_adapters(config: Mapping[str, Any], what: str) -> None:
+    kind = str(config.get("peft_type", "")).upper()
+    odd = [name for name, value in _PLAIN.items() if config.get(name, value) not in (value, None)]
+    odd += [name for name in _EMPTY if config.get(name)]
+    if kind != "LORA" or odd:
+        said = ", ".join(f"{name} = {config[name]}" for name in odd) or f"peft_type = {kind}"
+        raise CheckpointError(
+            f"The adapter in {what} is not plain LoRA ({said}).",
+            "Only LoRA as the published stage 3 trains it can be imported.",
+        )
+
+
+def _check_pair(
+    module: str, sides: Mapping[str, str], config: Mapping[str, Any], source: Weights, what: str
+) -> None:
+    first, second = (source.tensors[sides[side]].shape for side in "AB")
+    rank = config.get("r")
+    if len(first) != 2 or len(second) != 2 or first[0] != rank or second[1] != rank:
+        raise CheckpointError(
+            f"The adapter in {what} has updates of shape {list(second)} x {list(first)} for "
+            f"{module}, which is not of rank {rank} as adapter_config.json says.",
+            "The two files are of different runs; copy them again.",
+        )
+
+
+def is_zero(stream: Stream) -> bool:
+    """Whether every value is zero. Read only as far as the first part that is not."""
+    parts = (part for block in stream.blocks() for part in block.split(_PART))
+    return not any(bool(part.any()) for part in parts)
+
+
+def is_ours(source: Weights) -> bool:
+    """Whether an adapter already has our names."""
+    return any(key.startswith(f"{_PREFIX}{llava_names.LANGUAGE}") for key in source.tensors)

@@ -1,0 +1,194 @@
+"""The proof of a merge: what was written against the base with its deltas kept apart.
+
+Every changed tensor is read back and tried on probe inputs, one at a time. A model that fits into
+memory is also run whole, once with the updates beside its layers and once merged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m2f2cli.checkpoints import kinds, merge_plan, store, streams
+from m2f2cli.checkpoints.explainer_loading import load_explainer
+from m2f2cli.checkpoints.merge import Merge
+from m2f2cli.checkpoints.merge_plan import Row, values
+from m2f2cli.checkpoints.tensorfile import StoredTensor
+from m2f2cli.errors import CheckpointError
+from m2f2cli.models.explainer import Explainer
+
+_PROBES = 4
+_WORDS = 16
+_ROWS = 2048
+# Bytes a value that is loaded in float32 needs, with room for the pass.
+_BYTES = 6
+# What the rounding of every merged weight may move a logit by, as a share of the largest one.
+_SHARES = {"float32": 2**-12, "float16": 2**-8, "bfloat16": 2**-6}
+# Sums of float32 in another order: this many roundings.
+_SLACK = 2**-20
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the comparison found.
+
+    Args:
+        tensors: How many changed tensors were read back.
+        roundings: Of the merged matrices on probe inputs, the largest difference from base plus
+            update, as a share of what one rounding of every weight can make.
+        logits: The largest difference of a logit of the whole model; None where it was not run.
+        scale: The largest logit, in absolute value.
+        loaded: What was loaded, in words.
+    """
+
+    tensors: int
+    roundings: float
+    logits: float | None
+    scale: float | None
+    loaded: str
+
+    def sentence(self) -> str:
+        """The findings in words."""
+        said = (
+            f"Verified: {self.tensors:,} changed tensors read back; on probe inputs at most "
+            f"{self.roundings:.2f} of one rounding from base plus update"
+        )
+        if self.logits is not None:
+            said += f"; logits at most {self.logits:.1e} apart (largest {self.scale:.1f})"
+        return f"{said}. Loaded: {self.loaded}."
+
+    def as_dict(self) -> dict[str, Any]:
+        """The findings as plain data."""
+        return asdict(self)
+
+
+def prove(job: Merge, advance: Callable[..., None] = lambda steps=1, note="": None) -> Proof:
+    """Compare a written merge with its base and deltas.
+
+    Args:
+        job: A merge whose ``write`` is done.
+        advance: Called with (1, name) after each changed tensor.
+
+    Raises:
+        CheckpointError: A tensor is not what it must be, or the outputs differ by more than the
+            rounding of the weights.
+    """
+    found = store.open_tensors(job.output)
+    results = {name: row.result for name, row in job.rows.items()}
+    store.check_names_and_shapes(found, results, what=f"'{job.output}'")
+    changed = [row for row in job.rows.values() if row.changes]
+    worst = 0.0
+    for row in changed:
+        worst = max(worst, _compare(row, found[row.name]))
+        advance(1, note=row.name)
+    need = _BYTES * sum(row.result.size for row in job.rows.values())
+    have = _free_memory()
+    if job.base.kind != kinds.OUR_EXPLAINER:
+        return Proof(len(changed), worst, None, None, "one tensor at a time")
+    if need > have:
+        said = (
+            f"one tensor at a time; running the whole model takes {need / 1e9:.1f} GB of memory, "
+            f"and {have / 1e9:.1f} GB are free"
+        )
+        return Proof(len(changed), worst, None, None, said)
+    # What was only rounded to another type is rounded on both sides.
+    beside = [row for row in job.rows.values() if row.changes or row.action != merge_plan.COPIED]
+    apart, merged = _logits(job.base.path, beside), _logits(job.output, [])
+    difference, scale = float((apart - merged).abs().max()), float(apart.abs().max())
+    coarse = max((row.result.dtype for row in changed), key=lambda name: _SHARES[name])
+    if not difference <= _SHARES[coarse] * scale:
+        raise CheckpointError(
+            f"The merged model in '{job.output}' answers a fixed input otherwise than base and "
+            f"delta do: its logits differ by {difference:.2e}, the largest is {scale:.2e}.",
+            "Merge with --dtype float32; if it remains, please report it.",
+        )
+    return Proof(len(changed), worst, difference, scale, "the whole model in float32, twice")
+
+
+def _free_memory() -> int:
+    """Bytes of memory that can be had; none where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
+        known = all(name in getattr(os, "sysconf_names", {}) for name in names)
+        return os.sysconf(names[0]) * os.sysconf(names[1]) // 2 if known else 0
+
+
+def _compare(row: Row, written: StoredTensor) -> float:
+    """Read a changed tensor back; gives the share of one rounding that its outputs are off."""
+    pairs, found = merge_plan.pairs_of(row.changes), streams.from_stored(written)
+    if not pairs:
+        if streams.largest_difference(found, row.result):
+            raise _different(row)
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn((_PROBES, row.result.shape[1]), generator=generator)
+    start = merge_plan.start_of(row.before, row.changes)
+    expected = _apply(start, inputs)[0]
+    for pair in pairs:
+        expected += pair.scale * (inputs @ values(pair.down).T) @ values(pair.up).T
+    got, size = _apply(found, inputs)
+    unit = torch.finfo(getattr(torch, row.result.dtype)).eps / 2
+    share = float(((got - expected).abs() / ((unit + _SLACK) * size + 1e-30)).max())
+    if not share <= 1:
+        raise _different(row)
+    return share
+
+
+def _apply(matrix: streams.Stream, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs times a matrix, and absolute inputs times the absolute matrix."""
+    whole = values(matrix)
+    pieces = [(inputs @ part.T, inputs.abs() @ part.abs().T) for part in whole.split(_ROWS)]
+    return torch.cat([p[0] for p in pieces], dim=1), torch.cat([p[1] for p in pieces], dim=1)
+
+
+def _different(row: Row) -> CheckpointError:
+    return CheckpointError(
+        f"The merged tensor '{row.name}' is not base plus update.",
+        "The disk may be at fault: check it and merge again.",
+    )
+
+
+def _logits(folder: Path, changes: list[Row]) -> torch.Tensor:
+    """Logits (T, vocabulary) of a fixed input, with changes kept beside the layers."""
+    model, _ = load_explainer(str(folder), device="cpu", dtype="float32")
+    for row in changes:
+        _keep_apart(model, row)
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(0, config.text_config.vocab_size, (_WORDS,), generator=generator)
+    ids = [config.image_token_id] * config.patches + [config.deepfake_token_id, *words.tolist()]
+    side = config.detector_config.image_size
+    pixels = torch.randn((1, 3, side, side), generator=generator)
+    with torch.inference_mode():
+        out = model(input_ids=torch.tensor([ids]), pixel_values=pixels, logits_to_keep=_WORDS)
+    logits: torch.Tensor = out.logits[0]
+    return logits
+
+
+def _keep_apart(model: Explainer, row: Row) -> None:
+    """Put a tensor that was replaced in its place, and updates beside their layer."""
+    parameter = model.get_parameter(row.name)
+    start = merge_plan.start_of(row.before, row.changes) if row.changes else row.result
+    with torch.no_grad():
+        parameter.copy_(values(start))
+    for pair in merge_plan.pairs_of(row.changes):
+        down, up = values(pair.down), pair.scale * values(pair.up)
+
+        def beside(
+            module: torch.nn.Module,
+            inputs: tuple[torch.Tensor, ...],
+            output: torch.Tensor,
+            down: torch.Tensor = down,
+            up: torch.Tensor = up,
+        ) -> torch.Tensor:
+            return output + (inputs[0] @ down.T) @ up.T
+
+        model.get_submodule(row.name.removesuffix(".weight")).register_forward_hook(beside)

@@ -1,0 +1,234 @@
+"""``m2f2 prepare faces``: videos to HDF5 files of face crops, in parallel, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from m2f2cli.data.clip_writer import ClipWriter
+from m2f2cli.data.clips import ClipNotes, FrameReader
+from m2f2cli.data.prepare.cutting import CropOptions, cut_faces, detector_name, stored_bytes
+from m2f2cli.data.prepare.sources import Video, list_videos
+from m2f2cli.data.prepare.workers import locked, worker_pool
+from m2f2cli.data.readers.ffpp import ORIGINAL, find_file
+from m2f2cli.errors import InputError, UsageError
+from m2f2cli.files import write_error
+from m2f2cli.options.fields import option
+
+
+@dataclass(frozen=True)
+class FacesOptions(CropOptions):
+    """How faces are prepared."""
+
+    boxes_from: Path | None = option(None, "HDF5 file, or folder of them, with the boxes to use.")
+    workers: int | None = option(None, "Processes; by default one for each processor.", low=1)
+    overwrite: bool = option(False, "Start anew instead of going on.")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What became of one video.
+
+    Attributes:
+        file: Name of the HDF5 file.
+        key: Its dataset there.
+        source: The video, as a path inside the named folder.
+        status: ``ok``, or why there are no crops: a key of ``records.STATUSES``.
+        frames: Crops written.
+        looked_at: Frames looked at.
+        without_face: Of these, how many have no crop.
+        interpolated: Crops whose box was filled in between two found ones.
+        earlier: Whether an earlier run made it.
+        message: The reason for a status other than ``ok``, or a remark; None mostly.
+    """
+
+    file: str
+    key: str
+    source: str
+    status: str = "ok"
+    frames: int = 0
+    looked_at: int = 0
+    without_face: int = 0
+    interpolated: int = 0
+    earlier: bool = False
+    message: str | None = None
+
+
+class _Task(NamedTuple):
+    """All that a worker needs."""
+
+    video: Video
+    output: Path
+    options: CropOptions
+    boxes: ClipNotes | None
+
+
+class FacesJob:
+    """One run over a list of videos.
+
+    Args:
+        sources: See ``sources.list_videos``.
+        output: Folder for the HDF5 files; made when missing. What an earlier run with the same
+            options made there is kept.
+        options: How.
+
+    Attributes:
+        videos: What is to be done, in order.
+        passed_over: See ``sources.Listing``.
+
+    Raises:
+        UsageError: There are no sources.
+        InputError: A source, or the file of the boxes, is missing or unusable.
+        CheckpointError: The folder cannot be made.
+    """
+
+    def __init__(self, sources: Sequence[Path], output: Path, options: FacesOptions) -> None:
+        self.videos, self.passed_over = list_videos(sources)
+        self.output = output
+        self.options = options
+        self._boxes = read_boxes(options.boxes_from, self.videos)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(output, error) from error
+
+    def run(self) -> Iterator[Prepared]:
+        """Prepare the videos; each is reported as soon as it is settled.
+
+        Raises:
+            UsageError: The folder has clips made with other options.
+            CheckpointError: The disk is full, or a file cannot be written. What is done is kept
+                for the next run.
+            M2F2Error: Another process prepares into the folder, or a worker died.
+        """
+        workers, most = self.options.workers, len(self.videos)
+        with locked(self.output), worker_pool(workers, _work, at_most=most) as run_all:
+            for name, group in groupby(self.videos, key=lambda video: video.file):
+                videos = list(group)
+                writer = ClipWriter(self.output / name)
+                if self.options.overwrite:
+                    writer.discard()
+                tasks = []
+                earlier = self._earlier(writer, videos)
+                for video in videos:
+                    boxes, made = self._boxes.get(video), earlier.get(video.key)
+                    if video in self._boxes and boxes is None:
+                        yield _failed(video, "missing", f"There are no boxes for '{video.key}'.")
+                    elif made is not None and made.source_bytes == stored_bytes(video):
+                        yield _report(video, made, earlier=True)
+                    else:
+                        tasks.append(_Task(video, self.output, self.options, boxes))
+                yield from run_all(tasks)
+                writer.finish()
+
+    def _earlier(self, writer: ClipWriter, videos: Sequence[Video]) -> dict[str, ClipNotes]:
+        """The clips that are there already.
+
+        Raises:
+            UsageError: They were made in another way than ``videos`` will be.
+        """
+        boxes = next((boxes for video in videos if (boxes := self._boxes.get(video))), None)
+        wanted = {
+            "size": self.options.size,
+            "margin": self.options.margin,
+            "frames": boxes.asked if boxes else self.options.frames,
+            "detector": boxes.detector if boxes else detector_name(),
+            "boxes-from": boxes is not None,
+        }
+        found = {}
+        for key, (shape, notes) in writer.done().items():
+            if notes is None:
+                raise UsageError(
+                    f"'{writer.path}' was not made by m2f2.",
+                    "Choose another --output, or add --overwrite to replace it.",
+                )
+            made = {
+                "size": shape.width,
+                "margin": notes.margin,
+                "frames": notes.asked,
+                "detector": notes.detector,
+                "boxes-from": bool(notes.boxes_from),
+            }
+            for name, value in wanted.items():
+                if made[name] != value:
+                    raise UsageError(
+                        f"'{writer.path}' was made with {name} {made[name]}, this run has {value}.",
+                        "Repeat the old options, choose another --output, or add --overwrite.",
+                    )
+            found[key] = notes
+        return found
+
+
+def read_boxes(place: Path | None, videos: Sequence[Video]) -> dict[Video, ClipNotes | None]:
+    """Find the boxes to use.
+
+    Args:
+        place: An HDF5 file, for every video; or a folder, whose file of originals of the same
+            compression serves the manipulated videos; None for no boxes.
+        videos: The videos.
+
+    Returns:
+        For each video that takes boxes: those of its own key, else of the original that its key
+        begins with (``000`` of ``000_003``), else None.
+
+    Raises:
+        InputError: There is no such file, or it does not say where its crops were cut.
+    """
+    if place is None:
+        return {}
+    found: dict[Video, ClipNotes | None] = {}
+    keys: dict[Path, Collection[str]] = {}
+    with FrameReader() as reader:
+        for video in videos:
+            if place.is_dir() and (video.original or not video.compression):
+                continue
+            file = find_file(place, ORIGINAL, video.compression) if place.is_dir() else place
+            if file not in keys:
+                keys[file] = reader.shapes(file)
+            candidates = (video.key, video.key.partition("_")[0])
+            key = next((key for key in candidates if key in keys[file]), None)
+            found[video] = None if key is None else reader.notes(file, key)
+            if key is not None and found[video] is None:
+                raise InputError(
+                    f"Video '{key}' in '{file}' does not say where its crops were cut.",
+                    hint="--boxes-from takes files made by 'm2f2 prepare faces'.",
+                )
+    return found
+
+
+def _work(task: _Task) -> Prepared:
+    """Prepare one video; runs in a process of its own."""
+    video = task.video
+    try:
+        cut = cut_faces(video, task.options, task.boxes)
+    except InputError as error:
+        return _failed(video, error.status, error.message)
+    if not len(cut.crops):
+        return replace(
+            _report(video, cut.notes),
+            status="no_face",
+            message=f"No face was found in {cut.notes.looked_at} frames.",
+        )
+    ClipWriter(task.output / video.file).write(video.key, cut.crops, cut.notes)
+    return replace(_report(video, cut.notes), message=cut.remark)
+
+
+def _failed(video: Video, status: str, message: str) -> Prepared:
+    return Prepared(video.file, video.key, video.name, status, message=message)
+
+
+def _report(video: Video, notes: ClipNotes, *, earlier: bool = False) -> Prepared:
+    frames = len(notes.frames)
+    return Prepared(
+        video.file,
+        video.key,
+        video.name,
+        frames=frames,
+        looked_at=notes.looked_at,
+        without_face=notes.looked_at - frames,
+        interpolated=notes.interpolated,
+        earlier=earlier,
+    )

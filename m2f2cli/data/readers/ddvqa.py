@@ -1,0 +1,198 @@
+"""DD-VQA face crops: which manipulation and who from their names, what people saw from annotations.
+
+Source: DD-VQA (ECCV 2024) over FaceForensics++ crops, as the published system lays them out:
+``images/c40/{train,test}/<manipulation>_<video>.jpg`` and ``annotations/<part>/<kind>/*.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m2f2cli.data.readers.folder import list_pictures, people_in
+from m2f2cli.data.samples import REAL, Sample, SampleSet
+from m2f2cli.errors import InputError
+
+MANIPULATIONS = {
+    "0": "Deepfakes",
+    "1": "Face2Face",
+    "2": "FaceShifter",
+    "3": "FaceSwap",
+    "5": REAL,
+    "6": "NeuralTextures",
+}
+REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
+# Flaws that annotators name, and the words that tell.
+FLAWS = {
+    "boundary": "boundar",
+    "blur": "blurry",
+    "smoothness": "smooth",
+    "asymmetry": "asymmetric",
+    "stain": "stain|flaw",
+    "brightness": "brighter|darker",
+    "misalignment": "misalign|align|placed at the wrong",
+    "curvature": "curved",
+    "mismatch": "mismatch",
+}
+
+_NAME = re.compile(r"([01236])_\d{3}_\d{3}|5_\d{3}")
+_ASKED = re.compile(
+    r"Does the image looks real/fake\?"
+    rf"|Do(?:es)? the person's (?P<region>{'|'.join(REGIONS)}) look real/fake\?"
+)
+_OPENING = re.compile(r"(?:The image looks|The person's \w+ looks?) (?P<verdict>real|fake)\.\s*")
+_CROPS = Path("images", "c40")
+
+
+def looks_like_ddvqa(root: Path) -> bool:
+    """Whether a folder is a DD-VQA data set, or directly holds crops named as its crops are."""
+    if (root / _CROPS / "train").is_dir():
+        return True
+    if (root / "real").is_dir() or (root / "fake").is_dir():
+        return False
+    first = next((path for path in list_pictures(root) if path.parent == root), None)
+    return first is not None and _NAME.fullmatch(first.stem) is not None
+
+
+def kind_of(name: str) -> str | None:
+    """What a crop's file name says: ``real`` or a manipulation; None for any other name."""
+    stem = Path(name).stem
+    return MANIPULATIONS[stem[0]] if _NAME.fullmatch(stem) else None
+
+
+def read_ddvqa(root: Path) -> SampleSet:
+    """Read DD-VQA crops.
+
+    Args:
+        root: The data set's folder, whose ``images/c40/train`` is then read, or a folder of crops.
+
+    Raises:
+        InputError: There are no crops, or one is not named as DD-VQA names them.
+    """
+    folder = root / _CROPS / "train" if (root / _CROPS / "train").is_dir() else root
+    samples = []
+    for path in list_pictures(folder):
+        kind = kind_of(path.name)
+        if kind is None:
+            raise InputError(
+                f"'{path}' is not named like a DD-VQA crop (0_005_010.jpg, 5_012.jpg).",
+                hint="Move it away, or sort the pictures into real/ and fake/.",
+            )
+        name = path.relative_to(folder).as_posix()
+        samples.append(Sample(path, name, int(kind != REAL), kind, people_in(path.stem[2:])))
+    if not samples:
+        raise InputError(f"There are no DD-VQA crops in '{folder}'.", "empty")
+    return SampleSet(folder, "ddvqa", tuple(samples))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one annotator said to one question about a picture.
+
+    Attributes:
+        region: One of ``REGIONS``; None where the question was about the whole picture.
+        text: The annotator's words, which begin with a verdict.
+    """
+
+    region: str | None
+    text: str
+
+
+def read_annotations(folder: Path) -> dict[str, tuple[Answer, ...]]:
+    """Read every answer about every picture, in the order of the files.
+
+    Args:
+        folder: Annotation JSON files, sub-folders included: ``{"0_005_010": {"0": {"question",
+            "answer": [...]}}}``.
+
+    Returns:
+        The answers by the picture's file name without suffix.
+
+    Raises:
+        InputError: There are no annotation files, one is malformed, or two speak of one picture.
+    """
+    files = sorted(folder.rglob("*.json"))
+    if not files:
+        raise InputError(f"There are no annotation files (*.json) in '{folder}'.", "empty")
+    found: dict[str, tuple[Answer, ...]] = {}
+    for file in files:
+        try:
+            annotations = json.loads(file.read_text(encoding="utf-8"))
+            for stem, questions in annotations.items():
+                if not _NAME.fullmatch(stem):
+                    raise ValueError(f"'{stem}' is not named like a DD-VQA crop")
+                if stem in found:
+                    raise ValueError(f"'{stem}' is annotated twice")
+                found[stem] = tuple(_answers(stem, questions))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"'{file}' is not a DD-VQA annotation file: {type(error).__name__} {error}."
+            ) from error
+    return found
+
+
+def _answers(stem: str, questions: dict[str, Any]) -> Iterator[Answer]:
+    for entry in questions.values():
+        asked = _ASKED.fullmatch(entry["question"])
+        if asked is None or not isinstance(entry["answer"], list):
+            raise ValueError(f"'{stem}' has an unknown question, {entry['question']!r}")
+        for text in entry["answer"]:
+            verdict = _OPENING.match(text)
+            if verdict is None or (verdict["verdict"] == "real") != (kind_of(stem) == REAL):
+                raise ValueError(f"an answer about '{stem}' does not begin with its verdict")
+            yield Answer(asked["region"], text)
+
+
+def without_verdict(text: str) -> str:
+    """An answer without the sentence it opens with (``The image looks fake.``)."""
+    return _OPENING.sub("", text, count=1)
+
+
+def read_judgements(folder: Path, stems: Iterable[str]) -> dict[str, np.ndarray]:
+    """Read what annotators saw in pictures.
+
+    Args:
+        folder: Annotation JSON files, sub-folders included: ``{"0_005_010": {"0": {"question",
+            "answer": [...]}}}``.
+        stems: File names without suffix to look for.
+
+    Returns:
+        For each stem that is annotated, float32 (14,), the largest over its answers. In the order
+        of ``REGIONS``: 0 looks real or is not spoken of, 0.5 looks a bit fake, 1 looks very fake
+        (or fake, with no degree said). Then in the order of ``FLAWS``: 1 if named, else 0.
+
+    Raises:
+        InputError: There are no annotation files, or one is malformed.
+    """
+    wanted = set(stems)
+    files = sorted(folder.rglob("*.json"))
+    if not files:
+        raise InputError(f"There are no annotation files (*.json) in '{folder}'.", "empty")
+    judged = {}
+    for file in files:
+        try:
+            annotations = json.loads(file.read_text(encoding="utf-8"))
+            for stem in wanted & annotations.keys():
+                judged[stem] = _judge(annotations[stem])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"'{file}' is not a DD-VQA annotation file: {type(error).__name__} {error}."
+            ) from error
+    return judged
+
+
+def _judge(questions: dict[str, Any]) -> np.ndarray:
+    text = " ".join(answer for entry in questions.values() for answer in entry["answer"]).lower()
+    severities = []
+    for region in REGIONS:
+        degrees = set(re.findall(rf"\b{region} looks? (very |a bit |slightly |)fake", text))
+        # Every judgement opens with a bare "looks fake"; a degree follows mostly.
+        severities.append(1.0 if "very " in degrees or degrees == {""} else 0.5 * bool(degrees))
+    named = [float(re.search(words, text) is not None) for words in FLAWS.values()]
+    return np.array([*severities, *named], dtype=np.float32)

@@ -1,0 +1,205 @@
+"""Files and folders that appear whole or not at all: temporary sibling, fsync, rename."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from m2f2cli.errors import CheckpointError
+
+MARK = "stage.json"
+_PARTIAL = re.compile(r"^\..+\.(\d+)-[0-9a-f]{8}\.partial$")
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` in one step; on failure the old file, or none, remains.
+
+    Raises:
+        CheckpointError: The file cannot be written, for example because the disk is full.
+    """
+    partial = _partial_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        with suppress(OSError):  # where even the folder could not be made
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary sibling to fill; when the block ends well it takes the place of ``path``.
+
+    The sibling's files are flushed to disk before the rename, which on Linux exchanges the old and
+    the new folder in one step. A killed process leaves the old folder, or none, and a hidden
+    ``.NAME.PID-….partial`` sibling that the next call for the same path removes.
+
+    Args:
+        path: The folder to make.
+        overwrite: Replace an existing checkpoint folder. A folder that is not empty and holds
+            neither ``config.json`` nor ``stage.json`` is never replaced.
+
+    Raises:
+        CheckpointError: The folder exists, or cannot be written.
+    """
+    path = path.resolve()
+    refuse_existing(path, overwrite)
+    remove_stale(path)
+    partial = _partial_name(path)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            if file.is_file():
+                _sync_file(file)
+        sync_folder(partial)
+        _put_in_place(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_error(path: Path, error: OSError) -> CheckpointError:
+    """The one sentence for a failed write."""
+    hint = "Check the path and its permissions."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        hint = "Free some disk space or choose another folder; nothing half-written was left."
+    return CheckpointError(f"Cannot write '{path}': {error.strerror or error}.", hint)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to disk where the system allows it."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _partial_name(path: Path) -> Path:
+    return path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Refuse a folder that is not empty, unless it is a checkpoint and may be replaced.
+
+    Raises:
+        CheckpointError: The folder is to be kept.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise CheckpointError(f"'{path}' is a file, not a folder.", "Choose another --output.")
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"The folder '{path}' exists and is not empty.",
+            "Add --overwrite or choose another --output.",
+        )
+    if not ((path / "config.json").is_file() or (path / MARK).is_file()):
+        raise CheckpointError(
+            f"The folder '{path}' holds no checkpoint, so it is not replaced.",
+            "Choose another --output.",
+        )
+
+
+def remove_stale(path: Path) -> None:
+    """Remove what killed runs left beside ``path``; partial folders of live processes stay."""
+    path = path.resolve()
+    if not path.parent.is_dir():
+        return
+    for sibling in path.parent.glob(f".{path.name}.*.partial"):
+        match = _PARTIAL.match(sibling.name)
+        if match and not _alive(int(match.group(1))):
+            shutil.rmtree(sibling, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(partial, path)
+    elif not any(path.iterdir()):
+        path.rmdir()
+        os.rename(partial, path)
+    elif not _exchange(partial, path):
+        old = _partial_name(path)
+        os.rename(path, old)
+        os.rename(partial, path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two paths in one step (Linux ``renameat2``); False where the system has no such call."""
+    if sys.platform != "linux":
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_cwd, exchange = -100, 2
+    return renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange) == 0
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """Indented UTF-8 JSON that ends in a newline; keys keep their order."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: The file is missing, unreadable or something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"'{path.parent}' has no {path.name}, so it is no complete checkpoint.",
+            f"m2f2 info '{path.parent}' says what it is.",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' is not readable JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"'{path}' holds no JSON object.")
+    return value

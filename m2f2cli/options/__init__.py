@@ -1,0 +1,1 @@
+"""What each verb can be told: every option once, with its help, range and default."""

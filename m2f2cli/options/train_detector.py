@@ -1,0 +1,289 @@
+"""The options of ``m2f2 train-detector``, in groups; ``config`` checks and spells them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from m2f2cli.errors import ConfigError
+from m2f2cli.options.fields import Checked, OptionGroups, flag_name, option, required
+from m2f2cli.options.recipes import read_recipe
+from m2f2cli.options.training_data import DataOptions
+from m2f2cli.options.training_pictures import AugmentOptions, PseudoFakeOptions
+
+
+@dataclass(frozen=True)
+class ModelOptions(Checked):
+    """What the detector is made of and what of it trains."""
+
+    init: str | None = option(
+        None, "Start from this detector (folder or 'lite') instead of building a new one."
+    )
+    backbone: str = option(
+        "densenet121", "CNN backbone by its timm name (published: densenet121, efficientnet_b4)."
+    )
+    backbone_weights: str = option(
+        "pretrained",
+        "Weights the backbone starts from: a .pth or .safetensors file, 'pretrained' (timm's, "
+        "downloaded once) or 'none' (random).",
+    )
+    clip: str = option(
+        "openai/clip-vit-large-patch14-336",
+        "CLIP tower: a folder or Hub id with a transformers CLIPModel, or "
+        "openclip:NAME/PRETRAINED.",
+    )
+    hidden_size: int = option(
+        1024, "Width that CLIP, prompt and backbone features are projected to.", low=1
+    )
+    prompt_tokens: int = option(7, "Learnable tokens of the forgery prompt.", low=1)
+    vision_layer: int = option(-2, "CLIP hidden state that is read; negative counts from the last.")
+    forgery_map: bool = option(True, "Build the forgery prompt and its map.")
+    bridge: bool = option(False, "Build the paper's bridge between backbone and CLIP layers.")
+    image_size: int | None = option(
+        None, "Edge of the network's input in pixels; CLIP's own if unset.", low=8
+    )
+    normalisation: str = option(
+        "clip", "Mean and deviation of the input.", "clip", "imagenet", "half"
+    )
+    train: str = option(
+        "published",
+        "What trains: published (all but CLIP), head (projections, bridge, prompt, alphas, head), "
+        "prompt (prompt tokens and alphas), everything (CLIP too).",
+        "published",
+        "head",
+        "prompt",
+        "everything",
+    )
+    freeze_stages: int = option(
+        0, "Leave the stem and this many first stages of the backbone as they are; 0 none.", low=0
+    )
+    freeze_batch_norm: bool = option(
+        False, "Keep the BatchNorm statistics of the backbone as they are."
+    )
+
+    def check(self) -> None:
+        """A start from a detector brings its own shape."""
+        own = ("init", "train", "freeze_stages", "freeze_batch_norm")
+        for item in fields(ModelOptions):
+            changed = getattr(self, item.name) != item.default
+            if self.init and changed and item.name not in own:
+                raise ConfigError(
+                    f"{flag_name(item.name)} does not go with --init: the starting detector "
+                    "decides its own shape.",
+                    f"Leave out {flag_name(item.name)} or --init.",
+                )
+
+
+@dataclass(frozen=True)
+class OptimiserOptions(Checked):
+    """How the weights move."""
+
+    epochs: int = option(200, "Passes over the data (published: 200).", low=1)
+    batch_size: int = option(80, "Pictures a batch and process (published: 80).", low=1)
+    accumulate: int = option(1, "Batches whose gradients make one step together.", low=1)
+    optimiser: str = option("adam", "Update rule (published: adam).", "adam", "adamw")
+    beta2: float = option(0.999, "Decay of its second moment.", low=0.5, high=0.99999)
+    learning_rate: float = option(1e-3, "Of the backbone (published: 1e-3).", low=0.0)
+    layer_decay: float = option(
+        1.0,
+        "Factor on --learning-rate for each backbone stage away from the last; 1 is off.",
+        low=0.01,
+        high=1.0,
+    )
+    head_lr: float | None = option(
+        None, "Of projections, bridge and head; --learning-rate if unset.", low=0.0
+    )
+    prompt_lr: float = option(1e-3, "Of the prompt tokens.", low=0.0)
+    vision_alpha_lr: float = option(1e-3, "Of alpha_vision (published: 1e-3).", low=0.0)
+    text_alpha_lr: float = option(3e-3, "Of alpha_text (published: 3e-3).", low=0.0)
+    clip_lr: float = option(1e-5, "Of CLIP, where --train everything unfreezes it.", low=0.0)
+    weight_decay: float = option(1e-6, "Weight decay (published: 1e-6).", low=0.0)
+    decay_all: bool = option(
+        True, "Decay biases, norms and alphas too (published), not only matrices and filters."
+    )
+    schedule: str = option(
+        "plateau",
+        "Learning rates over time: plateau (published: cut when the validation loss stalls), "
+        "cosine (to zero) or constant.",
+        "plateau",
+        "cosine",
+        "constant",
+    )
+    warmup: float = option(
+        0.0, "Share of all steps over which cosine and constant rise from zero.", low=0, high=1
+    )
+    plateau_factor: float = option(
+        0.4, "Factor of a plateau's cut (published: 0.4).", low=0, high=0.99, open_low=True
+    )
+    plateau_patience: int = option(
+        6, "Epochs without a better loss before a cut (published: 6).", low=0
+    )
+    plateau_cooldown: int = option(
+        5, "Epochs after a cut that are not counted (published: 5).", low=0
+    )
+    clip_gradient: float = option(
+        0.0, "Scale gradients down to this norm; 0 leaves them (published).", low=0.0
+    )
+    ema: float = option(
+        0.0,
+        "Decay of a running average of the weights, which is then what is measured and kept; 0 is "
+        "off, 0.98 to 0.9999 are usual.",
+        low=0.0,
+        high=0.999999,
+    )
+    select: str = option(
+        "auc", "Validation figure that decides which epoch is kept.", "auc", "ap", "loss", "last"
+    )
+    early_stop: int = option(
+        0, "Stop after so many epochs in a row without a better --select figure; 0 never.", low=0
+    )
+
+    def check(self) -> None:
+        """A warm-up needs a schedule that has one; an early stop a figure to watch."""
+        if self.early_stop and self.select == "last":
+            raise ConfigError(
+                "--early-stop has no figure to watch with --select last.",
+                "Use --select auc, ap or loss.",
+            )
+        if self.warmup and self.schedule == "plateau":
+            raise ConfigError(
+                "--warmup has no effect with --schedule plateau.",
+                "Use --schedule cosine or constant.",
+            )
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions(Checked):
+    """What the weights are pulled towards."""
+
+    balance: bool = option(
+        False, "Let real and forged pictures take turns in every batch, repeating the rarer."
+    )
+    label_smoothing: float = option(
+        0.0, "Share of each target spread over both classes.", low=0.0, high=0.99
+    )
+    dropout: float = option(
+        0.0, "Share of the head's inputs dropped while training.", low=0.0, high=0.95
+    )
+    mixup: float = option(
+        0.0, "Alpha of mixup's Beta distribution; 0 is off, 0.2 is usual.", low=0.0
+    )
+    kind_weight: float = option(
+        0.0,
+        "Weight of telling the manipulations apart as a second task (names or sub-folders of fake/ "
+        "give the kind). Its head is dropped after training.",
+        low=0.0,
+    )
+    judgement_weight: float = option(
+        0.0,
+        "Weight of foretelling what --annotations say: how forged each region looks, which flaws "
+        "are named. Its head is dropped after training.",
+        low=0.0,
+    )
+    map_weight: float = option(
+        0.0,
+        "Weight of drawing the forgery map towards the blended area of pseudo-fakes, and to "
+        "nothing on real pictures.",
+        low=0.0,
+    )
+    soft_labels: Path | None = option(
+        None,
+        "JSON lines {'sample': path inside --data, 'fake_probability': p} of teachers to learn "
+        "from; several lines on one picture are averaged.",
+    )
+    soft_weight: float = option(
+        0.5, "Share of the target that --soft-labels decide.", low=0.0, high=1.0
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions(Checked):
+    """Where the result goes and how the machine is used."""
+
+    output: Path = required("Folder for the detector; it must not exist yet.")
+    recipe: str | None = option(
+        None,
+        "Settings to start from, by name: published, published-efficientnet-b4, robust or "
+        "small-data. Flags, environment and --config file go before them.",
+    )
+    seed: int = option(0, "Seed of every random choice but the split.", low=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
+    save_dtype: str = option(
+        "float32",
+        "Type of the weights in the result; float16 halves the folder.",
+        "float32",
+        "float16",
+        "bfloat16",
+    )
+    precision: str = option(
+        "auto",
+        "Arithmetic: float32, or mixed precision in bfloat16 or float16; auto is bfloat16 on CUDA "
+        "and float32 elsewhere.",
+        "auto",
+        "float32",
+        "bfloat16",
+        "float16",
+    )
+    deterministic: bool = option(
+        False, "Make CUDA runs repeat bit by bit, at some speed; CPU runs do anyway."
+    )
+    save_steps: int = option(
+        0, "Also save the state every so many steps; 0 saves after each epoch only.", low=0
+    )
+    resume: bool = option(
+        False, "Go on from the last saved state of this output, or begin if there is none."
+    )
+    overwrite: bool = option(False, "Replace an existing output and forget its saved state.")
+    report_to: str = option(
+        "auto",
+        "Write curves for TensorBoard; auto does so where it is installed.",
+        "auto",
+        "tensorboard",
+        "none",
+    )
+
+    def check(self) -> None:
+        """One may go on or begin anew, not both."""
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other.", "Give one of them.")
+
+
+# How a run is carried out, never what comes of it: these may differ on --resume.
+INCIDENTAL = frozenset(
+    ("output", "recipe", "workers", "cache", "save-steps", "resume", "overwrite", "report-to")
+)
+
+
+@dataclass(frozen=True)
+class TrainDetectorOptions(OptionGroups):
+    """Every option of ``m2f2 train-detector``."""
+
+    data: DataOptions
+    model: ModelOptions
+    optimiser: OptimiserOptions
+    objective: ObjectiveOptions
+    augment: AugmentOptions
+    pseudo: PseudoFakeOptions
+    run: RunOptions
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> TrainDetectorOptions:
+        """As ``OptionGroups.from_flat``; what is missing is taken from the recipe, if one is named.
+
+        Raises:
+            ConfigError: As there, or the recipe is unknown.
+        """
+        given = {name.replace("-", "_"): value for name, value in values.items()}
+        if given.get("recipe") is not None:
+            given = {**read_recipe(given["recipe"]), **given}
+        return super().from_flat(given)
+
+    def __post_init__(self) -> None:
+        if self.objective.judgement_weight and self.data.annotations is None:
+            raise ConfigError(
+                "--judgement-weight needs the judgements to learn.", "Give --annotations DIR."
+            )
+        if self.objective.map_weight and not (self.model.forgery_map or self.model.init):
+            raise ConfigError("--map-weight needs the forgery map.", "Leave out --no-forgery-map.")

@@ -1,0 +1,212 @@
+"""The options of ``m2f2 align`` and ``m2f2 lora``, in groups; ``config`` checks and spells them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from m2f2cli.errors import ConfigError
+from m2f2cli.options.fields import Checked, OptionGroups, option, required
+
+DEEPSPEED = ("zero2", "zero3", "zero3-offload")
+
+
+@dataclass(frozen=True)
+class ConversationOptions(Checked):
+    """What to learn from."""
+
+    data: Path = required("Conversation JSON, as 'm2f2 prepare ddvqa' writes it.")
+    images: Path = required(
+        "Folder of its pictures, or of the HDF5 files that names like "
+        "FF++_Deepfakes_c40://000_003_17 speak of."
+    )
+    limit: int = option(
+        0, "Use only so many conversations, evenly spaced in the file: for trials; 0 is all.", low=0
+    )
+    missing: str = option(
+        "error",
+        "A picture that is missing, unreadable or another one: error, or skip its conversations "
+        "and count them.",
+        "error",
+        "skip",
+    )
+    max_length: int = option(
+        2048, "Tokens of a conversation, the picture's included (published: 2048).", low=8
+    )
+    too_long: str = option(
+        "skip",
+        "A longer conversation: skip and count it, or error. Answers are never cut.",
+        "skip",
+        "error",
+    )
+    validation_share: float = option(
+        0.0,
+        "Share held out to measure on after each epoch, cut between identities (published: 0).",
+        low=0.0,
+        high=0.9,
+    )
+    eval_steps: int = option(
+        0, "Measure on it every so many steps too; 0 for after each epoch only.", low=0
+    )
+    split_seed: int = option(0, "Seed that decides which identities are held out.", low=0)
+    answer_tokens: int = option(
+        128, "Longest answer generated when held-out conversations are judged.", low=1
+    )
+    group_by_length: bool = option(True, "Put conversations of like length into a batch.")
+    workers: int = option(0, "Processes that read pictures; 0 reads in the training's own.", low=0)
+
+    def check(self) -> None:
+        """Measuring needs something to measure on."""
+        if self.eval_steps and not self.validation_share:
+            raise ConfigError(
+                "--eval-steps has nothing to measure on.", "Add --validation-share 0.05."
+            )
+
+
+@dataclass(frozen=True)
+class ExplainerOptions(Checked):
+    """What it starts from and how it is held in memory."""
+
+    model: str = required("The explainer to start from: a checkpoint folder or Hub id.")
+    precision: str = option(
+        "auto",
+        "Arithmetic and frozen weights: float32, bfloat16 or float16, what trains being float32 "
+        "anyway; auto is bfloat16 (published) on CUDA and float32 elsewhere.",
+        "auto",
+        "float32",
+        "bfloat16",
+        "float16",
+    )
+    gradient_checkpointing: bool = option(
+        True, "Save memory by computing layers twice (published)."
+    )
+    attention: str = option(
+        "auto", "transformers' attention; auto is flash-attn where installed, else torch's own."
+    )
+
+
+@dataclass(frozen=True)
+class QuantisedOptions(ExplainerOptions):
+    """What it starts from and how it is held in memory."""
+
+    load_in: str = option(
+        "none", "Hold the language model's layers in 4 or 8 bits (QLoRA).", "none", "4bit", "8bit"
+    )
+
+
+@dataclass(frozen=True)
+class AdapterOptions(Checked):
+    """The low-rank updates, on every linear layer of the language model but its head."""
+
+    rank: int = option(128, "Rank of an update (published: 128).", low=1)
+    alpha: int = option(256, "An update counts alpha / rank (published: 256).", low=1)
+    dropout: float = option(0.05, "Dropout before it (published: 0.05).", low=0.0, high=0.95)
+
+
+@dataclass(frozen=True)
+class StepOptions(Checked):
+    """How the weights move."""
+
+    epochs: int = option(1, "Passes over the data (published: 1).", low=1)
+    batch_size: int = option(40, "Conversations a batch and process (published: 40).", low=1)
+    accumulate: int = option(1, "Batches whose gradients make one step together.", low=1)
+    learning_rate: float = option(2e-5, "Of AdamW (published: 2e-5).", low=0.0)
+    weight_decay: float = option(0.0, "Weight decay (published: 0).", low=0.0)
+    schedule: str = option(
+        "cosine", "Learning rate over time (published: cosine).", "cosine", "linear", "constant"
+    )
+    warmup: float = option(
+        0.03, "Share of all steps over which it rises from zero (published: 0.03).", low=0, high=1
+    )
+    clip_gradient: float = option(
+        1.0, "Scale gradients down to this norm (published: 1); 0 leaves them.", low=0.0
+    )
+
+
+@dataclass(frozen=True)
+class LoraStepOptions(StepOptions):
+    """How the weights move."""
+
+    batch_size: int = option(20, "Conversations a batch and process (published: 20).", low=1)
+    learning_rate: float = option(2e-5, "Of the low-rank updates (published: 2e-5).", low=0.0)
+    projector_lr: float = option(2e-5, "Of both projectors (published: 2e-5).", low=0.0)
+
+
+@dataclass(frozen=True)
+class StageRunOptions(Checked):
+    """Where the result goes and how the machines are used."""
+
+    output: Path = required("Folder for the delta; it must not exist yet.")
+    seed: int = option(0, "Seed of every random choice but the split.", low=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
+    deepspeed: str | None = option(
+        None,
+        "Train under DeepSpeed: zero2 (published), zero3, zero3-offload, or a file of settings.",
+    )
+    deterministic: bool = option(
+        False, "Make CUDA runs repeat bit by bit, at some speed; CPU runs do anyway."
+    )
+    save_steps: int = option(
+        100, "Save the state every so many steps, and after each epoch; 0 for epochs only.", low=0
+    )
+    resume: bool = option(
+        False, "Go on from the last saved state of this output, or begin if there is none."
+    )
+    overwrite: bool = option(False, "Replace an existing output and forget its saved state.")
+    report_to: str = option(
+        "auto",
+        "Where curves go: tensorboard, wandb, none; auto is TensorBoard where it is installed.",
+        "auto",
+        "tensorboard",
+        "wandb",
+        "none",
+    )
+
+    def check(self) -> None:
+        """One may go on or begin anew, not both; DeepSpeed's settings must be there."""
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other.", "Give one of them.")
+        if (
+            self.deepspeed
+            and self.deepspeed not in DEEPSPEED
+            and not Path(self.deepspeed).is_file()
+        ):
+            raise ConfigError(
+                f"--deepspeed '{self.deepspeed}' is no file.",
+                f"Use {', '.join(DEEPSPEED)} or a JSON file.",
+            )
+
+
+# How a run is carried out, never what comes of it: these may differ on --resume.
+INCIDENTAL = frozenset(("output", "workers", "save-steps", "resume", "overwrite", "report-to"))
+
+
+@dataclass(frozen=True)
+class AlignOptions(OptionGroups):
+    """Every option of ``m2f2 align``."""
+
+    data: ConversationOptions
+    model: ExplainerOptions
+    steps: StepOptions
+    run: StageRunOptions
+
+
+@dataclass(frozen=True)
+class LoraOptions(OptionGroups):
+    """Every option of ``m2f2 lora``."""
+
+    data: ConversationOptions
+    model: QuantisedOptions
+    adapter: AdapterOptions
+    steps: LoraStepOptions
+    run: StageRunOptions
+
+
+StageOptions = AlignOptions | LoraOptions
+
+
+def adapter_of(options: StageOptions) -> AdapterOptions | None:
+    """The low-rank updates of a stage that has them."""
+    found: Any = getattr(options, "adapter", None)
+    return found
