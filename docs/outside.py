@@ -1,6 +1,6 @@
 """Hook of the documentation site: files outside ``docs/`` that its pages lead to.
 
-``examples/`` and the changelog become part of the site. Links stay what a code host needs, paths
+``examples/``, the changelog and the page for contributors become part of the site. Links stay what a code host needs, paths
 from file to file (``../examples/README.md``), and are turned here into paths inside the site.
 """
 
@@ -19,8 +19,8 @@ LINK = re.compile(r"(?<=\]\()([^)#:\s]+)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the examples and the changelog."""
-    found = [ROOT / "CHANGELOG.md", *sorted((ROOT / "examples").rglob("*"))]
+    """Add the examples, the changelog and the page for contributors."""
+    found = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").rglob("*"))]
     for path in found:
         if path.is_file() and "__pycache__" not in path.parts:
             name = path.relative_to(ROOT).as_posix()

@@ -13,7 +13,8 @@ from typing import Any
 from m2f2cli.checkpoints.loading import BUNDLED
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")])
+OUTSIDE = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+PAGES = sorted([*OUTSIDE, *ROOT.glob("docs/**/*.md")])
 PAGES += sorted(ROOT.glob("examples/**/*.md"))
 SCRIPTS = sorted([*ROOT.glob("examples/**/*.sh"), *ROOT.glob("examples/**/*.yml")])
 REFERENCE = ROOT / "docs" / "cli.md"

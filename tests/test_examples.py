@@ -51,6 +51,7 @@ def moderate(monkeypatch: pytest.MonkeyPatch) -> Any:
     return call
 
 
+@pytest.mark.slow
 def test_moderation_lists_what_a_person_has_to_look_at_and_goes_on(uploads, moderate, capsys):
     (uploads / "bad.jpg").write_text("no picture")
     (uploads / "[x](http`.jpg").write_text("no picture either")
@@ -81,6 +82,7 @@ def test_moderation_says_when_nothing_was_judged(uploads, moderate, capsys):
     assert "There is no checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_workflow_stops_a_fake(uploads, tiny_detector_folder):
     workflow = yaml.safe_load((MODERATION / "workflow.yml").read_text())
     (job,) = workflow["jobs"].values()
@@ -138,6 +140,7 @@ sys.exit(app.run(["train-detector", "--recipe", "quick", "--print-config"]))
 """
 
 
+@pytest.mark.slow
 def test_the_package_on_the_extending_page_works(tmp_path):
     """Its blocks are written to files and installed; then every part is found by its name."""
     points = ""

@@ -104,6 +104,7 @@ def chain(tmp_path, clip_folder, monkeypatch):  # noqa: F811
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_whole_chain(chain, capsys):
     check_family(chain)
     check_explained(chain)

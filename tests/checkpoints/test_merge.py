@@ -130,6 +130,7 @@ def test_stage_json_says_of_what(half, tmp_path):
     assert made.fingerprint == stage["fingerprint"]
 
 
+@pytest.mark.slow
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

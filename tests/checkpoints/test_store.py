@@ -281,6 +281,7 @@ def test_an_unwritable_place_is_one_sentence(tmp_path):
         write(tmp_path / "file" / "model", {"x": torch.ones(1)})
 
 
+@pytest.mark.slow
 def test_writing_needs_no_second_copy_of_the_model(tmp_path):
     """Peak memory while writing 64 MiB stays well below 64 MiB above the tensors themselves."""
     script = (

@@ -162,6 +162,7 @@ def test_room_is_taken_before_anything_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_tensors(tmp_path):
     """256 MiB go through a process that grows by less than 80."""
     save_file({str(n): torch.full((1 << 24,), float(n)) for n in range(4)}, tmp_path / "x")

@@ -69,6 +69,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_help_takes_at_most_three_times_a_two_command_typer_app() -> None:
     def seconds(command: list[str]) -> float:
         start = time.perf_counter()

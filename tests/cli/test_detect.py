@@ -237,6 +237,7 @@ def test_a_full_disk_leaves_no_half_written_file(
     assert list(here.rglob("*.partial")) == []
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume_give_each_item_once(here: Path) -> None:
     for seed in range(50):
         noise_picture(here / "many" / f"{seed:03}.png", seed)

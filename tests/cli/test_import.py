@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from tests.checkpoints import published
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One folder with every published layout, CLIP cut down."""
     folder = tmp_path_factory.mktemp("published")
     (folder / "clip.json").write_text(json.dumps(published.CLIP_CONFIG))
@@ -29,7 +31,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(second, folder / "b.safetensors")
     wrapped = {"state_dict": {f"module.{k}": v for k, v in second.items()}}
     torch.save(wrapped, folder / "b_wrapped.pth", _use_new_zipfile_serialization=False)
-    return folder
+    yield folder
+    shutil.rmtree(folder)  # 180 MB
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,7 @@ def test_projectors_of_a_training_checkpoint_are_a_delta_too(do, tmp_path):
     same(found, renamed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("binary", [False, True])
 def test_stage_3_becomes_an_adapter_that_peft_loads(do, tmp_path, binary):
     source = stage_3(tmp_path / "in", binary=binary)

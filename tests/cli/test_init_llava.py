@@ -354,6 +354,7 @@ def test_a_full_disk_leaves_nothing(do, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_that_loads(home, tmp_path):
     script = (
         "import sys, time\n"

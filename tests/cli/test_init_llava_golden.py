@@ -10,6 +10,7 @@ from m2f2cli.cli.app import run
 from tests.checkpoints import golden, llavas
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_the_golden_explainer_from_its_parts(tmp_path, capsys, file):
     """A LLaVA base and a detector's file give every tensor of the merged golden explainer."""

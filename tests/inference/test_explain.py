@@ -60,6 +60,7 @@ def prompts_of(record: Explanation, processor) -> list[str]:
     return [f"{template.system}{template.human}{text}{template.assistant}" for text in asked]
 
 
+@pytest.mark.slow
 def test_one_by_one_batched_and_shared_give_the_same_words(tmp_path: Path):
     """The golden explainer; a picture that is not square has two views.
 

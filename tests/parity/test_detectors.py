@@ -66,6 +66,7 @@ def test_detector_b_small(tmp_path, record_property):
     record_property("largest logit difference", check_b(model, "detector_b_small"))
 
 
+@pytest.mark.slow
 def test_a_batch_gives_what_single_pictures_give(tmp_path):
     model = load_detector(str(import_small(tmp_path)), device="cpu")
     _, pictures = golden("detector_b_small")

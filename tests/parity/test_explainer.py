@@ -91,6 +91,7 @@ def logits_of(loaded, folder) -> torch.Tensor:
         return loaded(**batch, logits_to_keep=1).logits[0, -1]
 
 
+@pytest.mark.slow
 def test_an_explainer_built_from_its_parts_gives_the_same(tmp_path, record_property):
     """A LLaVA base and a detector's file, both float32, through import and init-llava."""
     state = state_dict("llava_tiny")
@@ -111,6 +112,7 @@ def test_an_explainer_built_from_its_parts_gives_the_same(tmp_path, record_prope
     assert worst <= LOGITS
 
 
+@pytest.mark.slow
 def test_an_imported_folder_gives_the_same(tmp_path, record_property):
     """From the published layout on disk, through import and loading, to the logits."""
     write_published(tmp_path / "published")
@@ -125,6 +127,7 @@ def test_an_imported_folder_gives_the_same(tmp_path, record_property):
     assert worst <= LOGITS
 
 
+@pytest.mark.slow
 def test_greedy_words_batched_with_padding():
     """One call: pictures and prompts of different lengths side by side."""
     expected = expected_words()

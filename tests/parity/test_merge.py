@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,7 @@ def as_saved(key: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The base in both precisions, imported, and the deltas as the published code leaves them."""
     home = tmp_path_factory.mktemp("merge")
     towers = explainer.FOLDER / "clip-tiny" / "config.json"
@@ -56,7 +58,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(delta_file("non_lora_trainables.bin"), stage_3 / "non_lora_trainables.bin")
     save_file(delta_file("adapter_model.safetensors"), stage_3 / "adapter_model.safetensors")
     (stage_3 / "adapter_config.json").write_text(json.dumps(DELTAS["adapter_config"]))
-    return home
+    yield home
+    shutil.rmtree(home)  # 400 MB
 
 
 def merged(place: Path, base: str, deltas: tuple[str, ...], force: bool = True):

@@ -219,6 +219,7 @@ def result(url: str, event: str) -> dict[str, Any]:
     raise AssertionError("no answer")
 
 
+@pytest.mark.slow
 def test_two_visitors_get_their_own(url, tmp_path):
     def visit(level: int) -> list[float]:
         client = connect(url)

@@ -77,7 +77,11 @@ def test_a_missing_package_is_one_sentence(capsys, monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 @pytest.mark.parametrize(
     ("sent", "code", "started"),
-    [(signal.SIGINT, 130, ""), (signal.SIGINT, 130, "trap '' INT; "), (signal.SIGTERM, -15, "")],
+    [
+        (signal.SIGINT, 130, ""),
+        pytest.param(signal.SIGINT, 130, "trap '' INT; ", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, -15, "", marks=pytest.mark.slow),
+    ],
     ids=["interrupted", "interrupted in the background", "terminated"],
 )
 def test_it_says_when_it_is_ready_and_ends_at_once(

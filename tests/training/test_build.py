@@ -60,6 +60,7 @@ def test_published_efficientnet_names_land_where_they_belong(name, tmp_path):
         assert torch.equal(tensor, target.net.state_dict()[key]), key
 
 
+@pytest.mark.slow
 def test_torchvision_densenet_names(tmp_path):
     source, target = Backbone("densenet121"), Backbone("densenet121")
     tensors = {}

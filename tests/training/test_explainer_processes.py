@@ -81,6 +81,7 @@ def check(one, two, *, weights: float, loss: float) -> None:
     assert store.read_stage(second)["processes"] == 2
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(root, alone, tmp_path):
     """The last step of an epoch is uneven, and both stages accumulate."""
     two = together(root, tmp_path)

@@ -43,6 +43,7 @@ def bits(folder):
     return [file.read_bytes() for file in sorted(folder.glob("*.safetensors"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_interrupted_and_resumed_stage_ends_bit_equal(stage, root, tmp_path):
     """Interrupted inside an epoch and right after one, resumed with other worker processes."""
@@ -66,6 +67,7 @@ def test_interrupted_and_resumed_stage_ends_bit_equal(stage, root, tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_sigkill_then_the_same_command_with_resume(stage, root, tmp_path):
     settings = STATEFUL | {"validation_share": 0.0, "eval_steps": 0}
@@ -94,6 +96,7 @@ def test_sigkill_then_the_same_command_with_resume(stage, root, tmp_path):
     assert bits(killed.run.output) == bits(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_full_disk_costs_no_step_that_was_saved(stage, root, tmp_path, monkeypatch):
     """Full while a state is saved, then while the delta is written."""
@@ -124,6 +127,7 @@ def test_a_full_disk_costs_no_step_that_was_saved(stage, root, tmp_path, monkeyp
     assert bits(train_stage(wanted(resume=True))) == bits(whole)
 
 
+@pytest.mark.slow
 def test_unfinished_and_finished_stages_are_kept(root, tmp_path, monkeypatch):
     def wanted(**changes):
         return stage_options("align", root, tmp_path / "out", **changes)

@@ -60,6 +60,7 @@ def test_unmasked_labels_decode_exactly_to_the_answers(root):
     assert check_labels(root / "talks.json", root / "crops") == 24
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("M2F2_DDVQA" not in os.environ, reason="needs DD-VQA")
 def test_unmasked_labels_of_the_published_file_decode_to_the_answers():
     data = Path(os.environ["M2F2_DDVQA"])
@@ -143,6 +144,7 @@ def test_after_20_steps_exactly_the_stages_parameters_have_moved(stage, root, tm
     assert said["options"] == options.to_flat()
 
 
+@pytest.mark.slow
 def test_peft_loads_the_adapter_folder_unchanged(root, tmp_path):
     run = prepare(stage_options("lora", root, tmp_path / "adapter"))
     folder = run.run()
@@ -177,6 +179,7 @@ def apart(one: Path, two: Path) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_how_memory_is_saved_changes_nothing_that_is_learnt(stage, root, tmp_path):
     plain = {"gradient_checkpointing": False, **({"dropout": 0.0} if stage == "lora" else {})}
@@ -187,6 +190,7 @@ def test_how_memory_is_saved_changes_nothing_that_is_learnt(stage, root, tmp_pat
     assert apart(whole, train_stage(stage_options(stage, root, tmp_path / "acc", **parts))) < 5e-4
 
 
+@pytest.mark.slow
 def test_half_precision_trains_in_float32(root, tmp_path):
     options = stage_options("lora", root, tmp_path / "half", precision="bfloat16")
     run = prepare(options)
@@ -211,6 +215,7 @@ def test_four_bits_hold_the_language_models_layers_only(tmp_path, monkeypatch):
     PeftModel.from_pretrained(plain, str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_conversations_without_a_picture_train_too(stage, root, tmp_path):
     file = tmp_path / "words.json"
@@ -256,6 +261,7 @@ def test_judged_accuracy_reads_the_generated_answers(root, tmp_path, monkeypatch
     assert not people[0] & people[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_measured_within_epochs_too(stage, root, tmp_path):
     """Measuring changes nothing that is learnt, nor any figure of the epochs."""

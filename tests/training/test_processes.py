@@ -14,6 +14,8 @@ from m2f2cli.checkpoints import store
 from m2f2cli.training.detector import prepare, train_detector
 from tests.training.conftest import TOY_KINDS
 
+pytestmark = pytest.mark.slow  # starts processes, each of which loads torch
+
 # Two processes at batch 3 are one at batch 6.
 SCENARIOS = {
     # Nothing is normalised over a batch: the same gradients, so the same weights. The last step
@@ -142,7 +144,6 @@ def test_only_the_first_process_writes(together):
         assert not (folder / "runs" / f"{name}.training").exists()
 
 
-@pytest.mark.slow
 def test_torchrun(options, tmp_path):
     wanted = options(epochs=2, batch_size=3, ema=0.9)
     (tmp_path / "settings.yaml").write_text(wanted.to_yaml())

@@ -42,6 +42,7 @@ def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "steps"),
     [
@@ -64,6 +65,7 @@ def test_interrupted_and_resumed_run_ends_bit_equal(options, tmp_path, schedule,
         assert not state_folder(output).exists()
 
 
+@pytest.mark.slow
 def test_sigkill_then_the_same_command_with_resume(options, tmp_path):
     settings = STATEFUL | {"epochs": 4}
     whole = train_detector(options(**settings, output=tmp_path / "whole"))
@@ -90,6 +92,7 @@ def test_sigkill_then_the_same_command_with_resume(options, tmp_path):
     assert weights(killed.run.output) == weights(whole)
 
 
+@pytest.mark.slow
 def test_half_written_state_is_ignored(options, tmp_path):
     run = prepare(options(save_steps=1))
     run.trainer.add_callback(Crash(2))
@@ -104,6 +107,7 @@ def test_half_written_state_is_ignored(options, tmp_path):
     assert weights(run.options.run.output) == weights(whole)
 
 
+@pytest.mark.slow
 def test_disk_full_while_saving_keeps_the_state_before(options, tmp_path, monkeypatch):
     saves = []
 

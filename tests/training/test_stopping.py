@@ -31,6 +31,7 @@ def test_a_run_that_gets_better_goes_on(options):
     assert "stopped_after" not in metrics
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_stops_where_it_would_have(options, tmp_path):
     whole = train_detector(options(**STILL, output=tmp_path / "whole"))
     run = prepare(options(**STILL))
@@ -59,6 +60,7 @@ def test_there_must_be_a_figure_to_watch(options):
         options(early_stop=1, select="last")
 
 
+@pytest.mark.slow
 def test_two_small_batches_make_one_step_of_a_large_one(options, tmp_path):
     given = {"freeze_batch_norm": True, "epochs": 2, "limit": 7}  # 14 pictures: 6, 6 and 2
     given |= {"weight_decay": 0.0, "validation_share": 0.25, "seed": 2}

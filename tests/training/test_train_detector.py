@@ -17,6 +17,7 @@ from m2f2cli.training.detector import prepare, train_detector
 from m2f2cli.training.objective import Objective
 
 
+@pytest.mark.slow
 def test_it_learns_and_writes_a_detector(options):
     lines: list[str] = []
     steps: list[tuple[int, str]] = []
@@ -63,6 +64,7 @@ def test_the_written_detector_scores_as_measured(options):
     assert roc_auc(labels.numpy(), (logits[:, 1] - logits[:, 0]).numpy()) == chosen["auc"]
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_kept_not_the_last(options):
     for select, key, best in (("loss", "validation_loss", min), ("ap", "ap", max)):
         folder = train_detector(
@@ -74,6 +76,7 @@ def test_the_best_epoch_is_kept_not_the_last(options):
     assert store.read_stage(last)["metrics"]["selected"]["epoch"] == 3
 
 
+@pytest.mark.slow
 def test_learning_rates_follow_the_schedule(options):
     cosine = train_detector(options(epochs=3, schedule="cosine", warmup=0.2))
     rates = [r["learning_rate"] for r in store.read_stage(cosine)["metrics"]["epochs"]]
@@ -85,6 +88,7 @@ def test_learning_rates_follow_the_schedule(options):
     assert min(rates) <= 0.3 * 0.4 + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_all_terms_and_precisions_together(options, precision, tmp_path):
     teacher = tmp_path / "soft.jsonl"
@@ -110,6 +114,7 @@ def test_all_terms_and_precisions_together(options, precision, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_equal_commands_give_equal_weights_and_seeds_matter(options, tmp_path):
     def weights(name, **changes):
         folder = train_detector(options(output=tmp_path / name, epochs=1, **changes))

@@ -49,6 +49,7 @@ def test_it_learns_from_videos(ffpp):
     )
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(ffpp, toy_data, tmp_path):
     mixed = {"data": [ffpp().data.data[0], str(toy_data)], "self_blend": 0.3, "epochs": 2}
     folders = [

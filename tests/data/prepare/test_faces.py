@@ -173,6 +173,7 @@ def test_no_faces_at_all_makes_no_file(scene, tmp_path):
     assert os.listdir(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_going_on_adds_what_is_new_and_repeats_what_changed(scene, tmp_path, monkeypatch):
     folder = tmp_path / "videos"
     scene.record(folder / "a.mp4", 10)
@@ -210,6 +211,7 @@ def test_files_of_others_are_not_touched(scene, tmp_path):
     assert digest(writer.path) == before
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(ffpp, tmp_path):
     prepare(ffpp, tmp_path / "one")
     prepare(ffpp, tmp_path / "two", workers=2)
@@ -219,6 +221,7 @@ def test_processes_change_nothing(ffpp, tmp_path):
         assert digest(tmp_path / "one" / name) == digest(tmp_path / "two" / name)
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_ends_with_the_same_file(scene, tmp_path):
     folder = tmp_path / "videos"
     for number in range(6):
