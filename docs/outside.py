@@ -1,7 +1,8 @@
 """Hook of the documentation site: files outside ``docs/`` that its pages lead to.
 
-``examples/``, the changelog and the page for contributors become part of the site. Links stay what a code host needs, paths
-from file to file (``../examples/README.md``), and are turned here into paths inside the site.
+``examples/``, the changelog and the page for contributors become part of the site. Links stay what
+a code host needs, paths from file to file (``../examples/README.md``), and are turned here into
+paths inside the site.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ LINK = re.compile(r"(?<=\]\()([^)#:\s]+)")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the examples, the changelog and the page for contributors."""
-    found = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").rglob("*"))]
+    found = [
+        ROOT / "CHANGELOG.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "examples").rglob("*")),
+    ]
     for path in found:
         if path.is_file() and "__pycache__" not in path.parts:
             name = path.relative_to(ROOT).as_posix()
