@@ -20,7 +20,11 @@ LINK = re.compile(r"(?<=\]\()([^)#:\s]+)")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the examples, the changelog and the page for contributors."""
-    found = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").rglob("*"))]
+    found = [
+        ROOT / "CHANGELOG.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "examples").rglob("*")),
+    ]
     for path in found:
         if path.is_file() and "__pycache__" not in path.parts:
             name = path.relative_to(ROOT).as_posix()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from m2f2cli.checkpoints.explainer_loading import find_explainer
-from m2f2cli.checkpoints.loading import BUNDLED, resolve_checkpoint
+from m2f2cli.checkpoints.hub import BUNDLED, find_explainer, resolve_checkpoint
 from m2f2cli.inference.session import Session
 from m2f2cli.serving import wording
 
