@@ -1,7 +1,8 @@
 """Hook of the documentation site: files outside ``docs/`` that its pages lead to.
 
-``examples/``, the changelog and the page for contributors become part of the site. Links stay what a code host needs, paths
-from file to file (``../examples/README.md``), and are turned here into paths inside the site.
+``examples/``, the changelog and the page for contributors become part of the site. Links stay what
+a code host needs, paths from file to file (``../examples/README.md``), and are turned here into
+paths inside the site.
 """
 
 from __future__ import annotations

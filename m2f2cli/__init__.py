@@ -1,26 +1,72 @@
-"""m2f2cli: tells whether a face picture is forged and shows where.
+"""m2f2: tells whether a face picture is forged, shows where and says why.
 
-The names below load torch on first use, so ``import m2f2cli`` stays cheap.
+Everything below is public and follows semantic versioning. A name loads what it needs on first use,
+so ``import m2f2cli`` stays cheap: it imports neither torch nor NumPy.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-_LAZY = {
-    "Detector": "m2f2cli.models.detector",
-    "DetectorConfig": "m2f2cli.models.detector",
-    "detect": "m2f2cli.inference.detect",
-    "explain": "m2f2cli.inference.explain",
+if TYPE_CHECKING:
+    from m2f2cli.checkpoints.convert import import_weights
+    from m2f2cli.checkpoints.initialize import InitLlavaOptions, init_llava
+    from m2f2cli.checkpoints.load import load_detector, load_explainer
+    from m2f2cli.inference.detect import DetectOptions, detect
+    from m2f2cli.inference.explain import explain
+    from m2f2cli.inference.explain_options import ExplainOptions
+    from m2f2cli.models.detector import Detector, DetectorConfig
+    from m2f2cli.models.explainer import Explainer, ExplainerConfig
+    from m2f2cli.options.train_detector import TrainDetectorOptions
+    from m2f2cli.options.train_explainer import AlignOptions, LoraOptions
+
+__all__ = [
+    "AlignOptions",
+    "DetectOptions",
+    "Detector",
+    "DetectorConfig",
+    "ExplainOptions",
+    "Explainer",
+    "ExplainerConfig",
+    "InitLlavaOptions",
+    "LoraOptions",
+    "TrainDetectorOptions",
+    "__version__",
+    "detect",
+    "explain",
+    "import_weights",
+    "init_llava",
+    "load_detector",
+    "load_explainer",
+]
+_MODULES = {
+    "AlignOptions": "options.train_explainer",
+    "DetectOptions": "inference.detect",
+    "Detector": "models.detector",
+    "DetectorConfig": "models.detector",
+    "ExplainOptions": "inference.explain_options",
+    "Explainer": "models.explainer",
+    "ExplainerConfig": "models.explainer",
+    "InitLlavaOptions": "checkpoints.initialize",
+    "LoraOptions": "options.train_explainer",
+    "TrainDetectorOptions": "options.train_detector",
+    "detect": "inference.detect",
+    "explain": "inference.explain",
+    "import_weights": "checkpoints.convert",
+    "init_llava": "checkpoints.initialize",
+    "load_detector": "checkpoints.load",
+    "load_explainer": "checkpoints.load",
 }
-__all__ = ["Detector", "DetectorConfig", "__version__", "detect", "explain"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
-
-        return getattr(import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(f"m2f2cli.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'm2f2cli' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "m2f2cli"
 LAYERS = (
-    {"files", "records", "registry", "errors", "runtime", "environment"},
+    {"files", "records", "registry", "errors", "runtime", "environment", "compat"},
     {"metrics"},
     {"options"},
     {"data"},

@@ -1,6 +1,7 @@
-"""The page's pictures: boxes, forgery map, verdict, timeline and answers as HTML.
+"""What the page shows of a verdict: sentences, boxes, forgery maps, timeline and answers as HTML.
 
-Everything from outside (names, messages, answers) is escaped here.
+The markup is in ``assets/demo/parts.html``, which escapes everything; this module works out what
+stands in it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from html import escape
+from functools import cache
+from typing import Any
+
+import jinja2
 
 from m2f2cli.inference.render import heat_layer
 from m2f2cli.inference.scoring import Score
@@ -17,55 +21,109 @@ from m2f2cli.records import (
     Box,
     Detection,
     Explanation,
+    FaceExplanation,
     FaceScore,
     FrameScore,
     Settings,
     to_csv,
     to_line,
 )
-from m2f2cli.serving import wording
-from m2f2cli.serving.service import Look, Said
+from m2f2cli.serving.worker import Look, Said
 
+HEADLINES = {
+    "fake": "Looks forged",
+    "real": "No forgery found",
+    "uncertain": "Cannot tell",
+}
+OPINION = (
+    "This is the opinion of one program about one face, not proof. "
+    "“No forgery found” does not mean that the picture is genuine."
+)
+MAP_LEGEND = (
+    "Bright parts of the map are where the model found most of what it looks for, compared with "
+    "the rest of the same face. It does not say how sure the model is."
+)
 _MAP_SIDE = 336  # pixels of the picture of a forgery map
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 720, 230, 46, 12, 34  # of the timeline
+# Of the timeline, in units of its drawing.
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 230, 46, 706, 12, 196
+
+
+def percent(probability: float) -> str:
+    """A probability as people say it; never 0 % or 100 %, which no model can promise."""
+    if probability > 0.995:
+        return "over 99 %"
+    if probability < 0.005:
+        return "under 1 %"
+    return f"{100 * probability:.0f} %"
+
+
+def headline(record: Detection, face: FaceScore | None = None) -> str:
+    """The verdict in two or three words; of an item without one, that there is none."""
+    verdict = face.verdict if face else record.verdict
+    return HEADLINES[verdict] if verdict else "No verdict"
 
 
 def verdict(look: Look, face: int = 0) -> str:
     """The verdict on a face of a picture, on a video, or why there is none."""
     record = look.record
     chosen = record.faces[face] if record.faces else None
-    kind = (chosen.verdict if chosen else record.verdict) or "none"
-    words = "".join(f"<p>{escape(text)}</p>" for text in wording.sentences(record, chosen))
-    scale = _scale(record, chosen) if record.fake_probability is not None else ""
-    opinion = f'<p class="m2-small">{escape(wording.OPINION)}</p>' if record.verdict else ""
-    return (
-        f'<section class="m2-card m2-{kind}" role="status"><h2>'
-        f"{escape(wording.headline(record, chosen))}</h2>{scale}{words}{opinion}</section>"
+    scale = None
+    if record.fake_probability is not None:
+        low, high = record.settings.uncertain or (0.0, 0.0)
+        score = (chosen or record).fake_probability or 0.0
+        scale = {"score": score, "threshold": record.settings.threshold, "low": low, "high": high}
+    return _part(
+        "verdict",
+        kind=(chosen.verdict if chosen else record.verdict) or "none",
+        headline=headline(record, chosen),
+        scale=scale,
+        sentences=sentences(record, chosen),
+        opinion=OPINION if record.verdict else "",
     )
 
 
-def failure(sentence: str) -> str:
-    """That something could not be done."""
-    return f'<section class="m2-card m2-none" role="alert"><p>{escape(sentence)}</p></section>'
+def sentences(record: Detection, face: FaceScore | None = None) -> list[str]:
+    """What the verdict is based on.
+
+    Args:
+        record: Of the item.
+        face: The face spoken of; None for the item as a whole.
+    """
+    if record.fake_probability is None:
+        return [record.message or ""]
+    about = face or record
+    video = record.kind == "video"
+    subject = "these frames, on average," if video else "this face"
+    said = [
+        f"The model gives {subject} a probability of {percent(about.fake_probability or 0.0)} of "
+        f"being forged. {_limits(record.settings)}"
+    ]
+    if about.in_domain is False:
+        said.append(
+            f"{'Most of these frames are' if video else 'This face is'} unlike the pictures the "
+            "model has learnt from (sharper, blurred or compressed in another way), so the "
+            "probability means little here and the model does not decide."
+        )
+    elif about.verdict == "uncertain":
+        said.append("It lies in that band.")
+    if video:
+        judged = sum(frame.fake_probability is not None for frame in record.frames)
+        said.append(f"{judged} of the {len(record.frames)} frames looked at show a face.")
+    elif record.crop_source == "picture":
+        said.append("No face was searched for: the picture was taken as a face cut out already.")
+    elif len(record.faces) > 1:
+        said.append(f"It shows {len(record.faces)} faces; the most suspicious one decides.")
+    if record.note:
+        said.append(f"About the file: {record.note}.")
+    return said
 
 
-def _scale(record: Detection, face: FaceScore | None) -> str:
-    """The probability on a line from 0 to 100 % with threshold and uncertain band."""
-    score = (face or record).fake_probability or 0.0
-    low, high = record.settings.uncertain or (0.0, 0.0)
-    threshold = record.settings.threshold
-    label = (
-        f"Probability of being forged: {wording.percent(score)}; "
-        f"threshold {wording.percent(threshold)}"
-    )
-    return (
-        f'<div class="m2-scale" role="img" aria-label="{escape(label)}">'
-        f'<i class="m2-band" style="left:{low:.2%};width:{high - low:.2%}"></i>'
-        f'<i class="m2-fill" style="width:{score:.2%}"></i>'
-        f'<i class="m2-tick" style="left:{threshold:.2%}"></i>'
-        f'<b style="left:{min(max(score, 0.07), 0.93):.2%}">{escape(wording.percent(score))}</b>'
-        '</div><div class="m2-ends"><span>genuine</span><span>forged</span></div>'
-    )
+def _limits(settings: Settings) -> str:
+    words = f"From {percent(settings.threshold)} on it says “forged”"
+    if settings.uncertain is None:
+        return words + "."
+    low, high = (percent(value) for value in settings.uncertain)
+    return f"{words}; between {low} and {high} it is wrong too often to say either."
 
 
 def stage(look: Look, face: int = 0) -> str:
@@ -74,43 +132,28 @@ def stage(look: Look, face: int = 0) -> str:
     if not look.shown or not record.width or not record.height:
         return ""
     size = (record.width, record.height)
-    total = len(record.faces)
-    layers, boxes = [], []
-    for number, found in enumerate(record.faces):
-        place = _place(found.crop, size)
-        layers.append(_layer(look.judged.scores[look.judged.crop(found.crop).digest], place))
-        chosen = "true" if number == face else "false"
-        label = escape(wording.face_label(found, number + 1, total))
-        tag = f"{number + 1}: " if total > 1 else ""
-        boxes.append(
-            f'<button type="button" class="m2-box m2-{found.verdict}" data-face="{number}" '
-            f'aria-pressed="{chosen}" aria-label="{label}" style="{place}">'
-            f"<span>{tag}{escape(wording.percent(found.fake_probability))}</span></button>"
-        )
-    name = escape(record.path)
-    photo = _data("jpeg", look.shown[0])
-    return (
-        f'<div class="m2-stage"><div class="m2-canvas" style="aspect-ratio:{size[0]}/{size[1]}">'
-        f'<img class="m2-photo" src="{photo}" alt="The picture {name}">'
-        f"{''.join(layers)}{''.join(boxes)}</div>{_slider() if any(layers) else ''}</div>"
-    )
+    faces = [
+        {
+            "map": _map(look.judged.scores[look.judged.crop(found.crop).digest]),
+            "place": _place(found.crop, size),
+            "verdict": found.verdict,
+            "score": found.fake_probability,
+            "chosen": number == face,
+            "label": f"Face {number + 1} of {len(record.faces)}: {HEADLINES[found.verdict]}, "
+            f"{percent(found.fake_probability)}",
+        }
+        for number, found in enumerate(record.faces)
+    ]
+    photo = look.shown[0]
+    return _part("stage", name=record.path, photo=photo, size=size, faces=faces, legend=MAP_LEGEND)
 
 
-def _layer(score: Score, place: str) -> str:
+def _map(score: Score) -> bytes:
     if score.forgery_map is None:
-        return ""
+        return b""
     data = io.BytesIO()
     heat_layer(score.forgery_map, (_MAP_SIDE, _MAP_SIDE)).save(data, "PNG")
-    return f'<img class="m2-map" src="{_data("png", data.getvalue())}" alt="" style="{place}">'
-
-
-def _slider() -> str:
-    return (
-        '<label class="m2-slider"><span>Forgery map: hidden</span>'
-        '<input type="range" min="0" max="100" value="60" '
-        'aria-label="How strongly the forgery map is laid over the picture">'
-        f'<span>strong</span></label><p class="m2-small">{escape(wording.MAP_LEGEND)}</p>'
-    )
+    return data.getvalue()
 
 
 def _place(box: Box, size: tuple[int, int]) -> str:
@@ -120,101 +163,45 @@ def _place(box: Box, size: tuple[int, int]) -> str:
     return f"left:{x0:.3%};top:{y0:.3%};width:{x1 - x0:.3%};height:{y1 - y0:.3%}"
 
 
-def _data(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def timeline(record: Detection) -> str:
     """The fake probability of each frame of a video over its time, and the same as a table."""
     if not record.frames:
         return ""
     last = max(record.frames[-1].time, 1e-3)
-    threshold = record.settings.threshold
-    parts = [_axis(last), _limit(threshold)]
-    if record.settings.uncertain:
-        low, high = record.settings.uncertain
-        top = _y(high)
-        parts.insert(0, _rectangle("m2-zone", top, _y(low) - top))
-    path, pen = [], "M"
+
+    def x(time: float) -> float:
+        return _LEFT + (_RIGHT - _LEFT) * time / last
+
+    def y(probability: float) -> float:
+        return _TOP + (_BOTTOM - _TOP) * (1 - probability)
+
+    line, pen = [], "M"
     for frame in record.frames:
         if frame.fake_probability is None:
             pen = "M"
             continue
-        path.append(f"{pen}{_x(frame.time, last):.1f} {_y(frame.fake_probability):.1f}")
+        line.append(f"{pen}{x(frame.time):.1f} {y(frame.fake_probability):.1f}")
         pen = "L"
-    parts.append(f'<path class="m2-line" d="{" ".join(path)}"/>')
-    parts += [_dot(frame, last, record.settings) for frame in record.frames]
-    shown = sum(frame.fake_probability is not None for frame in record.frames)
-    label = f"Probability of being forged in {shown} frames over {last:.1f} seconds"
-    return (
-        f'<figure class="m2-timeline"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(label)}">{"".join(parts)}</svg>{_table(record.frames)}</figure>'
+    return _part(
+        "timeline",
+        frames=[_frame(frame, record.settings) for frame in record.frames],
+        last=last,
+        settings=record.settings,
+        line=" ".join(line),
+        x=x,
+        y=y,
+        width=_WIDTH,
+        height=_HEIGHT,
+        left=_LEFT,
+        right=_RIGHT,
     )
 
 
-def _x(time: float, last: float) -> float:
-    return _LEFT + (_WIDTH - _LEFT - 14) * time / last
-
-
-def _y(probability: float) -> float:
-    return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - probability)
-
-
-def _rectangle(kind: str, top: float, height: float) -> str:
-    width = _WIDTH - _LEFT - 14
-    return f'<rect class="{kind}" x="{_LEFT}" y="{top:.1f}" width="{width}" height="{height:.1f}"/>'
-
-
-def _axis(last: float) -> str:
-    words = [
-        f'<line class="m2-grid" x1="{_LEFT}" x2="{_WIDTH - 14}" y1="{_y(p):.1f}" y2="{_y(p):.1f}"/>'
-        f'<text x="{_LEFT - 6}" y="{_y(p) + 4:.1f}" text-anchor="end">{100 * p:.0f} %</text>'
-        for p in (0.0, 0.5, 1.0)
-    ]
-    words += [
-        f'<text x="{_x(t, last):.1f}" y="{_HEIGHT - 12}" text-anchor="middle">{t:.1f} s</text>'
-        for t in (0.0, last / 2, last)
-    ]
-    return "".join(words)
-
-
-def _limit(threshold: float) -> str:
-    at = _y(threshold)
-    return f'<line class="m2-limit" x1="{_LEFT}" x2="{_WIDTH - 14}" y1="{at:.1f}" y2="{at:.1f}"/>'
-
-
-def _dot(frame: FrameScore, last: float, settings: Settings) -> str:
-    x = _x(frame.time, last)
-    if frame.fake_probability is None:
-        return (
-            f'<text class="m2-gap" x="{x:.1f}" y="{_y(0.0) - 4:.1f}" text-anchor="middle">×'
-            f"<title>{frame.time:.1f} s: no face</title></text>"
-        )
-    kind = _kind(frame, settings)
-    words = f"{frame.time:.1f} s: {wording.percent(frame.fake_probability)}"
-    y = _y(frame.fake_probability)
-    return (
-        f'<circle class="m2-dot m2-{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5">'
-        f"<title>{words}</title></circle>"
-    )
-
-
-def _kind(frame: FrameScore, settings: Settings) -> str:
+def _frame(frame: FrameScore, settings: Settings) -> dict[str, Any]:
+    score = frame.fake_probability
     rule = Rule(settings.threshold, settings.uncertain)
-    return rule.judge(frame.fake_probability or 0.0, None).verdict
-
-
-def _table(frames: Sequence[FrameScore]) -> str:
-    rows = "".join(
-        f"<tr><td>{frame.time:.2f} s</td><td>{frame.index}</td><td>"
-        + ("no face" if frame.fake_probability is None else wording.percent(frame.fake_probability))
-        + "</td></tr>"
-        for frame in frames
-    )
-    return (
-        "<details><summary>The same as a table</summary><table><thead><tr><th>Time</th>"
-        f"<th>Frame</th><th>Probability</th></tr></thead><tbody>{rows}</tbody></table></details>"
-    )
+    kind = None if score is None else rule.judge(score, None).verdict
+    return {"time": frame.time, "index": frame.index, "score": score, "kind": kind}
 
 
 def worst(look: Look) -> str:
@@ -222,19 +209,12 @@ def worst(look: Look) -> str:
     record = look.record
     known = {frame.index: frame for frame in record.frames}
     size = (record.width or 1, record.height or 1)
-    figures = []
-    for number, content in look.shown.items():
-        frame = known[number]
-        words = f"{frame.time:.1f} s: {wording.percent(frame.fake_probability or 0.0)}"
-        kind = _kind(frame, record.settings)
-        place = _place(frame.crop, size) if frame.crop else ""
-        figures.append(
-            f'<figure><div class="m2-canvas" style="aspect-ratio:{size[0]}/{size[1]}">'
-            f'<img class="m2-photo" src="{_data("jpeg", content)}" alt="Frame at {words}">'
-            f'<i class="m2-box m2-{kind}" style="{place}"></i></div>'
-            f"<figcaption>{escape(words)}</figcaption></figure>"
-        )
-    return f'<div class="m2-worst">{"".join(figures)}</div>' if figures else ""
+    frames = []
+    for number, picture in look.shown.items():
+        crop = known[number].crop
+        place = _place(crop, size) if crop else ""
+        frames.append(_frame(known[number], record.settings) | {"picture": picture, "place": place})
+    return _part("worst", frames=frames, size=size)
 
 
 def answers(said: Sequence[Said], record: Explanation | None = None) -> str:
@@ -244,63 +224,75 @@ def answers(said: Sequence[Said], record: Explanation | None = None) -> str:
         said: The answers, the judgement's among them.
         record: Once everything is said.
     """
-    own, parts = "", []
-    if record is not None and record.explanations:
-        words = escape(wording.judgement(record.explanations[0]))
-        own = f'<p class="m2-judgement">{words}</p>'
-    for answer in said:
-        heading = "Is it genuine?" if answer.judges else (answer.region or answer.asked)
-        open_ = ' class="m2-writing"' if record is None and answer is said[-1] else ""
-        parts.append(
-            f"<dt>{escape(heading)}</dt><dd{open_}>{escape(answer.text.strip()) or '…'}</dd>"
-        )
-    body = "".join(parts)
-    busy = "true" if record is None else "false"
-    return f'{own}<dl class="m2-answers" aria-live="polite" aria-busy="{busy}">{body}</dl>'
+    explained = record.explanations if record else ()
+    own = judgement(explained[0]) if explained else ""
+    return _part("answers", said=said, judgement=own, done=record is not None)
+
+
+def judgement(explained: FaceExplanation) -> str:
+    """What the language model thinks itself, and whether that is the detector's verdict."""
+    own = {"fake": "forged", "real": "genuine", None: "neither forged nor genuine"}
+    words = "Asked without being told the verdict, the language model calls the face "
+    words += own[explained.judgement]
+    agreement = {
+        True: ". It agrees with the detector.",
+        False: ". It disagrees with the detector, so trust neither without looking yourself.",
+        None: ". The detector has not decided, so there is nothing to agree with."
+        if explained.judgement
+        else ".",
+    }
+    return words + agreement[explained.agreement]
 
 
 def table(records: Sequence[Detection]) -> str:
     """Several items, one a row."""
-    if not records:
-        return ""
-    rows = []
-    for record in records:
-        score = record.fake_probability
-        kind = record.verdict or "none"
-        why = record.message or record.reason or record.note or ""
-        cells = (
-            record.path,
-            wording.headline(record),
-            "" if score is None else wording.percent(score),
-            why,
-        )
-        rows.append(
-            f'<tr class="m2-{kind}">' + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>"
-        )
-    return (
-        '<div class="m2-table"><table><thead><tr><th>File</th><th>Verdict</th><th>Probability</th>'
-        f"<th>Why</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def progress(done: int, total: int) -> str:
-    """How far a batch is."""
-    return f'<p role="status">{done} of {total} judged.</p>'
+    rows = [
+        {
+            "kind": record.verdict or "none",
+            "path": record.path,
+            "headline": headline(record),
+            "score": record.fake_probability,
+            "why": record.message or record.reason or record.note or "",
+        }
+        for record in records
+    ]
+    return _part("table", rows=rows)
 
 
 def downloads(records: Sequence[Detection]) -> str:
     """The records as files that never lie on the server: they are in the links."""
     lines = b"".join(to_line(record.to_dict()) for record in records)
-    links = (
+    rows = to_csv(records).encode("utf-8", "replace")
+    names = ("name", "kind", "content", "words")
+    files = (
         ("verdicts.jsonl", "application/x-ndjson", lines, "Full records (JSONL)"),
-        ("verdicts.csv", "text/csv", to_csv(records).encode("utf-8", "replace"), "Table (CSV)"),
+        ("verdicts.csv", "text/csv", rows, "Table (CSV)"),
     )
-    return (
-        '<p class="m2-links">'
-        + "".join(
-            f'<a class="m2-link" download="{name}" href="data:{kind};base64,'
-            f'{base64.b64encode(content).decode()}">{words}</a>'
-            for name, kind, content, words in links
-        )
-        + "</p>"
+    return _part("downloads", files=[dict(zip(names, file, strict=True)) for file in files])
+
+
+def progress(done: int, total: int) -> str:
+    """How far a batch is."""
+    return _part("progress", done=done, total=total)
+
+
+def _part(macro: str, **given: Any) -> str:
+    return str(getattr(_parts(), macro)(**given)).strip()
+
+
+@cache
+def _parts() -> Any:
+    """The macros of the template."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("m2f2cli", "assets/demo"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
+    environment.filters["percent"] = percent
+    environment.filters["share"] = lambda value, digits: f"{value:.{digits}%}"
+    environment.filters["data_uri"] = lambda content, kind: (
+        f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    )
+    return environment.get_template("parts.html").module

@@ -1,25 +1,33 @@
 """What stands between the network and the page: password, host, known addresses, sizes, uploads.
 
 The web framework behind it offers more than the page needs, among it fetching of addresses and of
-files. Only what is listed here gets through.
+files. Only what is listed here gets through. Each uploaded file lies in a folder of its own and is
+deleted as soon as it was answered.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from m2f2cli.errors import M2F2Error
-from m2f2cli.serving.uploads import MAX_BYTES, Uploads
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-Scope = Mapping[str, Any]
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+from m2f2cli.errors import InputError, M2F2Error
 
 MAX_FILES = 50  # of one request
 MAX_JSON = 2**20  # bytes
@@ -42,22 +50,113 @@ _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
+MAX_BYTES = 100 * 2**20  # of one request
+MAX_STORED = 20 * MAX_BYTES
+MAX_AGE = 600.0  # seconds; a file that nobody asked about in that time is deleted
+_NAME = re.compile(r"[^\w.\- ()]")
 
 
-class RefusalError(Exception):
-    """A request that does not get through.
+class Uploads:
+    """A private folder for what visitors send. Nothing outside it is ever read for them.
 
     Args:
-        status: Of the answer.
-        sentence: Why, for whoever sent it.
-        headers: Of the answer.
+        folder: An empty folder that is ours alone; None makes one.
+
+    Attributes:
+        folder: It; the page's own pictures may lie in it beside what was sent.
     """
 
-    def __init__(
-        self, status: int, sentence: str, headers: Iterable[tuple[bytes, bytes]] = ()
-    ) -> None:
-        super().__init__(sentence)
-        self.status, self.sentence, self.headers = status, sentence, list(headers)
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = (folder or Path(tempfile.mkdtemp(prefix="m2f2-demo-"))).resolve()
+        self._sent = self.folder / "sent"
+        self._sent.mkdir()
+
+    def store(self, name: str, content: BinaryIO) -> str:
+        """Keep one file.
+
+        Args:
+            name: As the visitor calls it; only its last part is used.
+            content: Is read to its end.
+
+        Returns:
+            Its path; the folder it is in cannot be guessed.
+
+        Raises:
+            M2F2Error: There is no room for it.
+        """
+        self.sweep()
+        if self._stored() > MAX_STORED:
+            raise M2F2Error("Too many files are waiting here.", "Try again in a few minutes.")
+        place = self._sent / secrets.token_hex(16)
+        place.mkdir()
+        path = place / (_NAME.sub("_", Path(name).name)[-100:].lstrip(".") or "file")
+        with open(path, "wb") as file:
+            shutil.copyfileobj(content, file)
+        return str(path)
+
+    def holds(self, path: object) -> bool:
+        """Whether something is the path of a file that was sent."""
+        return _is_file_in(self._sent, path)
+
+    def shows(self, path: str) -> bool:
+        """Whether a path is one of a file that a page may load: sent, or the page's own."""
+        return _is_file_in(self.folder, path)
+
+    @contextmanager
+    def taken(self, sent: object) -> Iterator[tuple[str, str]]:
+        """Use an uploaded file for the last time: it is deleted afterwards.
+
+        Args:
+            sent: What a page or client tells of it: ``{"path": …, "orig_name": …}``.
+
+        Yields:
+            Its path, and the name that its owner knows it by.
+
+        Raises:
+            InputError: It is no upload.
+        """
+        about = sent if isinstance(sent, Mapping) else {}
+        path: Any = about.get("path")
+        if not self.holds(path):
+            raise InputError("There is no such upload.", "missing", "Send the file again.")
+        given = about.get("orig_name")
+        name = Path(given).name[-200:] if isinstance(given, str) else ""
+        try:
+            yield path, name or Path(path).name
+        finally:
+            shutil.rmtree(Path(path).parent, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Delete what nobody asked about in ``MAX_AGE`` seconds."""
+        limit = time.time() - MAX_AGE
+        for place in self._sent.iterdir():
+            try:
+                old = place.stat().st_mtime < limit
+            except FileNotFoundError:
+                continue
+            if old:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def close(self) -> None:
+        """Delete everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _stored(self) -> int:
+        total = 0
+        for root, _, files in os.walk(self._sent):
+            for name in files:
+                try:
+                    total += os.stat(os.path.join(root, name)).st_size
+                except FileNotFoundError:
+                    continue
+        return total
+
+
+def _is_file_in(folder: Path, path: object) -> bool:
+    if not isinstance(path, str) or "\0" in path or not os.path.isabs(path):
+        return False
+    found = Path(os.path.realpath(path))
+    return found.is_relative_to(folder) and found.is_file()
 
 
 class Gate:
@@ -72,7 +171,7 @@ class Gate:
 
     def __init__(
         self,
-        app: Callable[[Scope, Receive, Send], Awaitable[None]],
+        app: ASGIApp,
         *,
         uploads: Uploads,
         password: str | None = None,
@@ -96,92 +195,94 @@ class Gate:
 
         try:
             await self._pass(scope, receive, guarded)
-        except RefusalError as refusal:
-            plain = {"detail": refusal.sentence}
-            await _answer(guarded, plain, status=refusal.status, headers=refusal.headers)
+        except HTTPException as refusal:
+            about = {"status_code": refusal.status_code, "headers": refusal.headers}
+            answer = JSONResponse({"detail": refusal.detail}, **about)
+            await answer(scope, receive, guarded)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
+        headers = Headers(scope=scope)
         self._check_visitor(headers)
         method, path = scope["method"], scope["path"]
         if method in ("GET", "HEAD"):
             if path == f"{_API}/upload_progress":  # asked for while a file goes to our own store
-                raise RefusalError(204, "")
+                await Response(status_code=204)(scope, receive, send)
+                return
             if path.startswith(_FILE):
                 if not self._uploads.shows(path.removeprefix(_FILE)):
-                    raise RefusalError(403, "There is no such upload.")
+                    raise HTTPException(403, "There is no such upload.")
             elif not _GET.fullmatch(path) or ".." in path:
-                raise RefusalError(404, "There is nothing here.")
+                raise HTTPException(404, "There is nothing here.")
             await self._app(scope, receive, send)
             return
         if method != "POST" or not _POST.fullmatch(path):
-            raise RefusalError(404 if method == "POST" else 405, "There is nothing here.")
+            raise HTTPException(404 if method == "POST" else 405, "There is nothing here.")
         takes_files = path.startswith(f"{_API}/upload")
-        limit = MAX_BYTES if takes_files else MAX_JSON
-        receive = _limited(receive, headers, limit)
+        request = Request(scope, _limited(receive, headers, MAX_BYTES if takes_files else MAX_JSON))
         if takes_files:
-            await self._upload(scope, receive, send)
+            await JSONResponse(await self._stored(request))(scope, receive, send)
             return
-        body = await _whole(receive)
+        try:
+            body = await request.body()
+        except ClientDisconnect as error:
+            raise HTTPException(400, "The request was cut off.") from error
         self._check_files(body)
         await self._app(scope, _replayed(body, receive), send)
 
-    def _check_visitor(self, headers: Mapping[bytes, bytes]) -> None:
-        host = headers.get(b"host", b"").decode("latin-1").rpartition(":")
+    def _check_visitor(self, headers: Headers) -> None:
+        host = headers.get("host", "").rpartition(":")
         name = host[0] if host[1] and host[2].isdigit() else "".join(host)
         if self._hosts and name.lower() not in self._hosts:
-            raise RefusalError(421, "This server does not go by that name.")
+            raise HTTPException(421, "This server does not go by that name.")
         if self._password is None:
             return
-        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        kind, _, given = headers.get("authorization", "").partition(" ")
         try:
-            known = kind.lower() == b"basic" and secrets.compare_digest(
+            known = kind.lower() == "basic" and secrets.compare_digest(
                 base64.b64decode(given, validate=True), self._password
             )
         except ValueError:
             known = False
         if not known:
-            asked = [(b"www-authenticate", b'Basic realm="m2f2", charset="UTF-8"')]
-            raise RefusalError(401, "A user name and a password are needed.", asked)
+            asked = {"www-authenticate": 'Basic realm="m2f2", charset="UTF-8"'}
+            raise HTTPException(401, "A user name and a password are needed.", asked)
 
     def _check_files(self, body: bytes) -> None:
         """Refuse a request that names a file which is no upload, or an address to fetch."""
         try:
             content = json.loads(body or b"null")
         except (ValueError, RecursionError) as error:
-            raise RefusalError(400, "The request is not JSON.") from error
+            raise HTTPException(400, "The request is not JSON.") from error
         pending = [content]
         while pending:
             item = pending.pop()
             if isinstance(item, dict):
                 if "path" in item and not self._uploads.holds(item["path"]):
-                    raise RefusalError(400, "Only uploaded files are read, no paths and addresses.")
+                    raise HTTPException(400, "Only uploaded files are read, no paths or addresses.")
                 pending += item.values()
             elif isinstance(item, list):
                 pending += item
 
-    async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.formparsers import MultiPartException
-        from starlette.requests import Request
-
+    async def _stored(self, request: Request) -> list[str]:
+        """The paths of the files that a form holds."""
         try:
-            async with Request(scope, receive).form(max_files=MAX_FILES, max_fields=8) as form:
+            async with request.form(max_files=MAX_FILES, max_fields=8) as form:
                 sent = [item for item in form.getlist("files") if not isinstance(item, str)]
                 paths = [self._uploads.store(f.filename or "", f.file) for f in sent]
         except MultiPartException as error:
-            raise RefusalError(400, "The upload cannot be read.") from error
+            raise HTTPException(400, "The upload cannot be read.") from error
         except M2F2Error as error:
-            raise RefusalError(503, f"{error.message} {error.hint}") from error
+            raise HTTPException(503, f"{error.message} {error.hint}") from error
         if not paths:
-            raise RefusalError(400, "The upload holds no file.")
-        await _answer(send, paths)
+            raise HTTPException(400, "The upload holds no file.")
+        return paths
 
 
-def _limited(receive: Receive, headers: Mapping[bytes, bytes], limit: int) -> Receive:
+def _limited(receive: Receive, headers: Headers, limit: int) -> Receive:
     """Stop reading a body that is too long; one that says so itself is not begun."""
-    refusal = RefusalError(413, f"More than {limit / 2**20:.0f} MB are not taken.")
-    length = headers.get(b"content-length", b"0")
-    if not length.isdigit() or int(length) > limit:
+    refusal = HTTPException(413, f"More than {limit / 2**20:.0f} MB are not taken.")
+    length = headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > limit:
         raise refusal
     seen = 0
 
@@ -196,17 +297,6 @@ def _limited(receive: Receive, headers: Mapping[bytes, bytes], limit: int) -> Re
     return counted
 
 
-async def _whole(receive: Receive) -> bytes:
-    parts = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise RefusalError(400, "The request was cut off.")
-        parts.append(message.get("body", b""))
-        if not message.get("more_body"):
-            return b"".join(parts)
-
-
 def _replayed(body: bytes, receive: Receive) -> Receive:
     """Give a body that was read already, then whatever comes."""
     waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -215,12 +305,3 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return again
-
-
-async def _answer(
-    send: Send, value: object, *, status: int = 200, headers: Iterable[tuple[bytes, bytes]] = ()
-) -> None:
-    body = b"" if status == 204 else json.dumps(value).encode()
-    about = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": [*about, *headers]})
-    await send({"type": "http.response.body", "body": body})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import logging
@@ -11,26 +12,19 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from m2f2cli.compat import configure_gradio
 from m2f2cli.errors import M2F2Error, MissingExtraError, UsageError
-from m2f2cli.serving.uploads import MAX_AGE, MAX_BYTES, Uploads
 
 if TYPE_CHECKING:
     from m2f2cli.inference.explain_options import ExplainOptions
+    from m2f2cli.serving.gate import Uploads
 
 QUEUE = 20  # visitors that wait; more are told to come back
 SESSIONS = 64  # visitors whose last answer is kept
 CONNECTIONS = 400
-# Read when the web framework is imported: no telemetry, no statistics about visitors.
-_ENVIRONMENT = {
-    "GRADIO_ANALYTICS_ENABLED": "False",
-    "GRADIO_ANALYTICS_MAX_EVENTS": "1",
-    "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
-_TICKS = 600  # of uvicorn, ten a second
+_SWEEP = 60.0  # seconds between two looks for forgotten uploads
 _LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
@@ -107,10 +101,10 @@ def serve(
     options: ExplainOptions,
     ready: Callable[[str], object],
 ) -> None:
-    """Serve the page until the process is told to end.
+    """Serve the page until the process is told to end; to be called in its main thread.
 
     Args:
-        model: See ``inference.session.Session``.
+        model: A checkpoint's name, of a detector or an explainer.
         address: Where and to whom.
         options: How to judge and to ask.
         ready: Is told the page's address once it answers.
@@ -120,49 +114,70 @@ def serve(
         KeyboardInterrupt: It was ended by Ctrl-C.
     """
     bound = address.bind()
-    uploads = Uploads()
     try:
-        app = application(model, options=options, address=address, uploads=uploads)
-        host, port = bound.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        server = web_server(app, uploads, lambda: ready(f"http://{shown}:{port}"))
-        server.run(sockets=[bound])
-        if server.interrupted:  # a background job of a shell is deaf to what run() sends on
-            raise KeyboardInterrupt
+        _need_gradio()
+        from m2f2cli.serving.gate import Uploads
+
+        uploads = Uploads()
+        try:
+            app = application(model, options=options, address=address, uploads=uploads)
+            host, port = bound.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            server = web_server(app, uploads, lambda: ready(f"http://{shown}:{port}"))
+            _end_by_signals(uploads)
+            server.run(sockets=[bound])
+        finally:
+            uploads.close()
     finally:
-        uploads.close()
         bound.close()
+
+
+def _end_by_signals(uploads: Uploads) -> None:
+    """Once the server has stopped it sends the signal that stopped it on, to the handlers set here.
+
+    A background job of a shell ignores Ctrl-C unless it is told not to; and SIGTERM ends a process
+    before anything else can delete the uploads.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        uploads.close()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, end)
+
+
+def _need_gradio() -> None:
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("gradio", "demo", "The page") from error
 
 
 def application(model: Any, *, options: ExplainOptions, address: Address, uploads: Uploads) -> Any:
     """The page behind its gate, as an ASGI application.
 
     Args:
-        model: See ``inference.session.Session``.
+        model: A checkpoint's name; or a detector or explainer, loaded.
         options: How to judge and to ask.
         address: To whom it is served.
         uploads: Where files go.
 
     Raises:
-        M2F2Error: The model is unusable, or a package is missing.
+        M2F2Error: The model is unusable.
     """
-    os.environ.update(_ENVIRONMENT, GRADIO_TEMP_DIR=str(uploads.folder))
-    from m2f2cli.inference.session import Session
-    from m2f2cli.serving.card import card_of
-    from m2f2cli.serving.gate import Gate
-    from m2f2cli.serving.service import Service
+    configure_gradio(uploads.folder)
+    import fastapi
+    import gradio as gr
 
-    try:
-        import fastapi
-        import gradio as gr
-    except ImportError as error:
-        raise MissingExtraError("gradio", "demo", "The page") from error
-    from m2f2cli.serving import demo
-    from m2f2cli.serving.page import Page
+    from m2f2cli.inference.session import Session
+    from m2f2cli.serving import page
+    from m2f2cli.serving.gate import MAX_BYTES, Gate
+    from m2f2cli.serving.worker import Service
 
     session = Session(model, options=options)
-    page = Page(Service(session, uploads), no_reasons=demo.NO_REASONS)
-    blocks = demo.build(page, card=card_of(session))
+    blocks = page.build(page.Page(Service(session, uploads)))
     blocks.queue(max_size=QUEUE, default_concurrency_limit=1)
     blocks.state_session_capacity = SESSIONS
     app = gr.mount_gradio_app(
@@ -177,8 +192,8 @@ def application(model: Any, *, options: ExplainOptions, address: Address, upload
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=demo.THEME,
-        css_paths=[demo.ASSETS / "page.css"],
+        theme=page.THEME,
+        css_paths=[page.ASSETS / "page.css"],
     )
     hosts = (*_LOCAL, address.host) if address.is_local else ()
     return Gate(app, uploads=uploads, password=address.auth, hosts=hosts)
@@ -187,39 +202,33 @@ def application(model: Any, *, options: ExplainOptions, address: Address, upload
 def web_server(app: Any, uploads: Uploads, ready: Callable[[], object]) -> Any:
     """A ``uvicorn.Server`` for ``application``; ``run(sockets=[…])`` serves until it is ended.
 
-    Its ``interrupted`` says whether Ctrl-C ended it.
-
     Args:
         app: From ``application``.
-        uploads: Deleted at the end.
-        ready: Is called once it answers.
+        uploads: Those that nobody asks about are deleted while it runs.
+        ready: Is called once requests are answered.
     """
     import uvicorn
 
-    class Server(uvicorn.Server):
-        interrupted = False
+    async def attended(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await app(scope, receive, send)
+            return
 
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            self.interrupted = self.interrupted or sig == signal.SIGINT
-            super().handle_exit(sig, frame)
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.started:
+        async def told(message: Any) -> None:
+            await send(message)
+            if message["type"] == "lifespan.startup.complete":
                 ready()
 
-        async def on_tick(self, counter: int) -> bool:
-            if counter % _TICKS == 0:
-                uploads.sweep(MAX_AGE)
-            return bool(await super().on_tick(counter))
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().shutdown(sockets)
-            uploads.close()  # a signal may end the process before anything else can
+        sweeping = asyncio.create_task(_sweep(uploads))
+        try:
+            await app(scope, receive, told)
+        finally:
+            sweeping.cancel()
 
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.ERROR)
     config = uvicorn.Config(
-        app,
+        attended,
+        lifespan="on",
         log_config=None,
         log_level="critical",
         access_log=False,
@@ -229,4 +238,10 @@ def web_server(app: Any, uploads: Uploads, ready: Callable[[], object]) -> Any:
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=0,
     )
-    return Server(config)
+    return uvicorn.Server(config)
+
+
+async def _sweep(uploads: Uploads) -> None:
+    while True:
+        uploads.sweep()
+        await asyncio.sleep(_SWEEP)

@@ -1,15 +1,37 @@
-"""One thread that runs the model: its answers never overlap, and it never keeps the program up."""
+"""The one model behind the page: uploads in, records and answers out, one after another."""
 
 from __future__ import annotations
 
 import asyncio
+import io
+import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import numpy as np
+from PIL import Image
+
+from m2f2cli.data.images import read_picture
+from m2f2cli.data.video import VIDEO_SUFFIXES, read_frames
+from m2f2cli.errors import InputError, UsageError
+from m2f2cli.inference.explain_questions import REGIONS
+from m2f2cli.inference.session import Judged, Session
+from m2f2cli.inference.sources import Source
+from m2f2cli.records import Box, Detection, Explanation
+from m2f2cli.serving.gate import Uploads
+
+MAX_SECONDS = 600.0  # of a video
+MAX_QUESTION = 500  # characters
+WORST_FRAMES = 3
+SHOWN_SIDE = 1280  # pixels
+
+Sent = Mapping[str, Any]
 R = TypeVar("R")
 T = TypeVar("T")
 
@@ -73,3 +95,196 @@ class Worker:
             with suppress(asyncio.CancelledError, GoneError):
                 if done.done():
                     done.exception()
+
+
+@dataclass(frozen=True)
+class Said:
+    """One answer, as far as it is written.
+
+    Attributes:
+        region: The region it is about; None for a question of the visitor's own, and for the
+            judgement.
+        asked: The question in words.
+        text: The answer so far.
+        judges: Whether it is the question for the language model's own judgement.
+    """
+
+    region: str | None
+    asked: str
+    text: str
+    judges: bool = False
+
+
+@dataclass(frozen=True)
+class Look:
+    """An answered upload: what is kept of it while its owner looks at it.
+
+    Attributes:
+        judged: The verdict, with crops and scores.
+        shown: JPEG files, ``SHOWN_SIDE`` pixels at most: the picture (0), or the worst frames of a
+            video by number; empty where nothing could be decoded.
+    """
+
+    judged: Judged
+    shown: Mapping[int, bytes] = field(default_factory=dict)
+
+    @property
+    def record(self) -> Detection:
+        """The record of the verdict."""
+        return self.judged.record
+
+
+class Service:
+    """Answers about uploads, one at a time.
+
+    Args:
+        session: The loaded model.
+        uploads: Where they are.
+    """
+
+    def __init__(self, session: Session, uploads: Uploads) -> None:
+        self.session, self._uploads, self._worker = session, uploads, Worker()
+
+    async def look(self, sent: Sent | None, *, kind: str | None = None) -> Look:
+        """Judge an upload and delete it.
+
+        Args:
+            sent: As ``Uploads.taken`` has it.
+            kind: ``image`` or ``video``; None goes by the file's name, as ``m2f2 detect`` does.
+
+        Raises:
+            M2F2Error: It is no upload, or a video that lasts too long.
+        """
+        return await self._worker.run(lambda: self._look(sent, kind))
+
+    async def example(self, file: Path) -> Look:
+        """Judge a picture of ours."""
+        return await self._worker.run(lambda: self._judge(file, file.name, "image"))
+
+    async def detect(self, sent: Sent) -> dict[str, Any]:
+        """The record of ``m2f2 detect`` about an upload."""
+        return (await self.look(sent)).record.to_dict()
+
+    async def explain(
+        self, sent: Sent, *, regions: Sequence[str] = (), question: str = ""
+    ) -> dict[str, Any]:
+        """The record of ``m2f2 explain`` about an upload; of a picture, its deciding face.
+
+        Args:
+            sent: As for ``look``.
+            regions: See ``m2f2 explain --region``.
+            question: The visitor's own; empty for none.
+        """
+        questions = self._questions(question)
+        look = await self.look(sent)
+        if look.record.status != "ok":
+            return look.record.to_dict()
+        ask: Callable[[], Detection] = lambda: self.session.explain(  # noqa: E731
+            look.judged, regions=regions, questions=questions
+        )
+        return (await self._worker.run(ask)).to_dict()
+
+    async def reasons(
+        self, look: Look, *, face: Box | None = None, question: str = ""
+    ) -> AsyncIterator[tuple[Said, ...] | Explanation]:
+        """Ask about a face: a question, or for the judgement and every region.
+
+        Args:
+            look: From ``look``, with a verdict.
+            face: ``crop`` of the face; None for the one that decides.
+            question: The visitor's own; empty asks for judgement and regions.
+
+        Yields:
+            All answers so far, whenever there are new words; at last the record.
+        """
+        questions = self._questions(question)
+        said: list[Said] = []
+
+        def work(tell: Callable[[tuple[Said, ...] | Explanation], None]) -> None:
+            def hear(heard: Any) -> None:
+                if heard.words:
+                    said[-1] = replace(said[-1], text=said[-1].text + heard.words)
+                else:
+                    asked = heard.question
+                    said.append(Said(asked.region, heard.asked, "", asked.text is None))
+                tell(tuple(said))
+
+            regions = () if questions else REGIONS
+            record = self.session.explain(
+                look.judged, face=face, regions=regions, questions=questions, hear=hear
+            )
+            explained = record.explanations[0]
+            whole = (explained.judgement_text, *(reason.text for reason in explained.reasons))
+            tell(tuple(replace(one, text=text) for one, text in zip(said, whole, strict=True)))
+            tell(record)
+
+        async for item in self._worker.stream(work):
+            yield item
+
+    def _questions(self, question: str) -> tuple[str, ...]:
+        text = question.strip()
+        if len(text) > MAX_QUESTION:
+            raise UsageError(f"A question may have {MAX_QUESTION} characters.", "Ask shorter.")
+        return (text,) if text else ()
+
+    def _look(self, sent: Sent | None, kind: str | None) -> Look:
+        with self._uploads.taken(sent) as (path, name):
+            suffix = os.path.splitext(name)[1].lower()
+            return self._judge(
+                Path(path), name, kind or ("video" if suffix in VIDEO_SUFFIXES else "image")
+            )
+
+    def _judge(self, file: Path, name: str, kind: str) -> Look:
+        if kind == "video":
+            _check_length(file, name)
+        judged = self.session.judge(Source(str(file), kind, PurePosixPath("item")))
+        judged = _called(judged, str(file), name)
+        if kind == "video":
+            return Look(judged, _frames(file, worst_frames(judged.record)))
+        if judged.record.width is None:
+            return Look(judged)
+        return Look(judged, {0: _jpeg(read_picture(file).pixels)})
+
+
+def _check_length(file: Path, name: str) -> None:
+    try:
+        with read_frames(file, count=1) as video:
+            seconds = video.duration or 0.0
+    except InputError:
+        return  # its record will say so
+    if seconds > MAX_SECONDS:
+        raise InputError(
+            f"'{name}' lasts {seconds / 60:.0f} minutes; {MAX_SECONDS / 60:.0f} are looked at.",
+            "too_large",
+            "Cut out the part in question.",
+        )
+
+
+def _called(judged: Judged, path: str, name: str) -> Judged:
+    """The same about a file under its owner's name: where it lay here is nobody's business."""
+    record = judged.record
+    message = record.message and record.message.replace(path, name)
+    return replace(judged, record=replace(record, path=name, message=message))
+
+
+def worst_frames(record: Detection) -> list[int]:
+    """The frames with the highest fake probability, the highest first."""
+    scored = [f for f in record.frames if f.fake_probability is not None]
+    scored.sort(key=lambda frame: -(frame.fake_probability or 0.0))
+    return [frame.index for frame in scored[:WORST_FRAMES]]
+
+
+def _frames(file: Path, numbers: Sequence[int]) -> dict[int, bytes]:
+    if not numbers:
+        return {}
+    with read_frames(file, numbers=sorted(numbers)) as video:
+        found = {frame.index: _jpeg(frame.pixels) for frame in video.frames}
+    return {number: found[number] for number in numbers if number in found}
+
+
+def _jpeg(pixels: np.ndarray) -> bytes:
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=88)
+    return data.getvalue()

@@ -147,7 +147,7 @@ def test_only_the_language_models_layers_are_quantised():
 
 def test_quantised_loading_asks_for_what_it_needs(monkeypatch):
     assert quantization_config(None, torch.float32) is None
-    with pytest.raises(UsageError, match="quantisation '3bit'"):
+    with pytest.raises(UsageError, match="quantization '3bit'"):
         quantization_config("3bit", torch.float32)
     monkeypatch.setattr(load, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError) as error:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from m2f2cli.inference.explain_options import ExplainOptions
+from m2f2cli.serving.gate import Uploads
 from m2f2cli.serving.server import Address, application, web_server
-from m2f2cli.serving.uploads import Uploads
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from selenium.webdriver.common.keys import Keys
 from m2f2cli.inference.detect import DetectOptions
 from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.explain_questions import REGIONS
-from m2f2cli.serving.uploads import Uploads
-from m2f2cli.serving.wording import HEADLINES
+from m2f2cli.serving.drawing import HEADLINES
+from m2f2cli.serving.gate import Uploads
 from tests.data.prepare.videos import Scene
 from tests.inference.explainers import tiny
 from tests.serving.browser import Browser

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from m2f2cli.inference.session import Session
-from m2f2cli.serving import wording
-from m2f2cli.serving.card import card_of
+from m2f2cli.serving import drawing
+from m2f2cli.serving.page import card_of
 from tests.inference.conftest import MeanJudge
 
 ROOT = Path(__file__).parents[2]
@@ -41,4 +41,4 @@ def test_a_folders_card_is_shown_without_its_header(tmp_path, tiny_detector_fold
 
 
 def test_without_a_card_the_general_limits_stand_alone():
-    assert wording.OPINION in card_of(Session(MeanJudge()))
+    assert drawing.OPINION in card_of(Session(MeanJudge()))

@@ -17,8 +17,8 @@ from PIL import Image
 from m2f2cli.inference.render import heat, heat_layer
 from m2f2cli.inference.scoring import Score
 from m2f2cli.records import Answer, Explanation, FaceExplanation, FaceScore, FrameScore
-from m2f2cli.serving import drawing, wording
-from m2f2cli.serving.service import Look, Said
+from m2f2cli.serving import drawing
+from m2f2cli.serving.worker import Look, Said
 from tests.detections import EXAMPLE
 
 EVIL = '<script>alert("x")</script>\'&'
@@ -114,7 +114,7 @@ def test_the_verdict_is_of_the_chosen_face():
     assert "No forgery found" in second
     assert "20 %" in second
     for text in (first, second):
-        assert wording.OPINION in text
+        assert drawing.OPINION in text
         assert "From 50 % on it says “forged”; between 40 % and 60 %" in text
 
 
@@ -140,7 +140,7 @@ def test_no_verdict_is_the_records_sentence():
     text = drawing.verdict(look(found))
     assert "No verdict" in text
     assert "No face was found in the picture." in text
-    assert wording.OPINION not in text
+    assert drawing.OPINION not in text
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_no_verdict_is_the_records_sentence():
     [(0.0, "under 1 %"), (1.0, "over 99 %"), (0.5, "50 %"), (0.996, "over 99 %")],
 )
 def test_nobody_is_promised_certainty(value, words):
-    assert wording.percent(value) == words
+    assert drawing.percent(value) == words
 
 
 def test_nothing_from_outside_becomes_markup():

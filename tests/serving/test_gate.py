@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from m2f2cli.serving import gate as module
-from m2f2cli.serving.gate import Gate
-from m2f2cli.serving.uploads import Uploads
+from m2f2cli.serving.gate import Gate, Uploads
 
 
 @pytest.fixture

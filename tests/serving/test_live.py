@@ -19,9 +19,9 @@ from gradio_client.exceptions import AppError
 
 from m2f2cli.inference.detect import DetectOptions, detect
 from m2f2cli.inference.explain_options import ExplainOptions
+from m2f2cli.serving.gate import Uploads
 from m2f2cli.serving.page import GENERIC
 from m2f2cli.serving.server import QUEUE
-from m2f2cli.serving.uploads import Uploads
 from tests.inference.conftest import MeanJudge, write_picture
 from tests.inference.explainers import asking, tiny
 from tests.serving.live import served

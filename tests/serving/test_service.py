@@ -16,9 +16,9 @@ from m2f2cli.inference.detect import DetectOptions, detect
 from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.session import Session
 from m2f2cli.records import Explanation
-from m2f2cli.serving import service as module
-from m2f2cli.serving.service import MAX_QUESTION, Service, worst_frames
-from m2f2cli.serving.uploads import Uploads
+from m2f2cli.serving import worker as module
+from m2f2cli.serving.gate import Uploads
+from m2f2cli.serving.worker import MAX_QUESTION, Service, worst_frames
 from tests.inference.conftest import MeanJudge, write_picture
 from tests.inference.explainers import asking, tiny
 from tests.inference.test_video import flat, write_video

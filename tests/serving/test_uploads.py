@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from m2f2cli.errors import InputError, M2F2Error
-from m2f2cli.serving import uploads as module
-from m2f2cli.serving.uploads import Uploads
+from m2f2cli.serving import gate as module
+from m2f2cli.serving.gate import Uploads
 
 
 @pytest.fixture

@@ -1,0 +1,25 @@
+"""What ``compat`` relies on is still so in the installed libraries."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from m2f2cli import compat
+
+
+def test_gradio_reads_its_settings_from_the_environment(monkeypatch, tmp_path):
+    gradio = pytest.importorskip("gradio")
+    for name in ("TEMP_DIR", "ANALYTICS_ENABLED", "ANALYTICS_MAX_EVENTS",
+                 "ANALYTICS_CACHE_FREQUENCY"):  # fmt: skip
+        monkeypatch.setenv(f"GRADIO_{name}", "1")  # put back after the test
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    compat.configure_gradio(tmp_path)
+    with gradio.Blocks() as blocks:
+        part = gradio.HTML()
+    blocks.queue()
+    assert str(tmp_path) == part.GRADIO_CACHE
+    assert not blocks.analytics_enabled
+    assert blocks.default_config is not None
+    assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path)
