@@ -10,7 +10,6 @@ refused, and what is broken is said in one sentence.
 from __future__ import annotations
 
 import io
-import math
 import pickle
 import pickletools
 import struct
@@ -136,7 +135,7 @@ class TorchFile:
         begin = self.offsets.get(tensor.untyped_storage().data_ptr())
         if begin is None or not tensor.is_contiguous():
             return None
-        return begin + tensor.storage_offset() * tensor.element_size()
+        return begin + int(tensor.storage_offset()) * tensor.element_size()
 
     def state_dict(self) -> tuple[str, dict[str, torch.Tensor]]:
         """The key under which the state dict lies (empty if it is the file itself), and it.
@@ -193,9 +192,13 @@ def read_torch_file(path: Path) -> TorchFile:
         if head.startswith(b"PK\x03\x04"):
             return _read_zip(path)
         if head != _LEGACY:
-            raise _damaged(path) if _LEGACY.startswith(head) else CheckpointError(
-                f"'{path}' is a pickle, but not one that torch.save wrote.",
-                "Give the file that holds the model's weights.",
+            raise (
+                _damaged(path)
+                if _LEGACY.startswith(head)
+                else CheckpointError(
+                    f"'{path}' is a pickle, but not one that torch.save wrote.",
+                    "Give the file that holds the model's weights.",
+                )
             )
         file.seek(0)
         programs = [_Program(path, file) for _ in range(_LEGACY_PICKLES)]
@@ -282,6 +285,8 @@ class _Node:
     __slots__ = ("depth", "made_of", "size", "value")
 
     def __init__(self, inside: Sequence[_Node] = (), value: Any = None) -> None:
+        self.depth: int
+        self.size: int
         self.depth = 1 + max((node.depth for node in inside), default=0)
         self.size = 1 + sum(node.size for node in inside)
         self.size += len(value) if isinstance(value, str | bytes) else 0
@@ -318,7 +323,8 @@ class _Program:
         self._stack: list[_Node | None] = []  # None is a mark
         memo: dict[int, _Node | None] = {}
         try:
-            for opcode, argument, _ in pickletools.genops(stream):
+            argument: Any
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
                 if opcode.name == "PROTO" and argument != _PROTOCOL:
                     raise CheckpointError(
                         f"'{path}' was saved with pickle protocol {argument}, which torch's "
@@ -326,6 +332,8 @@ class _Program:
                         "Save it again with torch.save and its own protocol.",
                     )
                 if opcode.name in ("BINPUT", "LONG_BINPUT"):
+                    if argument > count:
+                        raise ValueError("a memo with gaps")
                     memo[argument] = self._stack[-1]
                 elif opcode.name in ("BINGET", "LONG_BINGET"):
                     self._stack.append(memo[argument])
@@ -340,15 +348,12 @@ class _Program:
         """Do to the stack of nodes what an opcode does to the stack of values."""
         before, stack = opcode.stack_before, self._stack
         inside: list[_Node] = []
+        below = len(before)
         if pickletools.markobject in before:
+            below = before.index(pickletools.markobject)
             while (node := stack.pop()) is not None:
-                inside.insert(0, node) if len(inside) < 0 else inside.append(node)
+                inside.append(node)
             inside.reverse()
-        below = (
-            before.index(pickletools.markobject)
-            if pickletools.markobject in before
-            else len(before)
-        )
         taken = [_solid(stack.pop()) for _ in range(below)][::-1]
         if opcode.name == "MARK":
             stack.append(None)
@@ -385,7 +390,7 @@ class _Program:
     @staticmethod
     def _check_keys(keys: Sequence[_Node]) -> None:
         """A key is hashed with all that it holds."""
-        if any(key.depth > _DEEPEST_KEY or key.size > max(_LARGEST_KEY, 2 * len(str(key.value or ""))) for key in keys):
+        if any(key.depth > _DEEPEST_KEY or key.size > _LARGEST_KEY for key in keys):
             raise ValueError("a key out of proportion")
 
 
@@ -400,7 +405,7 @@ def _load(
     programs: Sequence[_Program],
     *,
     mmap: bool,
-    place: Callable[[torch.UntypedStorage, str], torch.UntypedStorage],
+    place: Callable[[Any, str], Any],
 ) -> tuple[Any, tuple[str, ...]]:
     """Let torch read a file with stand-ins for the names it does not know."""
     import torch
@@ -414,7 +419,7 @@ def _load(
         )
     foreign = sorted(unsafe - set(_KNOWN))
     mappings = {_modern(name) for program in programs for name in program.mappings}
-    allowed = [(_KNOWN[name], name) for name in unsafe & set(_KNOWN)]
+    allowed: list[Any] = [(_KNOWN[name], name) for name in unsafe & set(_KNOWN)]
     for name in foreign:
         kind = _PlainDict if name in mappings else Placeholder
         allowed.append((type("Placeholder", (kind,), {"source": name}), name))

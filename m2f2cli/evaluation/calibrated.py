@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from m2f2cli import __version__
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.errors import CheckpointError, InputError, UsageError
 from m2f2cli.evaluation.calibration import TARGET_FPR, Calibration, fit
 from m2f2cli.evaluation.scored import ScoredSet
-from m2f2cli.files import MARK, refuse_existing
+from m2f2cli.files import MARK, atomic_folder, json_bytes, refuse_existing
 
 _MODEL_TYPE = "m2f2_detector"
 
@@ -58,10 +58,10 @@ def calibrate(
     if scored.task != "scores":
         raise UsageError("Only a detector's probabilities can be calibrated, not texts.")
     folder = resolve_checkpoint(model)
-    config = store.read_config(folder)
+    config = io.read_config(folder)
     if config.get("model_type") != _MODEL_TYPE:
         raise CheckpointError(f"'{folder}' is no detector.", f"m2f2 info '{folder}'")
-    before = store.fingerprint(folder, verify=True)
+    before = io.fingerprint(folder, verify=True)
     if scored.model_fingerprint != before:
         raise InputError(
             f"The scores were made by another model than '{model}' is now.",
@@ -112,21 +112,21 @@ def write(
     Raises:
         CheckpointError: It cannot be written; what was there before is still there.
     """
-    config = store.read_config(folder) | {
+    config = io.read_config(folder) | {
         "score_temperature": calibration.temperature,
         "threshold": calibration.threshold,
         "uncertain": list(calibration.uncertain) if calibration.uncertain else None,
     }
-    stage = store.read_stage(folder) | {"calibration": {**asdict(calibration), **provenance}}
+    stage = io.read_stage(folder) | {"calibration": {**asdict(calibration), **provenance}}
     stage.pop("fingerprint", None)
-    with store.atomic_folder(target, overwrite) as partial:
+    with atomic_folder(target, overwrite) as partial:
         for file in sorted(folder.rglob("*")):
             if file.is_file() and file.name != MARK:
                 (partial / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, partial / file.relative_to(folder))
-        (partial / "config.json").write_bytes(store.json_bytes(config))
-        mark = store.fingerprint(partial)
-        (partial / MARK).write_bytes(store.json_bytes({**stage, "fingerprint": mark}))
+        (partial / "config.json").write_bytes(json_bytes(config))
+        mark = io.fingerprint(partial)
+        (partial / MARK).write_bytes(json_bytes({**stage, "fingerprint": mark}))
     return mark
 
 
