@@ -43,7 +43,7 @@ def explain(
 
     Args:
         paths: See ``sources.expand``.
-        model: A checkpoint's name (see ``models.explainer_loading.load_explainer``), or an
+        model: A checkpoint's name (see ``checkpoints.load.load_explainer``), or an
             explainer with its processor.
         options: How to ask.
         recursive: Enter sub-folders.

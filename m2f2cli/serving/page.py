@@ -16,8 +16,7 @@ from typing import Any
 
 import gradio as gr
 
-from m2f2cli.checkpoints.explainer_loading import find_explainer
-from m2f2cli.checkpoints.loading import BUNDLED, resolve_checkpoint
+from m2f2cli.checkpoints.hub import BUNDLED, find_explainer, resolve_checkpoint
 from m2f2cli.errors import M2F2Error
 from m2f2cli.inference.session import Session
 from m2f2cli.records import Detection, Explanation

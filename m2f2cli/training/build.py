@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from m2f2cli.checkpoints.backbones import to_timm
-from m2f2cli.checkpoints.loading import load_detector
+from m2f2cli.checkpoints.keymaps import to_timm
+from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.checkpoints.pickles import load_tensors_file
 from m2f2cli.checkpoints.store import check_names_and_shapes
 from m2f2cli.errors import CheckpointError, ConfigError

@@ -10,7 +10,7 @@ from typing import Any
 
 from m2f2cli.checkpoints import store
 from m2f2cli.checkpoints.delta import write_delta
-from m2f2cli.checkpoints.explainer_loading import load_explainer
+from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.data.conversations import Pictures
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.errors import ConfigError
@@ -205,7 +205,7 @@ def _what_trains(options: StageOptions) -> tuple[Any, dict[str, Any] | None, Pat
         options.model.model,
         device=where_to_load(options),
         dtype=pick_precision(options.model.precision, options.run.device),
-        quantise=None if held_in == "none" else held_in,
+        quantize=None if held_in == "none" else held_in,
         attention=options.model.attention,
     )
     seed_everything(options.run.seed)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from m2f2cli.checkpoints.loading import load_detector
+from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.data.images import read_picture
 from m2f2cli.data.readers.ddvqa import kind_of, read_ddvqa, read_judgements
 from m2f2cli.data.samples import REAL, split_by_identity

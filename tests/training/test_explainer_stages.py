@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from m2f2cli.checkpoints import store
-from m2f2cli.checkpoints.explainer_loading import load_explainer
+from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.data.conversations import Pictures
 from m2f2cli.data.prepare.ddvqa import prepare_ddvqa
 from m2f2cli.errors import CheckpointError, ConfigError, InputError, MissingExtraError

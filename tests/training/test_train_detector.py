@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m2f2cli.checkpoints import store
-from m2f2cli.checkpoints.loading import load_detector
+from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.errors import ConfigError, InputError, M2F2Error, MissingExtraError
 from m2f2cli.metrics import average_precision, roc_auc
 from m2f2cli.training.detector import prepare, train_detector
