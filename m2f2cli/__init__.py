@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from m2f2cli.checkpoints.explainer_loading import load_explainer
-    from m2f2cli.checkpoints.loading import load_detector
+    from m2f2cli.checkpoints.convert import import_weights
+    from m2f2cli.checkpoints.initialize import InitLlavaOptions, init_llava
+    from m2f2cli.checkpoints.load import load_detector, load_explainer
     from m2f2cli.inference.detect import DetectOptions, detect
     from m2f2cli.inference.explain import explain
     from m2f2cli.inference.explain_options import ExplainOptions
@@ -30,11 +31,14 @@ __all__ = [
     "ExplainOptions",
     "Explainer",
     "ExplainerConfig",
+    "InitLlavaOptions",
     "LoraOptions",
     "TrainDetectorOptions",
     "__version__",
     "detect",
     "explain",
+    "import_weights",
+    "init_llava",
     "load_detector",
     "load_explainer",
 ]
@@ -46,12 +50,15 @@ _MODULES = {
     "ExplainOptions": "inference.explain_options",
     "Explainer": "models.explainer",
     "ExplainerConfig": "models.explainer",
+    "InitLlavaOptions": "checkpoints.initialize",
     "LoraOptions": "options.train_explainer",
     "TrainDetectorOptions": "options.train_detector",
     "detect": "inference.detect",
     "explain": "inference.explain",
-    "load_detector": "checkpoints.loading",
-    "load_explainer": "checkpoints.explainer_loading",
+    "import_weights": "checkpoints.convert",
+    "init_llava": "checkpoints.initialize",
+    "load_detector": "checkpoints.load",
+    "load_explainer": "checkpoints.load",
 }
 
 

@@ -37,7 +37,7 @@ from transformers import (  # noqa: E402
     set_seed,
 )
 
-from m2f2cli.checkpoints.loading import resolve_checkpoint  # noqa: E402
+from m2f2cli.checkpoints.hub import resolve_checkpoint  # noqa: E402
 
 WORDS = 1280
 SIZES = {

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m2f2cli.checkpoints import import_delta, importer, kinds, llava_names, store
+from m2f2cli.checkpoints import import_delta, keymaps, store
 from m2f2cli.checkpoints.delta import TENSORS
-from m2f2cli.checkpoints.folders import Weights, home_of, open_weights
+from m2f2cli.checkpoints.folders import Weights, describe_file, home_of, open_weights
 from m2f2cli.checkpoints.streams import Stream, as_stream
 from m2f2cli.checkpoints.tensorfile import StoredTensor, digests_of
 from m2f2cli.errors import CheckpointError
 
-_PREFIX = llava_names.DELTA_PREFIX
+_PREFIX = keymaps.DELTA_PREFIX
 _LORA = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-_PUBLISHED = (kinds.STAGE_2, kinds.STAGE_3, kinds.STAGE_3_PART, kinds.PEFT)
+_PUBLISHED = (keymaps.STAGE_2, keymaps.STAGE_3, keymaps.STAGE_3_PART, keymaps.PEFT)
 # Fields of adapter_config.json that say nothing about what an update means. Any other one that is
 # set, now known or not, makes an adapter of a kind that is not folded.
 _SILENT = frozenset(
@@ -58,7 +58,7 @@ class Delta:
 
     Args:
         path: Its folder or file.
-        kind: One of ``kinds``.
+        kind: One of ``keymaps``.
         fingerprint: Its own; None for a published one, which ``source`` names by its files.
         parent: Fingerprint of the checkpoint it was trained on; None where it does not say.
         whole: Tensors that take the place of the base's, by our names.
@@ -96,14 +96,14 @@ def open_delta(path: Path) -> Delta:
     """
     found = open_weights(home_of(path))
     what = f"'{found.path}'"
-    if found.kind == kinds.DELTA:
+    if found.kind == keymaps.DELTA:
         whole = {key: as_stream(stored) for key, stored in found.tensors.items()}
         return Delta(found.path, found.kind, *_marks(found), whole=whole)
     if found.kind not in _PUBLISHED:
         raise CheckpointError(f"{what} is no delta but: {found.kind}.", _hint(found))
-    if found.kind in (kinds.PEFT, kinds.STAGE_3):
+    if found.kind in (keymaps.PEFT, keymaps.STAGE_3):
         _refuse_other_adapters(found.config, what)
-    if found.kind == kinds.PEFT and import_delta.is_ours(found):
+    if found.kind == keymaps.PEFT and import_delta.is_ours(found):
         whole, pairs, dropped = _adapter(found.tensors, found.config, what)
         return Delta(
             found.path,
@@ -115,14 +115,13 @@ def open_delta(path: Path) -> Delta:
             dropped=dropped,
             modules=tuple(found.config.get("modules_to_save") or ()),
         )
-    made = import_delta.convert(found)
-    fates = [fate for group in made.fates.values() for fate in group if fate.to is None]
+    config, tensors, entries = import_delta.read_published(found)
+    fates = [entry for entry in entries if entry.to is None]
     above = {f.key.split(".lora_")[0] for f in fates if f.why != import_delta.FROZEN}
-    source = importer.describe_file(found)
-    tensors = {key: as_stream(tensor) for key, tensor in made.tensors.items()}
+    source = describe_file(found)
     whole, pairs, dropped = tensors, {}, {fate.key: fate.why for fate in fates}
-    if made.config:
-        whole, pairs, _ = _adapter(tensors, made.config, what)
+    if config:
+        whole, pairs, _ = _adapter(tensors, config, what)
     frozen = (*_frozen(pairs), *sorted(above))
     return Delta(found.path, found.kind, None, None, whole, pairs, frozen, dropped, source)
 
@@ -131,7 +130,7 @@ def _marks(found: Weights) -> tuple[str, str | None]:
     """Own fingerprint, computed and compared with stage.json's, and the parent's."""
     stage = store.read_stage(found.folder)
     parent = stage.get("parent")
-    config = {} if found.kind == kinds.DELTA else found.config
+    config = {} if found.kind == keymaps.DELTA else found.config
     mark = store.combine(config, digests_of(found.tensors))
     if stage.get("fingerprint", mark) != mark:
         raise CheckpointError(
@@ -143,7 +142,7 @@ def _marks(found: Weights) -> tuple[str, str | None]:
 
 
 def _hint(found: Weights) -> str:
-    if found.kind in (kinds.OUR_EXPLAINER, kinds.DETECTOR):
+    if found.kind in (keymaps.OUR_EXPLAINER, keymaps.DETECTOR):
         return "It is a whole checkpoint: give it as --base."
     if any(file.name == TENSORS for file in found.files):
         return "It has no stage.json, so it is not complete: copy or train it again."
@@ -196,7 +195,7 @@ def _check_pair(
 
 
 def _frozen(pairs: Mapping[str, Pair]) -> tuple[str, ...]:
-    return tuple(name for name in pairs if name.startswith(llava_names.DETECTOR))
+    return tuple(name for name in pairs if name.startswith(keymaps.DETECTOR_PART))
 
 
 def _refuse_other_adapters(config: Mapping[str, Any], what: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m2f2cli.checkpoints.kinds import kind_of_folder
+from m2f2cli.checkpoints.keymaps import kind_of_folder
 from m2f2cli.checkpoints.pickles import load_tensors_file
 from m2f2cli.checkpoints.store import (
     INDEX,
@@ -83,7 +83,7 @@ class Weights:
 
     Args:
         path: The folder or file.
-        kind: One of ``kinds``.
+        kind: One of ``keymaps``.
         tensors: By name as it stands in the files.
         files: The files they lie in.
         config: ``config.json`` or ``adapter_config.json`` of the folder.
@@ -168,6 +168,19 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def describe_file(file: Weights) -> dict[str, Any]:
+    """Name, kind, layout and SHA-256 of a file or of the files of a folder, for ``stage.json``."""
+    digests = {path.name: sha256_of(path) for path in file.files}
+    alone = file.path.is_file()
+    return {
+        "file": file.path.resolve().name,
+        "sha256": digests[file.path.name] if alone else digests,
+        "kind": file.kind,
+        "layout": file.layout,
+        "foreign": list(file.foreign),
+    }
 
 
 def home_of(path: Path) -> Path:

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from m2f2cli.checkpoints import importer, kinds, llava_names, streams
+from m2f2cli.checkpoints import keymaps, streams
 from m2f2cli.checkpoints.folders import Weights
-from m2f2cli.checkpoints.importer import Conversion
-from m2f2cli.checkpoints.reference import Fate
+from m2f2cli.checkpoints.keymaps import Entry
 from m2f2cli.checkpoints.streams import Stream
 from m2f2cli.checkpoints.tensorfile import StoredTensor
 from m2f2cli.errors import CheckpointError
 
 PROJECTORS = "non_lora_trainables.bin"
-_PREFIX = llava_names.DELTA_PREFIX
+_PREFIX = keymaps.DELTA_PREFIX
 _MODULES = ("mm_projector", "forgery_projector")
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 FROZEN = "frozen in training: its update is exactly zero"
@@ -32,41 +32,32 @@ _PLAIN = {"use_rslora": False, "use_dora": False, "bias": "none", "fan_in_fan_ou
 _EMPTY = ("rank_pattern", "alpha_pattern", "layer_replication", "megatron_config", "lora_bias")
 
 
-def convert(source: Weights) -> Conversion:
-    """Turn a published delta into ours.
+def read_published(
+    source: Weights,
+) -> tuple[dict[str, Any], dict[str, Stream], list[Entry]]:
+    """Put a published delta in our terms.
 
     Args:
         source: A stage-2 folder or its ``mm_projector.bin``, a stage-3 folder, or its projectors.
 
+    Returns:
+        The content of ``adapter_config.json`` (empty for projectors alone), the tensors by our
+        names, and what becomes of each key.
+
     Raises:
         CheckpointError: A tensor is unknown, missing, misshapen or of an adapter of another kind.
     """
-    if source.kind in (kinds.STAGE_3, kinds.PEFT):
+    if source.kind in (keymaps.STAGE_3, keymaps.PEFT):
         return _adapter(source)
-    tensors, fates = _projectors(source.tensors, what=f"'{source.path}'")
-    return _conversion(source, {}, tensors, fates)
-
-
-def _conversion(
-    source: Weights, config: dict[str, Any], tensors: Mapping[str, Stream], fates: list[Fate]
-) -> Conversion:
-    return Conversion(
-        kind=source.kind,
-        config=config,
-        tensors=tensors,
-        fates={str(source.path): fates},
-        sources=[importer.describe_file(source)],
-        rows=llava_names.PUBLISHED,
-    )
+    return {}, *_projectors(source.tensors, what=f"'{source.path}'")
 
 
 def _projectors(
     found: Mapping[str, StoredTensor], *, what: str
-) -> tuple[dict[str, Stream], list[Fate]]:
+) -> tuple[dict[str, Stream], list[Entry]]:
     """Trained projectors by our names, whole ones only."""
-    bare = {key.removeprefix(_PREFIX): key for key in found}
-    fates = llava_names.look_up(bare, llava_names.PUBLISHED, what=what)
-    tensors = {f.to: found[bare[f.key]] for f in fates if f.to is not None}
+    entries = keymaps.look_up(found, keymaps.PUBLISHED, what=what, prefix=_PREFIX)
+    tensors = {e.to: streams.from_stored(found[e.key]) for e in entries if e.to is not None}
     for module in _MODULES:
         names = [f"{module}.{n}.{part}" for n in (0, 2) for part in ("weight", "bias")]
         absent = [name for name in names if name not in tensors]
@@ -80,39 +71,36 @@ def _projectors(
             f"{what} holds tensors that no published delta trains: {', '.join(others[:4])}.",
             "The file is of another kind; m2f2 info PATH says what it is.",
         )
-    mapped = [Fate(bare[fate.key], fate.action, fate.to, fate.why) for fate in fates]
-    return {name: streams.from_stored(stored) for name, stored in tensors.items()}, mapped
+    return tensors, entries
 
 
-def _adapter(source: Weights) -> Conversion:
+def _adapter(source: Weights) -> tuple[dict[str, Any], dict[str, Stream], list[Entry]]:
     what = f"'{source.path}'"
     config = dict(source.config)
     _refuse_other_adapters(config, what)
     pairs, projectors = _split(source, what)
     tensors: dict[str, Stream] = {}
-    fates: list[Fate] = []
+    entries: list[Entry] = []
     targets = []
     top = max((int(n) for module in pairs for n in _BLOCK.findall(module)), default=-1)
     for module, sides in sorted(pairs.items()):
         _check_pair(module, sides, config, source, what)
-        ours = llava_names.module_of(module.removeprefix(_PREFIX))
+        ours = keymaps.module_of(module.removeprefix(_PREFIX))
         block = _BLOCK.search(module)
         why = _ABOVE if ours is None or (block and int(block.group(1)) == top) else ""
         why = FROZEN if is_zero(streams.from_stored(source.tensors[sides["B"]])) else why
         for side, key in sorted(sides.items()):
             if why:
-                fates.append(Fate(key, "dropped", None, why))
+                entries.append(Entry(key, None, why))
                 continue
             name = f"{_PREFIX}{ours}.lora_{side}.weight"
             tensors[name] = streams.from_stored(source.tensors[key])
-            fates.append(Fate(key, "mapped", name))
+            entries.append(Entry(key, name))
         if not why and ours is not None:
             targets.append(ours)
     whole, of_projectors = _projectors(projectors, what=what)
     tensors |= {f"{_PREFIX}{name}": stream for name, stream in whole.items()}
-    fates += [
-        Fate(f.key, f.action, f"{_PREFIX}{f.to}" if f.to else None, f.why) for f in of_projectors
-    ]
+    entries += [replace(e, to=f"{_PREFIX}{e.to}") if e.to else e for e in of_projectors]
     if not targets:
         raise CheckpointError(
             f"The adapter in {what} changes nothing: every one of its updates is zero.",
@@ -121,7 +109,7 @@ def _adapter(source: Weights) -> Conversion:
     config["target_modules"] = targets
     config["modules_to_save"] = [m for m in _MODULES if f"{m}.0.weight" in whole] or None
     config["base_model_name_or_path"] = None
-    return _conversion(source, config, tensors, fates)
+    return config, tensors, entries
 
 
 def _split(source: Weights, what: str) -> tuple[dict[str, dict[str, str]], dict[str, StoredTensor]]:
@@ -180,4 +168,4 @@ def is_zero(stream: Stream) -> bool:
 
 def is_ours(source: Weights) -> bool:
     """Whether an adapter already has our names."""
-    return any(key.startswith(f"{_PREFIX}{llava_names.LANGUAGE}") for key in source.tensors)
+    return any(key.startswith(f"{_PREFIX}{keymaps.LANGUAGE_PART}") for key in source.tensors)

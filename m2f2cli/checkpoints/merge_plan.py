@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m2f2cli.checkpoints import kinds, llava_names, store, streams
+from m2f2cli.checkpoints import keymaps, store, streams
 from m2f2cli.checkpoints.delta_reading import Delta, Pair
 from m2f2cli.checkpoints.filling import workers
 from m2f2cli.checkpoints.folders import Weights, open_weights
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 AUTO = "auto"
 COPIED, _CAST, _REPLACED, _FOLDED = "copied", "rounded to another type", "replaced", "folded"
 _HINTS = {
-    kinds.EXPLAINER: "Import it first: m2f2 import DIR --output DIR",
-    kinds.LLAVA: "Build an explainer from it first: m2f2 init-llava",
-    kinds.LLAVA_HF: "Build an explainer from it first: m2f2 init-llava",
-    kinds.DELTA: "Give it as --delta, and the checkpoint it was trained on as --base.",
-    kinds.PEFT: "Give it as --delta, and the checkpoint it was trained on as --base.",
+    keymaps.EXPLAINER: "Import it first: m2f2 import DIR --output DIR",
+    keymaps.LLAVA: "Build an explainer from it first: m2f2 init-llava",
+    keymaps.LLAVA_HF: "Build an explainer from it first: m2f2 init-llava",
+    keymaps.DELTA: "Give it as --delta, and the checkpoint it was trained on as --base.",
+    keymaps.PEFT: "Give it as --delta, and the checkpoint it was trained on as --base.",
 }
 # Resident memory of a process that has loaded torch, and a worker's blocks in flight.
 _PROCESS = 250_000_000
@@ -60,7 +60,7 @@ def open_base(path: Path) -> Weights:
         CheckpointError: It is missing, incomplete or no checkpoint of ours.
     """
     found = open_weights(path)
-    if found.kind not in (kinds.OUR_EXPLAINER, kinds.DETECTOR) or not found.config:
+    if found.kind not in (keymaps.OUR_EXPLAINER, keymaps.DETECTOR) or not found.config:
         hint = _HINTS.get(found.kind, "Give a checkpoint folder of an explainer.")
         raise CheckpointError(f"'{path}' is no checkpoint to merge into but: {found.kind}.", hint)
     return found
@@ -94,7 +94,7 @@ def plan_rows(base: Weights, deltas: Sequence[Delta], dtype: str = AUTO) -> dict
 def _wanted(name: str, before: Stream, dtype: str) -> str:
     import torch
 
-    keeps = dtype == AUTO or name.startswith(llava_names.DETECTOR)
+    keeps = dtype == AUTO or name.startswith(keymaps.DETECTOR_PART)
     floating = getattr(torch, before.dtype).is_floating_point
     return before.dtype if keeps or not floating else dtype
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from m2f2cli.checkpoints import kinds, merge_plan, store, streams
-from m2f2cli.checkpoints.explainer_loading import load_explainer
+from m2f2cli.checkpoints import keymaps, merge_plan, store, streams
+from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.checkpoints.merge import Merge
 from m2f2cli.checkpoints.merge_plan import Row, values
 from m2f2cli.checkpoints.tensorfile import StoredTensor
@@ -88,7 +88,7 @@ def prove(job: Merge, advance: Callable[..., None] = lambda steps=1, note="": No
         advance(1, note=row.name)
     need = _BYTES * sum(row.result.size for row in job.rows.values())
     have = _free_memory()
-    if job.base.kind != kinds.OUR_EXPLAINER:
+    if job.base.kind != keymaps.OUR_EXPLAINER:
         return Proof(len(changed), worst, None, None, "one tensor at a time")
     if need > have:
         said = (

@@ -8,7 +8,7 @@ from m2f2cli.cli import options as flags
 from m2f2cli.cli.output import Output
 
 if TYPE_CHECKING:
-    from m2f2cli.checkpoints.describe import Description
+    from m2f2cli.checkpoints.inspect import Description
 
 EXAMPLES = {
     "info": (
@@ -38,7 +38,7 @@ def info(
 
         _print_environment(out, describe_environment())
         return
-    from m2f2cli.checkpoints.inspecting import inspect_checkpoint
+    from m2f2cli.checkpoints.inspect import inspect_checkpoint
 
     _print_checkpoint(out, inspect_checkpoint(checkpoint, verify=verify), verbose)
 

@@ -39,24 +39,31 @@ def import_checkpoint(
     1), a CLIP vision tower beside one that lacks it. Every key is mapped, folded or dropped for a
     stated reason; an unknown one is an error. Nothing that a pickle names is run.
     """
-    from m2f2cli.checkpoints.importing import Import
+    from m2f2cli.checkpoints.convert import import_weights
 
     out = Output(as_json, quiet)
-    job = Import(files, output, clip_config=clip_config, overwrite=overwrite)
-    with out.progress("Writing", len(job.made.tensors)) as advance:
-        made = job.write(verify=verify, advance=advance)
+    made = import_weights(
+        files,
+        output,
+        clip_config=clip_config,
+        verify=verify,
+        overwrite=overwrite,
+        progress=out.progress,
+    )
     if as_json:
         out.json(made.as_dict())
         return
     rows = made.listing() if verbose else made.summary()
-    out.table(("file", "key", "fate", "to or why") if verbose else _SUMMARY, rows)
-    out.text(f"{output}: {made.kind}, {made.parameters:,} parameters, {made.fingerprint}")
-    if made.probe is not None:
-        out.text(made.probe.sentence() + ".")
+    out.table(("file", "key", "action", "to or why") if verbose else _SUMMARY, rows)
+    out.text(
+        f"{output}: {made.conversion.kind}, {made.parameters:,} parameters, {made.fingerprint}"
+    )
+    if made.verified is not None:
+        out.text(made.verified.sentence() + ".")
     out.note(f"See what it is: m2f2 info {output}")
 
 
-_SUMMARY = ("file", "keys>", "fate", "to or why")
+_SUMMARY = ("file", "keys>", "action", "to or why")
 
 
 def init_llava(
@@ -77,16 +84,26 @@ def init_llava(
     new projector for the detector's answer is drawn from N(0, 0.1). One CLIP tower serves both.
     Tensors are copied one by one, so memory does not grow with the model.
     """
-    from m2f2cli.checkpoints.initialising import InitLlava, InitLlavaOptions
+    from m2f2cli.checkpoints.initialize import InitLlavaOptions, TowerComparison
+    from m2f2cli.checkpoints.initialize import init_llava as build
 
     out = Output(as_json, quiet)
-    options = InitLlavaOptions(dtype=dtype, tower=tower, seed=seed)
-    job = InitLlava(llava, detector, output, options=options, overwrite=overwrite)
-    (out.warning if job.plan.tower.state == "differs" else out.note)(job.plan.tower.sentence())
-    with out.progress("Writing", len(job.plan.tensors)) as advance:
-        made = job.write(advance)
+
+    def compared(tower: TowerComparison) -> None:
+        (out.warning if tower.state == "differs" else out.note)(tower.sentence())
+
+    made = build(
+        llava,
+        detector,
+        output,
+        options=InitLlavaOptions(dtype=dtype, tower=tower, seed=seed),
+        overwrite=overwrite,
+        compared=compared,
+        progress=out.progress,
+    )
     if as_json:
-        out.json(made.as_dict())
+        out.json({"output": str(output), **made.as_dict()})
         return
-    out.table(("part", "tensors>", "parameters>", "types"), made.rows())
+    rows = [(part, f"{n:,}", f"{total:,}", types) for part, n, total, types in made.parts()]
+    out.table(("part", "tensors>", "parameters>", "types"), rows)
     out.text(f"{output}: {made.parameters:,} parameters, {made.fingerprint}")

@@ -52,7 +52,7 @@ def calibrate(
         CheckpointError: The checkpoint is no detector, was changed, or cannot be written. What was
             there before is still there.
     """
-    from m2f2cli.checkpoints.loading import resolve_checkpoint
+    from m2f2cli.checkpoints.hub import resolve_checkpoint
 
     target = check_calibration(model, scored.split, output=output, overwrite=overwrite)
     if scored.task != "scores":

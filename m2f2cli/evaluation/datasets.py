@@ -101,7 +101,7 @@ class Images:
         folder, split = Path(self._data.folder or ""), self._data.split
         if split not in ("train", "validation"):
             return read_split(folder, split)
-        from m2f2cli.checkpoints.loading import resolve_checkpoint
+        from m2f2cli.checkpoints.hub import resolve_checkpoint
 
         return read_split(folder, split, model=resolve_checkpoint(self._model))
 

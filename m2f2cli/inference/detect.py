@@ -117,7 +117,7 @@ def load(model: str | Judge, options: DetectOptions) -> Judge:
     """The detector behind a name, or the detector itself."""
     if not isinstance(model, str):
         return model
-    from m2f2cli.checkpoints.loading import load_detector
+    from m2f2cli.checkpoints.load import load_detector
     from m2f2cli.inference.folding import hasten
 
     judge: Judge = hasten(load_detector(model, device=options.device, dtype=options.dtype))

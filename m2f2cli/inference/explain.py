@@ -43,7 +43,7 @@ def explain(
 
     Args:
         paths: See ``sources.expand``.
-        model: A checkpoint's name (see ``models.explainer_loading.load_explainer``), or an
+        model: A checkpoint's name (see ``checkpoints.load.load_explainer``), or an
             explainer with its processor.
         options: How to ask.
         recursive: Enter sub-folders.
@@ -124,7 +124,7 @@ def explain_settings(model: str | Loaded, asker: Asker) -> ExplainSettings:
         questions=tuple(q.text for q in options.chosen() if q.text is not None),
         max_new_tokens=options.max_new_tokens,
         sampling=options.sampling(),
-        quantised=options.quantise,
+        quantised=options.quantize,
     )
 
 

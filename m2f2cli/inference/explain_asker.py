@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from m2f2cli.checkpoints.explainer_loading import load_explainer
+from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.data.transforms import explainer_views, normalise
 from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.explain_sampling import SeededDraws, seed_of
@@ -43,7 +43,7 @@ class Asker:
     """An explainer with everything that is needed to ask it.
 
     Args:
-        model: A checkpoint's name (see ``models.explainer_loading.load_explainer``), or an
+        model: A checkpoint's name (see ``checkpoints.load.load_explainer``), or an
             explainer with its processor.
         options: How to ask.
 
@@ -55,7 +55,7 @@ class Asker:
         if isinstance(model, str):
             where = options.detect
             explainer, folder = load_explainer(
-                model, device=where.device, dtype=where.dtype, quantise=options.quantise
+                model, device=where.device, dtype=where.dtype, quantize=options.quantize
             )
             hasten(explainer.detector)
             model = (

@@ -72,7 +72,7 @@ class Session:
 
     def _load_asker(self, model: str | Judge | Loaded) -> Asker | None:
         if isinstance(model, str):
-            from m2f2cli.checkpoints.explainer_loading import is_explainer
+            from m2f2cli.checkpoints.load import is_explainer
 
             if not is_explainer(model):
                 return None

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from m2f2cli.checkpoints.backbones import to_timm
-from m2f2cli.checkpoints.loading import load_detector
+from m2f2cli.checkpoints.keymaps import to_timm
+from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.checkpoints.pickles import load_tensors_file
 from m2f2cli.checkpoints.store import check_names_and_shapes
 from m2f2cli.errors import CheckpointError, ConfigError
@@ -47,8 +47,8 @@ def build_detector(options: ModelOptions, crop_margin: float) -> Detector:
             fit.
         ConfigError: An architecture is unknown or sizes do not go together.
     """
-    if options.init:
-        return _from_detector(options.init, crop_margin)
+    if options.model:
+        return _from_detector(options.model, crop_margin)
     transformers_logging.disable_progress_bar()
     try:
         spec, clip_tensors = load_clip(options.clip)
@@ -59,7 +59,7 @@ def build_detector(options: ModelOptions, crop_margin: float) -> Detector:
         ) from error
     if options.image_size:
         spec, clip_tensors = resize_clip(spec, clip_tensors, options.image_size)
-    mean, std = NORMALISATIONS[options.normalisation]
+    mean, std = NORMALISATIONS[options.normalization]
     vision = spec["vision"]
     total = vision["num_hidden_layers" if spec["library"] == "transformers" else "layers"]
     config = DetectorConfig(

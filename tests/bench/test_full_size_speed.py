@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from m2f2cli.checkpoints.importing import import_published
-from m2f2cli.checkpoints.loading import load_detector
+from m2f2cli.checkpoints.convert import import_weights
+from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.inference.detect import DetectOptions, load
 from m2f2cli.inference.packing import PackedLinear
@@ -82,7 +82,7 @@ def _product_operations(model: Detector) -> int:
 def test_seconds_a_picture(tmp_path):
     state = state_dict("detector_b")
     torch.save(state, tmp_path / "b.pth")
-    import_published([tmp_path / "b.pth"], tmp_path / "out")
+    import_weights([tmp_path / "b.pth"], tmp_path / "out")
     single = load(str(tmp_path / "out"), DetectOptions(device="cpu", dtype="float32"))
     half = load(str(tmp_path / "out"), DetectOptions(device="cpu", dtype="bfloat16"))
     config = single.config

@@ -138,7 +138,7 @@ def test_memory_and_time_against_copying(tmp_path, layout):
         ours.append(measured(sys.executable, "-m", "m2f2cli", *map(str, command), "--quiet"))
         assert size < sum(file.stat().st_size for file in out.iterdir()) < 1.2 * size
         shutil.rmtree(out)
-        starts.append(measured(sys.executable, "-c", "import m2f2cli.checkpoints.initialising"))
+        starts.append(measured(sys.executable, "-c", "import m2f2cli.checkpoints.initialize"))
     shutil.rmtree(source)
     peak = max(row[2] for row in ours)
     print(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m2f2cli.checkpoints.loading import load_detector
+from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.data.augment import add_noise, compress_jpeg, gaussian_blur, rescale
 from m2f2cli.data.domain import Domain
 from m2f2cli.data.images import read_picture

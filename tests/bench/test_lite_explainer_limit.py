@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from m2f2cli.checkpoints.loading import load_detector
+from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.data.images import read_picture
 from m2f2cli.data.naming import REAL, kind_of
 from m2f2cli.data.readers.ddvqa import read_ddvqa, read_judgements

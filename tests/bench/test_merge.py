@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from m2f2cli.checkpoints import delta, store
-from m2f2cli.checkpoints.explainer_loading import build_empty
+from m2f2cli.checkpoints.load import build_empty
 from m2f2cli.models.explainer import ExplainerConfig
 from tests.bench.test_init_llava import measured
 from tests.conftest import tiny_fields
@@ -29,7 +29,7 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 # The usual way: everything in memory, merged there, saved.
 WITH_PEFT = """
 import sys
-from m2f2cli.checkpoints.explainer_loading import load_explainer
+from m2f2cli.checkpoints.load import load_explainer
 from peft import PeftModel
 
 base, adapter, output = sys.argv[1:4]

@@ -228,12 +228,12 @@ def write_tokenizer(folder: Path, **changes: Any) -> None:
 
 def detector(folder: Path, **changes: Any) -> Path:
     """``published.detector("detector_b")`` imported into a checkpoint folder."""
-    from m2f2cli.checkpoints.importing import import_published
+    from m2f2cli.checkpoints.convert import import_weights
 
     source = folder.parent / f"{folder.name}.pth"
     torch.save({**published.detector("detector_b"), **changes}, source)
     (folder.parent / "clip.json").write_text(json.dumps(published.CLIP_CONFIG))
-    import_published([source], folder, clip_config=folder.parent / "clip.json")
+    import_weights([source], folder, clip_config=folder.parent / "clip.json")
     return folder
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2f2cli.checkpoints import delta, kinds, store
+from m2f2cli.checkpoints import delta, keymaps, store
 from m2f2cli.checkpoints.delta_reading import open_delta
 from m2f2cli.checkpoints.tensorfile import write_tensor_file
 from m2f2cli.errors import CheckpointError
@@ -33,7 +33,7 @@ def variant(folder: Path, base: Path, change) -> Path:
 def test_tensors_become_a_delta(base, tmp_path):
     folder = merges.stage_2(tmp_path / "d", base)
     found = open_delta(folder)
-    assert found.kind == kinds.DELTA
+    assert found.kind == keymaps.DELTA
     assert found.parent == store.fingerprint(base)
     assert found.fingerprint == store.read_stage(folder)["fingerprint"]
     assert set(found.whole) == set(load_file(folder / "delta.safetensors"))
@@ -56,7 +56,7 @@ def test_a_peft_configuration_becomes_plain_json():
 
 def test_an_adapter_is_read_by_our_names(base, tmp_path):
     found = open_delta(merges.stage_3(tmp_path / "d", base))
-    assert found.kind == kinds.PEFT
+    assert found.kind == keymaps.PEFT
     assert found.parent == store.fingerprint(base)
     assert len(found.pairs) == 4
     assert all(pair.scale == 2.0 for pair in found.pairs.values())

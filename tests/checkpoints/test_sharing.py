@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from m2f2cli.checkpoints import store
-from m2f2cli.checkpoints.explainer_loading import load_explainer
 from m2f2cli.checkpoints.folders import open_weights
-from m2f2cli.checkpoints.inspecting import inspect_checkpoint
+from m2f2cli.checkpoints.inspect import inspect_checkpoint
+from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.checkpoints.sharing import share
 from m2f2cli.checkpoints.tensorfile import open_tensor_file
 from m2f2cli.errors import CheckpointError

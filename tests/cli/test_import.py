@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from m2f2cli.checkpoints import store
-from m2f2cli.checkpoints.importing import import_published
-from m2f2cli.checkpoints.loading import load_detector
+from m2f2cli.checkpoints.convert import import_weights
+from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.cli.app import run
 from tests.checkpoints import published
 
@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def same(files: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The fingerprint of detector B, imported from its plain file."""
     folder = tmp_path_factory.mktemp("same") / "b"
-    made = import_published([files / "b.pth"], folder, clip_config=files / "clip.json")
+    made = import_weights([files / "b.pth"], folder, clip_config=files / "clip.json")
     assert store.fingerprint(folder, verify=True) == made.fingerprint
     return made.fingerprint
 
@@ -111,9 +111,9 @@ def test_detector_a_loads_with_the_same_logits(do, tmp_path):
     with torch.no_grad():
         output = model(pixels)
     features, half = output.features, output.features.shape[1] // 2
-    from m2f2cli.checkpoints.reference import bridge_constant
+    from m2f2cli.checkpoints.keymaps import bridge_constant
 
-    constant = (state["clip_text_alpha"] * bridge_constant(state)).expand(3, -1)
+    constant = bridge_constant(state).expand(3, -1)
     whole = torch.cat([features[:, :half], constant, features[:, half:]], 1)
     expected = whole @ state["output.weight"].T + state["output.bias"]
     assert (output.logits - expected).abs().max() < 2e-6

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from m2f2cli.checkpoints import store
-from m2f2cli.checkpoints.importing import import_published
+from m2f2cli.checkpoints.convert import import_weights
 from m2f2cli.cli.app import run
 from tests.checkpoints import llavas, published
 
@@ -163,11 +163,11 @@ def test_stage_3_becomes_an_adapter_that_peft_loads(do, tmp_path, binary):
 def _check_with_peft(tmp_path: Path, saved: dict[str, torch.Tensor]) -> None:
     from peft import PeftModel
 
-    from m2f2cli.checkpoints.explainer_loading import load_explainer
+    from m2f2cli.checkpoints.load import load_explainer
 
     (tmp_path / "clip.json").write_text(json.dumps(published.CLIP_CONFIG))
     base = llavas.write(tmp_path / "base", llavas.explainer(), llavas.ORIGINAL_CONFIG)
-    import_published([base], tmp_path / "explainer", clip_config=tmp_path / "clip.json")
+    import_weights([base], tmp_path / "explainer", clip_config=tmp_path / "clip.json")
     model, _ = load_explainer(str(tmp_path / "explainer"), device="cpu")
     inside = PeftModel.from_pretrained(model, str(tmp_path / "out")).state_dict()
     for key, tensor in saved.items():

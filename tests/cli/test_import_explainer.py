@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2f2cli.checkpoints import importer, llava_names, reference, store
-from m2f2cli.checkpoints.explainer_loading import load_explainer
+from m2f2cli.checkpoints import keymaps, store
+from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.cli.app import run
 from tests.checkpoints import golden, llavas, published
 
@@ -46,10 +46,12 @@ def do(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def expected(source: dict[str, torch.Tensor], blocks: int) -> dict[str, torch.Tensor]:
     """What an import must hold, by the table, without the tower's unused end."""
-    renamed = reference.rename(source, llava_names.PUBLISHED, what="x")
-    fates = [reference.Fate(k, "mapped", k.removeprefix("detector.")) for k in renamed]
-    kept = {f.key for f in fates if importer.drop_above(f, blocks - 1).to is not None}
-    return {key: tensor for key, tensor in renamed.items() if key in kept}
+    renamed = keymaps.rename(source, keymaps.PUBLISHED, what="x")
+    unused = tuple(
+        f"{keymaps.TOWER_PART}{part}."
+        for part in ("post_layernorm", f"encoder.layers.{blocks - 1}")
+    )
+    return {key: tensor for key, tensor in renamed.items() if not key.startswith(unused)}
 
 
 def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from m2f2cli import environment
-from m2f2cli.checkpoints import kinds, store
+from m2f2cli.checkpoints import keymaps, store
 from m2f2cli.cli.app import run
 from tests.checkpoints import published
 
@@ -86,7 +86,7 @@ def test_a_broken_torch_is_reported(monkeypatch, info):
 
 def test_a_detector_folder(info, as_json, tiny_detector_folder):
     found = as_json(tiny_detector_folder, "--verify")
-    assert found["kind"] == kinds.DETECTOR
+    assert found["kind"] == keymaps.DETECTOR
     tensors = store.read_tensors(tiny_detector_folder)
     assert found["tensors"] == len(tensors)
     assert found["parameters"] == sum(t.numel() for t in tensors.values())
@@ -133,7 +133,7 @@ def test_misshapen_tensors_of_a_detector_are_named(as_json, broken):
 
 def test_missing_files_of_a_detector_are_named(as_json, broken):
     found = as_json(broken(without=("stage.json", "model.safetensors")))
-    assert found["kind"] == kinds.DETECTOR
+    assert found["kind"] == keymaps.DETECTOR
     assert {"stage.json", "preprocessor_config.json", "any weights"} <= set(found["missing"])
 
 
@@ -153,7 +153,7 @@ def test_published_detectors(as_json, info, tmp_path):
     first, second = published.detector("detector_a"), published.detector("detector_b")
     torch.save(published.stage_1(first), tmp_path / "x.bin")
     found = as_json(tmp_path / "x.bin")
-    assert found["kind"] == kinds.DETECTOR_A
+    assert found["kind"] == keymaps.DETECTOR_A
     assert found["missing"] == []
     assert "torch.optim.lr_scheduler.ReduceLROnPlateau" in found["foreign"]
     assert any("module." in note for note in found["notes"])
@@ -161,29 +161,29 @@ def test_published_detectors(as_json, info, tmp_path):
     rest, tower = published.split_tower(second)
     torch.save(rest, tmp_path / "b.pth")
     found = as_json(tmp_path / "b.pth")
-    assert found["kind"] == kinds.DETECTOR_B
+    assert found["kind"] == keymaps.DETECTOR_B
     assert len(found["missing"]) == 1
     assert "vision tower" in found["missing"][0]
     torch.save(tower, tmp_path / "t.pth")
-    assert as_json(tmp_path / "t.pth")["kind"] == kinds.TOWER
+    assert as_json(tmp_path / "t.pth")["kind"] == keymaps.TOWER
 
 
 ONE = torch.ones(1)
 KINDS = {
-    kinds.EXPLAINER: [
+    keymaps.EXPLAINER: [
         "model.layers.0.x",
         "deepfake_encoder.clip_vision_alpha",
         "lm_head.weight",
     ],
-    kinds.LLAVA: ["model.layers.0.x", "model.mm_projector.0.weight", "lm_head.weight"],
-    kinds.LLAVA_HF: ["language_model.model.layers.0.x", "multi_modal_projector.linear_1.weight"],
-    kinds.STAGE_2: ["deepfake_projector.0.weight", "deepfake_projector.2.bias"],
-    kinds.STAGE_3_PART: ["base_model.model.deepfake_projector.0.weight"],
-    kinds.PEFT: ["base_model.model.model.layers.0.q_proj.lora_A.weight"],
-    kinds.CLIP: ["vision_model.embeddings.class_embedding", "text_model.x", "logit_scale"],
-    kinds.TOWER: ["vision_tower.vision_model.embeddings.class_embedding"],
-    kinds.LANGUAGE: ["model.layers.0.x", "model.embed_tokens.weight"],
-    kinds.UNKNOWN: ["fc.weight"],
+    keymaps.LLAVA: ["model.layers.0.x", "model.mm_projector.0.weight", "lm_head.weight"],
+    keymaps.LLAVA_HF: ["language_model.model.layers.0.x", "multi_modal_projector.linear_1.weight"],
+    keymaps.STAGE_2: ["deepfake_projector.0.weight", "deepfake_projector.2.bias"],
+    keymaps.STAGE_3_PART: ["base_model.model.deepfake_projector.0.weight"],
+    keymaps.PEFT: ["base_model.model.model.layers.0.q_proj.lora_A.weight"],
+    keymaps.CLIP: ["vision_model.embeddings.class_embedding", "text_model.x", "logit_scale"],
+    keymaps.TOWER: ["vision_tower.vision_model.embeddings.class_embedding"],
+    keymaps.LANGUAGE: ["model.layers.0.x", "model.embed_tokens.weight"],
+    keymaps.UNKNOWN: ["fc.weight"],
 }
 
 
@@ -206,23 +206,23 @@ def test_folders_of_other_layouts(as_json, tmp_path):
             torch.save(dict.fromkeys(tensors, ONE), path / file)
         return path
 
-    lora = folder("x1", {"peft_type": "LORA"}, KINDS[kinds.PEFT], "adapter_model.safetensors")
-    assert as_json(lora)["kind"] == kinds.PEFT
-    torch.save(dict.fromkeys(KINDS[kinds.STAGE_3_PART], ONE), lora / "non_lora_trainables.bin")
+    lora = folder("x1", {"peft_type": "LORA"}, KINDS[keymaps.PEFT], "adapter_model.safetensors")
+    assert as_json(lora)["kind"] == keymaps.PEFT
+    torch.save(dict.fromkeys(KINDS[keymaps.STAGE_3_PART], ONE), lora / "non_lora_trainables.bin")
     found = as_json(lora)
-    assert found["kind"] == kinds.STAGE_3
+    assert found["kind"] == keymaps.STAGE_3
     assert found["missing"] == []
     (lora / "adapter_model.safetensors").unlink()
     assert "adapter_model.safetensors" in as_json(lora)["missing"]
     llama = {"model_type": "llava_llama"}
-    stage_2 = folder("x2", llama, KINDS[kinds.STAGE_2], "mm_projector.bin")
-    assert as_json(stage_2)["kind"] == kinds.STAGE_2
-    llava = folder("x3", llama, KINDS[kinds.LLAVA], "pytorch_model.bin")
+    stage_2 = folder("x2", llama, KINDS[keymaps.STAGE_2], "mm_projector.bin")
+    assert as_json(stage_2)["kind"] == keymaps.STAGE_2
+    llava = folder("x3", llama, KINDS[keymaps.LLAVA], "pytorch_model.bin")
     found = as_json(llava)
-    assert found["kind"] == kinds.LLAVA
+    assert found["kind"] == keymaps.LLAVA
     assert any("vision tower" in line for line in found["missing"])
-    explainer = folder("x4", llama, KINDS[kinds.EXPLAINER], "model.safetensors")
-    assert as_json(explainer)["kind"] == kinds.EXPLAINER
+    explainer = folder("x4", llama, KINDS[keymaps.EXPLAINER], "model.safetensors")
+    assert as_json(explainer)["kind"] == keymaps.EXPLAINER
 
 
 def test_a_missing_shard_is_named(as_json, tmp_path, small_shards):
@@ -237,7 +237,7 @@ def test_a_missing_shard_is_named(as_json, tmp_path, small_shards):
 @pytest.fixture
 def small_shards(tmp_path):
     folder = tmp_path / "shards"
-    tensors = {key: torch.ones(8) for key in KINDS[kinds.TOWER] + ["vision_model.x"]}
+    tensors = {key: torch.ones(8) for key in KINDS[keymaps.TOWER] + ["vision_model.x"]}
     config = {"model_type": "clip_vision_model"}
     store.write_checkpoint(folder, config=config, tensors=tensors, stage={}, max_shard_bytes=40)
     return folder
@@ -259,5 +259,5 @@ def test_things_that_are_no_checkpoint(info, tmp_path, content, words):
 
 def test_an_empty_folder(as_json, tmp_path):
     found = as_json(tmp_path)
-    assert found["kind"] == kinds.UNKNOWN
+    assert found["kind"] == keymaps.UNKNOWN
     assert found["missing"] == ["any weights"]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from m2f2cli.checkpoints import llava_names, reference, store
-from m2f2cli.checkpoints.explainer_loading import load_explainer
+from m2f2cli.checkpoints import keymaps, store
+from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.cli.app import run
 from tests.checkpoints import llavas, published
 
@@ -47,7 +47,7 @@ def do(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def language(dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
-    renamed = reference.rename(llavas.llama(), llava_names.ORIGINAL, what="x")
+    renamed = keymaps.rename(llavas.llama(), keymaps.ORIGINAL, what="x")
     return {key: tensor.to(dtype) for key, tensor in renamed.items()}
 
 
@@ -160,7 +160,7 @@ def test_the_other_tower_can_be_kept(do, home, tmp_path):
     bias = found["detector.clip.vision.pre_layrnorm.bias"]
     theirs = (llavas.tower()["pre_layrnorm.bias"].half() + 0.25).half()
     assert torch.equal(bias, theirs)
-    rest = {k: t for k, t in of_detector(home).items() if not k.startswith(llava_names.TOWER)}
+    rest = {k: t for k, t in of_detector(home).items() if not k.startswith(keymaps.TOWER_PART)}
     same(found, rest)
 
 
@@ -357,13 +357,16 @@ def test_a_full_disk_leaves_nothing(do, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_killed_run_leaves_nothing_that_loads(home, tmp_path):
     script = (
-        "import sys, time\n"
+        "import contextlib, sys, time\n"
         "from pathlib import Path\n"
-        "from m2f2cli.checkpoints.initialising import InitLlava\n"
+        "from m2f2cli.checkpoints.initialize import init_llava\n"
         "home, out = map(Path, sys.argv[1:])\n"
         "def slow(steps, note=''):\n"
         "    print('writing', flush=True); time.sleep(60)\n"
-        "InitLlava(str(home / 'bin'), str(home / 'detector'), out).write(slow)\n"
+        "init_llava(\n"
+        "    str(home / 'bin'), str(home / 'detector'), out,\n"
+        "    progress=lambda label, total: contextlib.nullcontext(slow),\n"
+        ")\n"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", script, str(home), str(tmp_path / "out")], stdout=subprocess.PIPE

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from m2f2cli.checkpoints import delta, merge_proof, store
-from m2f2cli.checkpoints.explainer_loading import load_explainer
+from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.checkpoints.merge import Merge
 from m2f2cli.cli.app import run
 from m2f2cli.models.explainer import Explainer

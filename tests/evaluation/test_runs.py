@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from m2f2cli.checkpoints.loading import resolve_checkpoint
+from m2f2cli.checkpoints.hub import resolve_checkpoint
 from m2f2cli.data.clip_writer import ClipWriter
 from m2f2cli.data.readers.ffpp import FfppSet, read_ffpp
 from m2f2cli.data.samples import read_samples, split_by_identity

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from m2f2cli.checkpoints import store
-from m2f2cli.checkpoints.explainer_loading import load_explainer
-from m2f2cli.checkpoints.inspecting import inspect_checkpoint
-from m2f2cli.checkpoints.loading import load_detector, resolve_checkpoint
+from m2f2cli.checkpoints.hub import resolve_checkpoint
+from m2f2cli.checkpoints.inspect import inspect_checkpoint
+from m2f2cli.checkpoints.load import load_detector, load_explainer
 from m2f2cli.checkpoints.tensorfile import open_tensor_file
 from m2f2cli.cli import app
 

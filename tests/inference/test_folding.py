@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from m2f2cli.checkpoints.loading import load_detector
+from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.inference.convolutions import PackedConvolution, hasten_convolutions
 from m2f2cli.inference.folding import few_heads_attention, fold_batch_norms, hasten
 from m2f2cli.inference.packing import PackedLinear, can_pack

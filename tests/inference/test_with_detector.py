@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from m2f2cli.checkpoints.loading import load_detector
+from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.inference.detect import DetectOptions, detect
 from m2f2cli.models.detector import Detector

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from m2f2cli.checkpoints import llava_names, reference
+from m2f2cli.checkpoints import keymaps
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.models.explainer import Explainer, ExplainerConfig
 from m2f2cli.models.processing import ExplainerProcessor
@@ -72,12 +72,12 @@ def model() -> Explainer:
     """The explainer, the same for both aspects."""
     made = Explainer(config())
     expected = made.state_dict()
-    found = reference.rename(state_dict("llava_tiny"), llava_names.PUBLISHED, what="The golden")
+    found = keymaps.rename(state_dict("llava_tiny"), keymaps.PUBLISHED, what="The golden")
     # The published tower has blocks and a norm above the hidden state that is read.
     state = {
         key: tensor
         for key, tensor in found.items()
-        if key in expected or not key.startswith(llava_names.TOWER)
+        if key in expected or not key.startswith(keymaps.TOWER_PART)
     }
     made.load_state_dict(state)
     return made.requires_grad_(False).eval()

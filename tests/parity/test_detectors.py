@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2f2cli.checkpoints.importing import import_published
-from m2f2cli.checkpoints.loading import load_detector
+from m2f2cli.checkpoints.convert import import_weights
+from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.models.detector import Detector
 from tests.parity.published import golden, manifest, state_dict, write_stage_1
@@ -34,7 +34,7 @@ def import_small(folder: Path) -> Path:
     config = manifest("detector_b_small")["config"]
     towers = {"vision_config": config["vision"], "text_config": config["text"]}
     (folder / "clip.json").write_text(json.dumps(towers))
-    import_published([folder / "b.pth"], folder / "out", clip_config=folder / "clip.json")
+    import_weights([folder / "b.pth"], folder / "out", clip_config=folder / "clip.json")
     return folder / "out"
 
 
@@ -88,7 +88,7 @@ def test_a_batch_gives_what_single_pictures_give(tmp_path):
 @pytest.mark.slow
 def test_detector_b_full_size(tmp_path, record_property):
     torch.save(state_dict("detector_b"), tmp_path / "anything.pth")
-    import_published([tmp_path / "anything.pth"], tmp_path / "out")
+    import_weights([tmp_path / "anything.pth"], tmp_path / "out")
     model = load_detector(str(tmp_path / "out"), device="cpu")
     record_property("largest logit difference", check_b(model, "detector_b"))
 
@@ -96,7 +96,7 @@ def test_detector_b_full_size(tmp_path, record_property):
 @pytest.mark.slow
 def test_detector_a(tmp_path, record_property):
     write_stage_1(tmp_path / "current_model_180.pth", state_dict("detector_a"))
-    import_published([tmp_path / "current_model_180.pth"], tmp_path / "out")
+    import_weights([tmp_path / "current_model_180.pth"], tmp_path / "out")
     model = load_detector(str(tmp_path / "out"), device="cpu")
     expected, pictures = golden("detector_a")
     width, worst = model.config.hidden_size, 0.0

@@ -7,9 +7,9 @@ import hashlib
 import pytest
 import torch
 
-from m2f2cli.checkpoints.explainer_loading import load_explainer
-from m2f2cli.checkpoints.importing import import_published
-from m2f2cli.checkpoints.initialising import InitLlava
+from m2f2cli.checkpoints.convert import import_weights
+from m2f2cli.checkpoints.initialize import init_llava
+from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.models.conversation import turns_of
 from m2f2cli.models.explainer import PictureFeatures
@@ -98,10 +98,10 @@ def test_an_explainer_built_from_its_parts_gives_the_same(tmp_path, record_prope
     parts = {key: tensor for key, tensor in state.items() if not key.startswith("deepfake_")}
     base = golden.write(tmp_path / "base", parts, "model.safetensors")
     torch.save(golden.detector(), tmp_path / "detector.pth")
-    import_published(
+    import_weights(
         [tmp_path / "detector.pth", base], tmp_path / "detector", clip_config=golden.CLIP_CONFIG
     )
-    InitLlava(str(base), str(tmp_path / "detector"), tmp_path / "out").write()
+    init_llava(str(base), str(tmp_path / "detector"), tmp_path / "out")
     loaded, folder = load_explainer(str(tmp_path / "out"), device="cpu", dtype="float32")
     # A new explainer's own projector is drawn at random; the golden one takes its place.
     loaded.forgery_projector.load_state_dict(model().forgery_projector.state_dict())
@@ -117,7 +117,7 @@ def test_an_imported_folder_gives_the_same(tmp_path, record_property):
     """From the published layout on disk, through import and loading, to the logits."""
     write_published(tmp_path / "published")
     towers = FOLDER / "clip-tiny" / "config.json"
-    import_published([tmp_path / "published"], tmp_path / "out", clip_config=towers)
+    import_weights([tmp_path / "published"], tmp_path / "out", clip_config=towers)
     loaded, folder = load_explainer(str(tmp_path / "out"), device="cpu")
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model().state_dict().items())
     worst = difference(

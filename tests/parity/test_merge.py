@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m2f2cli.checkpoints import llava_names, reference, store
-from m2f2cli.checkpoints.importing import import_published
+from m2f2cli.checkpoints import keymaps, store
+from m2f2cli.checkpoints.convert import import_weights
 from m2f2cli.checkpoints.merge import Merge
 from m2f2cli.errors import CheckpointError
 from tests.parity import explainer
@@ -46,10 +46,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("merge")
     towers = explainer.FOLDER / "clip-tiny" / "config.json"
     explainer.write_published(home / "published")
-    import_published([home / "published"], home / "base-32", clip_config=towers)
+    import_weights([home / "published"], home / "base-32", clip_config=towers)
     state = {key: as_saved(key, tensor) for key, tensor in state_dict("llava_tiny").items()}
     save_file(state, home / "published" / "model.safetensors")
-    import_published([home / "published"], home / "base", clip_config=towers)
+    import_weights([home / "published"], home / "base", clip_config=towers)
     stage_2, stage_3 = home / "stage-2", home / "stage-3"
     stage_2.mkdir()
     stage_3.mkdir()
@@ -71,7 +71,7 @@ def merged(place: Path, base: str, deltas: tuple[str, ...], force: bool = True):
 def expected(prefix: str) -> dict[str, torch.Tensor]:
     found = load_file(GOLDEN / "expected.safetensors")
     mine = {k.removeprefix(prefix): t for k, t in found.items() if k.startswith(prefix)}
-    return reference.rename(mine, llava_names.PUBLISHED, what="The golden")
+    return keymaps.rename(mine, keymaps.PUBLISHED, what="The golden")
 
 
 def steps(found: torch.Tensor, wanted: torch.Tensor, base: torch.Tensor) -> float:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from m2f2cli.checkpoints.backbones import to_timm
+from m2f2cli.checkpoints.keymaps import to_timm
 from m2f2cli.errors import CheckpointError, ConfigError
 from m2f2cli.models.backbone import Backbone
 from m2f2cli.models.clip import load_clip
@@ -128,7 +128,7 @@ def test_a_new_detector_takes_the_clip_weights_it_needs(clip_folder):
 
 def test_init_starts_from_a_detector_and_names_its_parent(options, tmp_path):
     from m2f2cli.checkpoints import store
-    from m2f2cli.checkpoints.loading import load_detector
+    from m2f2cli.checkpoints.load import load_detector
 
     first = train_detector(options(output=tmp_path / "first", epochs=1))
     parent = load_detector(str(first))
@@ -139,7 +139,7 @@ def test_init_starts_from_a_detector_and_names_its_parent(options, tmp_path):
     flat = options(output=tmp_path / "second", epochs=1).to_flat()
     kept = {k: v for k, v in flat.items() if k.replace("-", "_") not in plain}
     second = train_detector(
-        TrainDetectorOptions.from_flat(kept | {"init": str(first), "train": "prompt"})
+        TrainDetectorOptions.from_flat(kept | {"model": str(first), "train": "prompt"})
     )
     assert store.read_stage(second)["parent"] == parent.fingerprint
     child = load_detector(str(second))

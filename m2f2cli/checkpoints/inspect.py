@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from its files and tensor names, never from its own name.
+"""``m2f2 info``: what a checkpoint is, read from its files and tensors, never from its own name.
 
 Nothing is loaded: names, shapes and types are read from headers, pickles by the restricted reader.
 """
@@ -8,21 +8,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from m2f2cli.checkpoints import kinds, store
+from m2f2cli.checkpoints import keymaps, store
 from m2f2cli.checkpoints.folders import folder_config, layout_of, sha256_of
+from m2f2cli.checkpoints.hub import BUNDLED, resolve_checkpoint
 from m2f2cli.checkpoints.pickles import load_tensors_file
 from m2f2cli.checkpoints.tensorfile import StoredTensor
-from m2f2cli.errors import CheckpointError
+from m2f2cli.errors import CheckpointError, M2F2Error
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_OURS = (kinds.DETECTOR, kinds.OUR_EXPLAINER)
+_OURS = (keymaps.DETECTOR, keymaps.OUR_EXPLAINER)
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 # The kinds that answer in words, so that their folder needs a tokenizer.
-_TALKING = (kinds.OUR_EXPLAINER, kinds.EXPLAINER, kinds.LLAVA, kinds.LLAVA_HF)
+_TALKING = (keymaps.OUR_EXPLAINER, keymaps.EXPLAINER, keymaps.LLAVA, keymaps.LLAVA_HF)
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,19 @@ class Description:
         }
 
 
-def describe(path: Path, *, verify: bool = False) -> Description:
-    """Say what a checkpoint folder or weights file is.
+def inspect_checkpoint(name: str, *, verify: bool = False) -> Description:
+    """Describe a checkpoint; compare a model of ours with what its config describes.
 
     Args:
-        path: A folder or file.
+        name: A folder, a weights file, or a bundled model (``lite``, ``lite-explainer``).
         verify: Also read every value: refuse NaN, and check the stored fingerprint.
 
     Raises:
         CheckpointError: Nothing is there, or it is damaged.
     """
+    path = Path(name).expanduser()
+    if not path.exists() and name in BUNDLED:
+        path = resolve_checkpoint(name)
     if not path.exists():
         raise CheckpointError(f"There is nothing at '{path}'.", "Check the path.")
     found = _describe_folder(path) if path.is_dir() else _describe_file(path)
@@ -109,13 +113,22 @@ def describe(path: Path, *, verify: bool = False) -> Description:
         store.check_finite(found.tensors, what=f"'{path}'")
         if found.kind in _OURS and path.is_dir():
             store.fingerprint(path, verify=True)
+    if found.kind not in _OURS or not found.config or not found.tensors:
+        return found
+    from m2f2cli.checkpoints.load import check_model
+
+    kind = {keymaps.DETECTOR: "m2f2_detector", keymaps.OUR_EXPLAINER: "m2f2_explainer"}[found.kind]
+    try:
+        check_model(found.tensors, {**found.config, "model_type": kind}, what="The folder")
+    except M2F2Error as error:
+        return replace(found, missing=(*found.missing, error.message.rstrip(".")))
     return found
 
 
 def _describe_file(path: Path) -> Description:
     file = load_tensors_file(path)
     tensors = file.tensors
-    kind = kinds.kind_of(tensors)
+    kind = keymaps.kind_of(tensors)
     notes = [f"{file.layout} layout"]
     if file.where:
         notes.append(f"the weights lie under '{file.where}'")
@@ -129,7 +142,7 @@ def _describe_file(path: Path) -> Description:
         files={path.name: path.stat().st_size},
         tensors=tensors,
         fingerprint=f"sha256:{sha256_of(path)}",
-        missing=tuple(kinds.missing_parts(kind, tensors)),
+        missing=tuple(keymaps.missing_parts(kind, tensors)),
         notes=(*notes, *_notes(tensors, {})),
         foreign=file.foreign,
     )
@@ -157,8 +170,8 @@ def _describe_folder(path: Path) -> Description:
         missing.append(error.message.rstrip("."))
     tensors |= shared
     config, stage = folder_config(path), store.read_stage(path)
-    kind = kinds.kind_of_folder(config, stage, tensors, layout.files)
-    missing += _missing_files(path, kind, layout.files) + kinds.missing_parts(kind, tensors)
+    kind = keymaps.kind_of_folder(config, stage, tensors, layout.files)
+    missing += _missing_files(path, kind, layout.files) + keymaps.missing_parts(kind, tensors)
     mark = stage.get("fingerprint")
     return Description(
         path=path,
@@ -178,11 +191,11 @@ def _missing_files(path: Path, kind: str, files: tuple[str, ...]) -> list[str]:
     needed = ["config.json"]
     if kind in _OURS:
         needed = ["config.json", "preprocessor_config.json", "stage.json"]
-    elif kind in (kinds.PEFT, kinds.STAGE_3):
+    elif kind in (keymaps.PEFT, keymaps.STAGE_3):
         needed = ["adapter_config.json"]
         if not any(name.startswith("adapter_model.") for name in files):
             needed.append("adapter_model.safetensors")
-    elif kind in (kinds.UNKNOWN, kinds.DELTA):
+    elif kind in (keymaps.UNKNOWN, keymaps.DELTA):
         needed = []
     missing = [name for name in needed if not (path / name).is_file()]
     if kind in _TALKING and not any((path / name).is_file() for name in _TOKENIZERS):

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from m2f2cli.checkpoints import reference
+from m2f2cli.checkpoints import keymaps
 from m2f2cli.errors import CheckpointError
 from m2f2cli.runtime import cure_torchvision
 from tests.checkpoints import published
@@ -16,18 +16,21 @@ cure_torchvision()
 import timm  # noqa: E402
 import torchvision  # noqa: E402
 
-PUBLISHED = (("A", "efficientnet_b4", "detector_a"), ("B", "densenet121", "detector_b"))
+PUBLISHED = (
+    (keymaps.DETECTOR_A, "efficientnet_b4", "detector_a"),
+    (keymaps.DETECTOR_B, "densenet121", "detector_b"),
+)
 ARCHITECTURES = pytest.mark.parametrize(("kind", "backbone", "name"), PUBLISHED)
 
 
 @ARCHITECTURES
 def test_every_published_key_is_known_and_lands_once(kind, backbone, name):
     keys = published.manifest(name)
-    folded = reference.FOLDED if kind == "A" else ()
-    found = reference.fates(set(keys) - set(folded), reference.table(kind, backbone), what="x")
-    targets = [fate.to for fate in found if fate.to is not None]
+    folded = keymaps.FOLDED if kind == keymaps.DETECTOR_A else ()
+    found = keymaps.look_up(set(keys) - set(folded), keymaps.detector_map(kind, backbone), what="x")
+    targets = [entry.to for entry in found if entry.to is not None]
     assert len(targets) == len(set(targets))
-    assert all(fate.why for fate in found if fate.action == "dropped")
+    assert all(entry.why for entry in found if entry.action == "dropped")
     assert len(found) + len(folded) == len(keys)
 
 
@@ -36,13 +39,13 @@ def test_backbone_names_and_shapes_are_exactly_timms(kind, backbone, name):
     wanted = timm.create_model(backbone, num_classes=0).state_dict()
     keys = published.manifest(name)
     found = {
-        fate.to.removeprefix("backbone.net."): tuple(keys[fate.key][0])
-        for fate in reference.fates(
+        entry.to.removeprefix("backbone.net."): tuple(keys[entry.key][0])
+        for entry in keymaps.look_up(
             [k for k in keys if k.startswith("deepfake_encoder.")],
-            reference.table(kind, backbone),
+            keymaps.detector_map(kind, backbone),
             what="x",
         )
-        if fate.to is not None
+        if entry.to is not None
     }
     assert found == {key: tuple(tensor.shape) for key, tensor in wanted.items()}
 
@@ -56,7 +59,7 @@ def test_backbone_numbers_are_torchvisions(kind, backbone, name):
         for key, tensor in theirs.state_dict().items()
         if key.startswith("features.")
     }
-    renamed = reference.rename(prefixed, reference.table(kind, backbone), what="x")
+    renamed = keymaps.rename(prefixed, keymaps.detector_map(kind, backbone), what="x")
     ours = timm.create_model(backbone, num_classes=0).eval()
     ours.load_state_dict({k.removeprefix("backbone.net."): v for k, v in renamed.items()})
     pixels = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
@@ -85,35 +88,35 @@ def test_a_shuffled_map_would_be_noticed():
 
 @ARCHITECTURES
 def test_the_inverse_undoes_the_map(kind, backbone, name):
-    rows = reference.table(kind, backbone)
-    folded = reference.FOLDED if kind == "A" else ()
+    rows = keymaps.detector_map(kind, backbone)
+    folded = keymaps.FOLDED if kind == keymaps.DETECTOR_A else ()
     state = {key: object() for key in published.manifest(name) if key not in folded}
-    kept = [f.key for f in reference.fates(state, rows, what="x") if f.to is not None]
-    back = reference.to_published(reference.rename(state, rows, what="x"), rows)
+    kept = [f.key for f in keymaps.look_up(state, rows, what="x") if f.to is not None]
+    back = keymaps.to_published(keymaps.rename(state, rows, what="x"), rows)
     assert back == {key: state[key] for key in kept}
 
 
 def test_an_unknown_key_is_an_error():
-    rows = reference.table("B", "densenet121")
+    rows = keymaps.detector_map(keymaps.DETECTOR_B, "densenet121")
     with pytest.raises(CheckpointError, match=r"1 tensors .*: mystery\.weight"):
-        reference.rename({"mystery.weight": 1, "clip_text_alpha": 2}, rows, what="'x'")
+        keymaps.rename({"mystery.weight": 1, "clip_text_alpha": 2}, rows, what="'x'")
 
 
 def test_position_ids_of_older_files_are_dropped():
-    rows = reference.table("B", "densenet121")
+    rows = keymaps.detector_map(keymaps.DETECTOR_B, "densenet121")
     keys = [
         "clip_text_encoder.model.text_model.embeddings.position_ids",
         "clip_vision_encoder.model.vision_model.embeddings.position_ids",
     ]
-    assert [f.action for f in reference.fates(keys, rows, what="x")] == ["dropped", "dropped"]
+    assert [f.action for f in keymaps.look_up(keys, rows, what="x")] == ["dropped", "dropped"]
 
 
 def test_folding_the_bridge_keeps_the_logits():
     """The folded head equals the published arithmetic on random features, to rounding."""
     state = published.detector("detector_a")
     hidden, size = 12, 128
-    folded = reference.fold_bridge(state)
-    assert set(state) - set(folded) == set(reference.FOLDED)
+    folded = keymaps.fold_bridge(state)
+    assert set(state) - set(folded) == set(keymaps.FOLDED)
     vision, backbone = torch.randn(2, 5, hidden, generator=torch.Generator().manual_seed(3))
     tokens = torch.randn(5, 2731, 64)
     adapter = "bridge_adapter_proj.bridge_adapter_"
@@ -142,10 +145,10 @@ def test_a_head_of_another_width_is_not_folded():
     state = dict(published.detector("detector_a"))
     state["output.weight"] = state["output.weight"][:, :-1]
     with pytest.raises(CheckpointError, match="cannot be folded"):
-        reference.fold_bridge(state)
+        keymaps.fold_bridge(state)
 
 
 def test_tables_have_no_row_twice():
     for kind, backbone, _ in PUBLISHED:
-        rows = sorted(row[0] for row in reference.table(kind, backbone))
+        rows = sorted(row[0] for row in keymaps.detector_map(kind, backbone))
         assert all(first != second for first, second in pairwise(rows))

@@ -4,29 +4,29 @@ from itertools import pairwise
 
 import pytest
 
-from m2f2cli.checkpoints import kinds, llava_names, reference
+from m2f2cli.checkpoints import keymaps
 from m2f2cli.errors import CheckpointError
 from tests.checkpoints import llavas
 from tests.parity.published import manifest
 
 TABLES = {
-    "original": llava_names.ORIGINAL,
-    "published": llava_names.PUBLISHED,
-    "hugging face": llava_names.HUGGING_FACE,
+    "original": keymaps.ORIGINAL,
+    "published": keymaps.PUBLISHED,
+    "hugging face": keymaps.HUGGING_FACE,
 }
 
 
 def ours(keys, rows) -> dict[str, str]:
-    found = llava_names.look_up(keys, rows, what="'x'")
-    assert all(fate.why for fate in found if fate.action == "dropped")
-    return {fate.key: fate.to for fate in found if fate.to is not None}
+    found = keymaps.look_up(keys, rows, what="'x'")
+    assert all(entry.why for entry in found if entry.action == "dropped")
+    return {entry.key: entry.to for entry in found if entry.to is not None}
 
 
 @pytest.mark.parametrize("version", llavas.HF_NAMES)
 def test_every_serialisation_of_transformers_means_the_same_tensors(version):
-    base = ours(llavas.original(), llava_names.ORIGINAL)
+    base = ours(llavas.original(), keymaps.ORIGINAL)
     theirs = llavas.hugging_face(version)
-    found = ours(theirs, llava_names.HUGGING_FACE)
+    found = ours(theirs, keymaps.HUGGING_FACE)
     assert sorted(found.values()) == sorted(base.values())
     by_name = {name: theirs[key] for key, name in found.items()}
     for key, tensor in llavas.original().items():
@@ -47,22 +47,22 @@ def test_transformers_writes_what_the_table_knows(tmp_path):
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         saved = list(file.keys())
-    base = set(ours(llavas.original(), llava_names.ORIGINAL).values())
+    base = set(ours(llavas.original(), keymaps.ORIGINAL).values())
     for keys in (saved, list(model.state_dict())):
-        assert kinds.kind_of(keys) == kinds.LLAVA_HF
-        found = ours(keys, llava_names.HUGGING_FACE)
+        assert keymaps.kind_of(keys) == keymaps.LLAVA_HF
+        found = ours(keys, keymaps.HUGGING_FACE)
         assert len(set(found.values())) == len(found) == len(keys)
         assert set(found.values()) == base
 
 
 def test_the_published_explainer_lands_on_the_names_of_the_explainer():
-    from m2f2cli.checkpoints.explainer_loading import build_empty
+    from m2f2cli.checkpoints.load import build_empty
     from m2f2cli.models.explainer import ExplainerConfig
 
-    found = ours(llavas.explainer(), llava_names.PUBLISHED)
+    found = ours(llavas.explainer(), keymaps.PUBLISHED)
     above = {n for n in found.values() if f"layers.{llavas.published.BLOCKS - 1}." in n}
     above |= {n for n in found.values() if "post_layernorm" in n}
-    above = {n for n in above if n.startswith(llava_names.TOWER)}
+    above = {n for n in above if n.startswith(keymaps.TOWER_PART)}
     text = {k: v for k, v in llavas.CLIP.items() if "size" not in k or k == "hidden_size"}
     text |= {"intermediate_size": llavas.published.INNER}
     config = ExplainerConfig(
@@ -83,9 +83,9 @@ def test_the_inverse_undoes_the_map(name):
         "published": llavas.explainer,
         "hugging face": lambda: llavas.hugging_face("4"),
     }[name]()
-    kept = [fate.key for fate in reference.fates(keys, rows, what="x") if fate.to is not None]
-    renamed = reference.rename(keys, rows, what="x")
-    back = reference.to_published(renamed, rows)
+    kept = [entry.key for entry in keymaps.look_up(keys, rows, what="x") if entry.to is not None]
+    renamed = keymaps.rename(keys, rows, what="x")
+    back = keymaps.to_published(renamed, rows)
     assert set(back) == set(kept)
     assert all(back[key] is keys[key] for key in kept)
 
@@ -99,13 +99,13 @@ def test_tables_have_no_row_twice(name):
 def test_an_unknown_key_is_an_error():
     for rows in TABLES.values():
         with pytest.raises(CheckpointError, match=r"1 tensors .*: model\.image_newline"):
-            llava_names.look_up(["model.image_newline"], rows, what="'x'")
+            keymaps.look_up(["model.image_newline"], rows, what="'x'")
 
 
 def test_a_tensor_under_two_names_is_an_error():
     keys = ["vision_tower.vision_model.x", "vision_tower.x"]
     with pytest.raises(CheckpointError, match="the same tensor twice: vision_tower"):
-        llava_names.look_up(keys, llava_names.HUGGING_FACE, what="'x'")
+        keymaps.look_up(keys, keymaps.HUGGING_FACE, what="'x'")
 
 
 def test_constants_of_older_files_are_dropped():
@@ -114,11 +114,11 @@ def test_constants_of_older_files_are_dropped():
         "model.vision_tower.vision_tower.vision_model.embeddings.position_ids",
         "deepfake_encoder.clip_text_encoder.model.text_model.embeddings.token_embedding.weight",
     ]
-    assert ours(keys, llava_names.PUBLISHED) == {}
+    assert ours(keys, keymaps.PUBLISHED) == {}
 
 
 def test_modules_of_an_adapter():
-    module = llava_names.module_of
+    module = keymaps.module_of
     assert module("model.layers.11.mlp.up_proj") == "language_model.model.layers.11.mlp.up_proj"
     inside = "deepfake_encoder.clip_text_encoder.model.text_model.encoder.layers.0.self_attn.q_proj"
     assert module(inside) == "detector.clip.text.encoder.layers.0.self_attn.q_proj"
@@ -128,5 +128,5 @@ def test_modules_of_an_adapter():
 
 def test_the_golden_manifest_lands_once():
     keys = manifest("llava_tiny")["tensors"]
-    found = ours(keys, llava_names.PUBLISHED)
+    found = ours(keys, keymaps.PUBLISHED)
     assert len(found) == len(keys) - 1  # the word embeddings of the CLIP text tower

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from m2f2cli.checkpoints import explainer_loading
-from m2f2cli.checkpoints.explainer_loading import (
+from m2f2cli.checkpoints import load
+from m2f2cli.checkpoints.load import (
     KEPT_FLOAT,
     build_empty,
     load_explainer,
     pick_attention,
-    quantisation_config,
+    quantization_config,
 )
 from m2f2cli.errors import CheckpointError, MissingExtraError, UsageError
 from m2f2cli.models.conversation import VICUNA_V1, Turn
@@ -146,15 +146,15 @@ def test_only_the_language_models_layers_are_quantised():
 
 
 def test_quantised_loading_asks_for_what_it_needs(monkeypatch):
-    assert quantisation_config(None, torch.float32) is None
-    with pytest.raises(UsageError, match="quantisation '3bit'"):
-        quantisation_config("3bit", torch.float32)
-    monkeypatch.setattr(explainer_loading, "find_spec", lambda name: None)
+    assert quantization_config(None, torch.float32) is None
+    with pytest.raises(UsageError, match="quantization '3bit'"):
+        quantization_config("3bit", torch.float32)
+    monkeypatch.setattr(load, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError) as error:
-        quantisation_config("4bit", torch.float32)
+        quantization_config("4bit", torch.float32)
     assert error.value.hint == "pip install 'm2f2cli[quant]'"
-    monkeypatch.setattr(explainer_loading, "find_spec", lambda name: object())
-    four, eight = (quantisation_config(k, torch.bfloat16) for k in ("4bit", "8bit"))
+    monkeypatch.setattr(load, "find_spec", lambda name: object())
+    four, eight = (quantization_config(k, torch.bfloat16) for k in ("4bit", "8bit"))
     assert four.load_in_4bit
     assert four.bnb_4bit_compute_dtype == torch.bfloat16
     assert eight.load_in_8bit
@@ -163,7 +163,7 @@ def test_quantised_loading_asks_for_what_it_needs(monkeypatch):
 
 def test_flash_attention_where_it_can_run(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(explainer_loading, "find_spec", lambda name: object())
+    monkeypatch.setattr(load, "find_spec", lambda name: object())
     flash = pick_attention("auto", cuda, torch.bfloat16)
     assert flash == {
         "": "flash_attention_2",
@@ -173,7 +173,7 @@ def test_flash_attention_where_it_can_run(monkeypatch):
     assert pick_attention("auto", cuda, torch.float32)["text_config"] == "sdpa"
     assert pick_attention("auto", cpu, torch.bfloat16)["text_config"] == "sdpa"
     assert pick_attention("eager", cuda, torch.bfloat16)["text_config"] == "eager"
-    monkeypatch.setattr(explainer_loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(load, "find_spec", lambda name: None)
     assert pick_attention("auto", cuda, torch.bfloat16)["text_config"] == "sdpa"
 
 

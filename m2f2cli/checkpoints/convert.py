@@ -1,0 +1,691 @@
+"""``m2f2 import``: published weights turned into checkpoints and deltas of ours.
+
+What a file is, is read from its tensors' names and shapes (``keymaps.LAYOUTS``), never from its own
+name. Every key is mapped, folded into another tensor or dropped for a stated reason. Tensors stay
+on disk until they are written one by one, so memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m2f2cli import files
+from m2f2cli.checkpoints import configs, delta, import_delta, keymaps, store
+from m2f2cli.checkpoints.folders import Weights, describe_file, home_of, open_weights
+from m2f2cli.checkpoints.keymaps import Entry
+from m2f2cli.checkpoints.load import check_model, load_detector, load_explainer
+from m2f2cli.checkpoints.streams import (
+    Stream,
+    as_stream,
+    from_stored,
+    from_tensor,
+    largest_difference,
+    watched,
+)
+from m2f2cli.checkpoints.tensorfile import digest_of, open_tensor_file
+from m2f2cli.errors import CheckpointError, UsageError
+from m2f2cli.models.clip import blocks_needed
+from m2f2cli.models.tokenizer import load_tokenizer
+
+Advance = Callable[..., None]
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+"""Called with a label and a total; gives what is called with (steps, note=name)."""
+
+
+def no_progress(label: str, total: int) -> AbstractContextManager[Advance]:
+    """A ``Progress`` that shows nothing."""
+    return nullcontext(lambda steps=1, note="": None)
+
+
+ABOVE = "above the hidden state that the detector reads"
+SAME_TOWER = "the detector's file brings the same tower"
+TRAINING = "training state or other data, no weight of the model"
+NO_TOWER = "not part of the vision tower"
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_CLASS_TOKEN = "embeddings.class_embedding"
+_WORDS = "clip_text_encoder.model.text_model.embeddings.token_embedding.weight"
+_UNUSED = re.compile(r"(?:detector\.)?clip\.vision\.(?:post_layernorm\.|encoder\.layers\.(\d+)\.)")
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Published weights in our terms: everything is checked, nothing is written yet.
+
+    Args:
+        source: What was published.
+        kind: In words.
+        config: The content of ``config.json`` (of ``adapter_config.json`` for an adapter).
+        tensors: By our names.
+        entries: For each file, what becomes of each of its keys.
+        sources: What ``stage.json`` says of each file.
+        files: Further files of the checkpoint, by name.
+        head: Of a detector: its published last layer, features (B, F) to logits (B, 2).
+    """
+
+    source: Weights
+    kind: str
+    config: dict[str, Any]
+    tensors: dict[str, Stream]
+    entries: dict[str, list[Entry]]
+    sources: list[dict[str, Any]]
+    files: dict[str, bytes] = field(default_factory=dict)
+    head: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def write(
+        self,
+        output: Path,
+        *,
+        verify: bool = False,
+        overwrite: bool = False,
+        progress: Progress = no_progress,
+    ) -> Imported:
+        """Write the checkpoint or delta.
+
+        Args:
+            output: The folder to make.
+            verify: Read it back, load it and run it on a fixed input.
+            overwrite: Replace an existing checkpoint folder.
+            progress: Shows how far it is.
+
+        Raises:
+            CheckpointError: The folder exists, a tensor holds NaN or infinity, the disk refuses,
+                or what was written is not what was meant.
+        """
+        with progress("Writing", len(self.tensors)) as advance:
+            tensors = watched(self.tensors, advance)
+            if self.source.kind in keymaps.DELTAS:
+                mark = delta.write_delta(
+                    output,
+                    tensors=tensors,
+                    stage=self._stage,
+                    adapter=self.config or None,
+                    overwrite=overwrite,
+                )
+            else:
+                mark = store.write_checkpoint(
+                    output,
+                    config=self.config,
+                    tensors=tensors,
+                    stage=self._stage,
+                    extra_files=self.files,
+                    overwrite=overwrite,
+                )
+            verified = verify_import(output, self) if verify else None
+        return Imported(output, self, mark, verified)
+
+    def _stage(self, digests: Mapping[str, str]) -> dict[str, Any]:
+        source, sources = self.source, self.sources
+        said: dict[str, Any] = {"stage": "import", "kind": self.kind}
+        if source.kind == keymaps.EXPLAINER:
+            names = {e.key: e.to for e in self.entries[str(source.path)] if e.to is not None}
+            mark = source_fingerprint(source, names, self.tensors, digests)
+            main = {"file": source.path.resolve().name, "kind": source.kind}
+            sources = [main | {"layout": source.layout, "fingerprint": mark}, *sources]
+        said["sources"] = sources
+        if source.kind in keymaps.DELTAS:
+            base = ("base_model_name_or_path", "_name_or_path")
+            named = [source.config[name] for name in base if source.config.get(name)]
+            said |= {"parent": None, "trained_on": next(iter(named), None)}
+        return said | {"versions": versions()}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did.
+
+    Args:
+        folder: The new checkpoint.
+        conversion: What was written.
+        fingerprint: Of the new checkpoint.
+        verified: What ``verify_import`` found, when it was asked for.
+    """
+
+    folder: Path
+    conversion: Conversion
+    fingerprint: str
+    verified: Verification | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many values its tensors hold."""
+        return sum(stream.size for stream in self.conversion.tensors.values())
+
+    def summary(self) -> list[tuple[str, int, str, str]]:
+        """Rows (file, how many keys, what became of them, destination or reason)."""
+        rows = []
+        for path, entries in self.conversion.entries.items():
+            groups: dict[tuple[str, str], list[Entry]] = {}
+            for entry in entries:
+                where = entry.why or _branch(entry.to or "")
+                groups.setdefault((entry.action, where), []).append(entry)
+            for (action, where), members in groups.items():
+                alone = members[0].to if len(members) == 1 else None
+                rows.append((Path(path).name, len(members), action, alone or where))
+        return rows
+
+    def listing(self) -> list[tuple[str, str, str, str]]:
+        """Rows (file, key, what became of it, destination or reason), one a key."""
+        return [
+            (Path(path).name, entry.key, entry.action, entry.to or entry.why)
+            for path, entries in self.conversion.entries.items()
+            for entry in entries
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole account as plain data."""
+        return {
+            "output": str(self.folder),
+            "kind": self.conversion.kind,
+            "fingerprint": self.fingerprint,
+            "parameters": self.parameters,
+            "verified": asdict(self.verified) if self.verified else None,
+            "keys": [
+                {"file": path, "key": e.key, "action": e.action, "to": e.to, "why": e.why or None}
+                for path, entries in self.conversion.entries.items()
+                for e in entries
+            ],
+        }
+
+
+def import_weights(
+    paths: Sequence[Path],
+    output: Path,
+    *,
+    clip_config: Path | None = None,
+    verify: bool = False,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> Imported:
+    """Turn published weights into a checkpoint or delta folder.
+
+    Args:
+        paths: See ``convert``.
+        output: The folder to make.
+        clip_config: See ``convert``.
+        verify: Read it back, load it and run it on a fixed input.
+        overwrite: Replace an existing checkpoint folder.
+        progress: Shows how far it is.
+
+    Raises:
+        CheckpointError: See ``convert`` and ``Conversion.write``.
+        UsageError: The files do not make one checkpoint.
+    """
+    files.refuse_existing(output, overwrite)
+    made = convert(paths, clip_config=clip_config)
+    return made.write(output, verify=verify, overwrite=overwrite, progress=progress)
+
+
+def convert(paths: Sequence[Path], *, clip_config: Path | None = None) -> Conversion:
+    """Recognize published weights and put them in our terms.
+
+    Args:
+        paths: A detector, an explainer's folder (or one of its files) or a delta's, and, where it
+            lacks one, a file or folder that brings its CLIP vision tower.
+        clip_config: A CLIP ``config.json``, for towers that are none of the known ones.
+
+    Raises:
+        CheckpointError: A file is unreadable, unknown or incomplete, a tensor has the wrong shape
+            or, of a detector, holds NaN.
+        UsageError: The files do not make one checkpoint.
+    """
+    opened = [open_weights(home) for home in dict.fromkeys(home_of(path) for path in paths)]
+    source, tower = _source_and_tower(opened)
+    return _CONVERTERS[source.kind](source, tower, clip_config)
+
+
+def _source_and_tower(opened: Sequence[Weights]) -> tuple[Weights, Weights | None]:
+    for one in opened:
+        hint = {
+            keymaps.OUR_EXPLAINER: "It is a checkpoint already: use it as it is.",
+            keymaps.DETECTOR: "It is a checkpoint already: use it as it is.",
+            keymaps.DELTA: "It is a delta already: use it as it is.",
+            keymaps.LANGUAGE: "Give the whole folder if this is a part of an explainer.",
+        }.get(one.kind)
+        if hint or (one.kind == keymaps.PEFT and import_delta.is_ours(one)):
+            raise CheckpointError(f"'{one.path}' is a {one.kind}, nothing to import.", hint)
+    if len(opened) == 1 and opened[0].kind in (keymaps.LLAVA, keymaps.LLAVA_HF):
+        raise UsageError(
+            f"'{opened[0].path}' is a {opened[0].kind}; it has no detector to import.",
+            f"m2f2 init-llava --llava {opened[0].path} --detector DIR --output DIR",
+        )
+    sources = [one for one in opened if one.kind in _CONVERTERS]
+    towers = [one for one in opened if one.kind not in _CONVERTERS]
+    for tower in towers:
+        _tower_prefix(tower)
+    alone = bool(sources) and sources[0].kind in keymaps.DELTAS
+    if len(sources) != 1 or len(towers) > (0 if alone else 1):
+        names = ", ".join(f"'{one.path}' is a {one.kind}" for one in opened)
+        raise UsageError(
+            f"These files do not make one checkpoint: {names}.",
+            "Give a detector or an explainer and at most one CLIP tower, or a delta alone.",
+        )
+    return sources[0], towers[0] if towers else None
+
+
+# --- detectors and explainers -------------------------------------------------------------------
+
+
+def _detector(source: Weights, tower: Weights | None, clip_config: Path | None) -> Conversion:
+    what = f"'{source.path}'"
+    is_a = source.kind == keymaps.DETECTOR_A
+    folded = keymaps.FOLDED if is_a else ()
+    prefix, state = _detector_state(source, folded)
+    backbone = keymaps.backbone_of(state, what=what)
+    rows = keymaps.detector_map(source.kind, backbone)
+    plain = (key for key in source.tensors if key.removeprefix(prefix) not in folded)
+    entries = keymaps.look_up(plain, rows, what=what, prefix=prefix)
+    entries += [Entry(prefix + key, None, keymaps.BRIDGE, folded=True) for key in folded]
+    read = [entry.key for entry in entries if entry.action != "dropped"]
+    store.check_finite({key: source.tensors[key] for key in read}, what=what)
+    tensors = {e.to: from_stored(source.tensors[e.key]) for e in entries if e.to is not None}
+    head, folded_head = _published_head(state, folded=is_a)
+    tensors |= {f"head.{part}": from_tensor(tensor) for part, tensor in folded_head.items()}
+    config, by_file = _with_tower(source, entries, tensors, tower, clip_config, backbone=backbone)
+    by_file[str(source.path)] += [Entry(key, None, TRAINING) for key in source.others]
+    given = [f"'{one.path}'" for one in (source, tower) if one is not None]
+    check_model(tensors, config, what=" with ".join(given), rows=rows)
+    kind = "detector A" if is_a else "detector B"
+    sources = [describe_file(source) | {"kind": kind}]
+    return Conversion(
+        source=source,
+        kind=kind,
+        config=config,
+        tensors={name: tensors[name] for name in sorted(tensors)},
+        entries=by_file,
+        sources=sources + _tower_source(tower),
+        files={"preprocessor_config.json": preprocessor_file(config)},
+        head=head,
+    )
+
+
+def _detector_state(source: Weights, folded: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """What stands before a detector's keys, and its tensors without it."""
+    mark = "clip_vision_alpha"
+    prefixes = [key.removesuffix(mark) for key in source.tensors if key.endswith(mark)]
+    if len(prefixes) != 1 or not all(key.startswith(prefixes[0]) for key in source.tensors):
+        raise CheckpointError(
+            f"'{source.path}' holds a detector inside a larger model.",
+            "Give the detector's own file; m2f2 info PATH says what this one is.",
+        )
+    state = {key.removeprefix(prefixes[0]): tensor for key, tensor in source.tensors.items()}
+    needed = (*folded, "output.weight", "output.bias", "vision_proj.0.weight")
+    if missing := [key for key in needed if key not in state]:
+        raise CheckpointError(f"'{source.path}' lacks the tensors {', '.join(missing)}.")
+    return prefixes[0], state
+
+
+def _published_head(
+    state: Mapping[str, Any], *, folded: bool
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, torch.Tensor]]:
+    """A detector's last layer as published, and detector A's with the bridge folded into it."""
+    needed = ("output.weight", "output.bias", *(keymaps.FOLDED if folded else ()))
+    found = {key: state[key].load() for key in needed}
+    weight, bias = found["output.weight"].float(), found["output.bias"].float()
+
+    def head(features: torch.Tensor) -> torch.Tensor:
+        if folded:
+            half = features.shape[1] // 2
+            middle = keymaps.bridge_constant(found).float().expand(len(features), -1)
+            features = torch.cat([features[:, :half], middle, features[:, half:]], dim=1)
+        return torch.nn.functional.linear(features, weight, bias)
+
+    if not folded:
+        return head, {}
+    found["vision_proj.0.weight"] = state["vision_proj.0.weight"].load()
+    made = keymaps.fold_bridge(found)
+    return head, {"weight": made["output.weight"], "bias": made["output.bias"]}
+
+
+def _explainer(source: Weights, tower: Weights | None, clip_config: Path | None) -> Conversion:
+    what, rows = f"'{source.path}'", keymaps.PUBLISHED
+    entries = keymaps.look_up(source.tensors, rows, what=what)
+    tensors = {e.to: from_stored(source.tensors[e.key]) for e in entries if e.to is not None}
+    text = configs.llama_config(source.config, tensors, what=what)
+    detector, by_file = _with_tower(
+        source, entries, tensors, tower, clip_config, part=keymaps.DETECTOR_PART
+    )
+    config = configs.explainer_config(
+        detector=detector,
+        text=text,
+        aspect=configs.llava_aspect(source.config, source.kind),
+        dtype=tensors["language_model.model.embed_tokens.weight"].dtype,
+    )
+    check_model(tensors, config, what=what, rows=rows)
+    return Conversion(
+        source=source,
+        kind="published explainer",
+        config=config,
+        tensors={name: tensors[name] for name in sorted(tensors)},
+        entries=by_file,
+        sources=_tower_source(tower),
+        files={
+            **tokenizer_files(source.folder, text),
+            "preprocessor_config.json": preprocessor_file(detector),
+        },
+    )
+
+
+def _delta(source: Weights, tower: Weights | None, clip_config: Path | None) -> Conversion:
+    config, tensors, entries = import_delta.read_published(source)
+    return Conversion(
+        source=source,
+        kind=source.kind,
+        config=config,
+        tensors=tensors,
+        entries={str(source.path): entries},
+        sources=[describe_file(source)],
+    )
+
+
+_CONVERTERS: dict[str, Callable[[Weights, Weights | None, Path | None], Conversion]] = {
+    keymaps.DETECTOR_A: _detector,
+    keymaps.DETECTOR_B: _detector,
+    keymaps.EXPLAINER: _explainer,
+    **dict.fromkeys(keymaps.DELTAS, _delta),
+}
+"""How each kind is imported; anything else may bring a CLIP vision tower to it."""
+
+
+# --- the CLIP vision tower ----------------------------------------------------------------------
+
+
+def _with_tower(
+    source: Weights,
+    entries: list[Entry],
+    tensors: dict[str, Stream],
+    tower: Weights | None,
+    clip_config: Path | None,
+    *,
+    part: str = "",
+    backbone: str = "densenet121",
+) -> tuple[dict[str, Any], dict[str, list[Entry]]]:
+    """Complete a model with its CLIP vision tower, as far up as it is used.
+
+    Args:
+        source: The model.
+        entries: What becomes of its keys.
+        tensors: Its tensors by our names; they are changed here.
+        tower: What was given with it, to bring the tower.
+        clip_config: A CLIP ``config.json``.
+        part: What stands before the detector's names.
+        backbone: The detector's, by timm's name.
+
+    Returns:
+        The detector's configuration, and what becomes of the keys of each file.
+    """
+    by_file = {str(source.path): entries}
+    own = {name: t for name, t in tensors.items() if name.startswith(f"{part}clip.vision.")}
+    if tower is not None:
+        by_file[str(tower.path)] = _bring_tower(source, own, tensors, tower, part)
+    elif not own:
+        named = source.config.get("mm_vision_tower")
+        raise CheckpointError(
+            f"'{source.path}' comes without its CLIP vision tower{f' ({named})' if named else ''}.",
+            "Give its file or folder (of the published models: "
+            f"openai/clip-vit-large-patch14-336) as well: m2f2 import {source.path} TOWER "
+            "--output DIR.",
+        )
+    words = [t.shape[0] for key, t in source.tensors.items() if key.endswith(_WORDS)]
+    config = configs.detector_config(
+        {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)},
+        _given_clip(clip_config, tower),
+        backbone=backbone,
+        words=int(words[0]) if words else 49408,
+        what=f"'{source.path}'",
+    )
+    used = blocks_needed(config["clip"]["vision"]["num_hidden_layers"], configs.VISION_LAYER)
+    for name in [name for name in tensors if _is_above(name, used)]:
+        del tensors[name]
+    return config, {
+        path: [e.drop(ABOVE) if e.to is not None and _is_above(e.to, used) else e for e in found]
+        for path, found in by_file.items()
+    }
+
+
+def _bring_tower(
+    source: Weights,
+    own: Mapping[str, Stream],
+    tensors: dict[str, Stream],
+    tower: Weights,
+    part: str,
+) -> list[Entry]:
+    """Take a tower from its file, or compare it with the model's own."""
+    prefix = _tower_prefix(tower)
+    inside = [key for key in tower.tensors if key.startswith(prefix)]
+    found = keymaps.look_up(inside, keymaps.VISION_TOWER, what=f"'{tower.path}'", prefix=prefix)
+    entries = [replace(e, to=part + e.to) if e.to is not None else e for e in found]
+    brought = {e.to: from_stored(tower.tensors[e.key]) for e in entries if e.to is not None}
+    for name, stream in own.items():
+        twin = brought.get(name)
+        if twin is None or twin.shape != stream.shape or largest_difference(twin, stream):
+            raise UsageError(
+                f"'{source.path}' brings its own CLIP vision tower, and the one in '{tower.path}' "
+                f"differs ({name.removeprefix(part)}).",
+                "Give the model's file alone, or a model without a tower.",
+            )
+    tensors.update({name: stream for name, stream in brought.items() if name not in own})
+    entries = [e.drop(SAME_TOWER) if e.to in own else e for e in entries]
+    outside = [key for key in tower.tensors if not key.startswith(prefix)]
+    return entries + [Entry(key, None, NO_TOWER) for key in (*outside, *tower.others)]
+
+
+def _tower_prefix(file: Weights) -> str:
+    """What stands before the names of a CLIP vision tower in its own file, a CLIP or a LLaVA."""
+    marks = [key for key in file.tensors if key.endswith(_CLASS_TOKEN)]
+    if len(marks) != 1:
+        raise CheckpointError(
+            f"'{file.path}' is neither a published detector nor a CLIP vision tower.",
+            "m2f2 info PATH says what it is.",
+        )
+    return marks[0].removesuffix(_CLASS_TOKEN)
+
+
+def _is_above(name: str, used: int) -> bool:
+    match = _UNUSED.match(name)
+    return match is not None and (match[1] is None or int(match[1]) >= used)
+
+
+def _given_clip(path: Path | None, tower: Weights | None) -> dict[str, dict[str, Any]]:
+    """The CLIP settings the user gave, or those in the folder the tower came from."""
+    if path is not None or tower is None or not tower.config:
+        return configs.read_clip_config(path)
+    part = tower.config.get("vision_config", tower.config)
+    return {"vision": part} if part.get("model_type") == "clip_vision_model" else {}
+
+
+def _tower_source(tower: Weights | None) -> list[dict[str, Any]]:
+    return [] if tower is None else [describe_file(tower) | {"kind": "vision tower"}]
+
+
+# --- what stands beside the tensors -------------------------------------------------------------
+
+
+def source_fingerprint(
+    source: Weights,
+    names: Mapping[str, str],
+    written: Mapping[str, Stream],
+    digests: Mapping[str, str],
+) -> str:
+    """A source's fingerprint, without reading again what was written as it was.
+
+    Args:
+        source: A folder whose tensors were, for the most part, taken over.
+        names: Our names of its tensors that were, by their keys.
+        written: The tensors of the new checkpoint.
+        digests: Their digests.
+
+    Returns:
+        What ``store.fingerprint`` gives for it.
+    """
+    found = {}
+    for key, stored in source.tensors.items():
+        name = names.get(key, "")
+        same = name in digests and written[name].dtype == stored.dtype
+        found[key] = digests[name] if same else digest_of(stored)
+    return store.combine(source.config, found)
+
+
+def tokenizer_files(folder: Path, text_config: Mapping[str, Any]) -> dict[str, bytes]:
+    """A folder's tokenizer, checked against the language model it belongs to.
+
+    Returns:
+        The files' contents by name.
+
+    Raises:
+        CheckpointError: It is missing or damaged, lacks a special token, or is of another model.
+    """
+    tokenizer = load_tokenizer(folder)
+    elsewhere = "Take the tokenizer's files from the folder of the same model."
+    for name in ("bos_token_id", "eos_token_id"):
+        mine, theirs = text_config[name], getattr(tokenizer, name)
+        if theirs not in (mine if isinstance(mine, list) else [mine]):
+            raise CheckpointError(
+                f"The tokenizer in '{folder}' says {name} {theirs}, config.json {mine}.", elsewhere
+            )
+    if len(tokenizer) > text_config["vocab_size"]:
+        raise CheckpointError(
+            f"The tokenizer in '{folder}' has {len(tokenizer)} tokens, the language model "
+            f"{text_config['vocab_size']}.",
+            elsewhere,
+        )
+    found = (folder / name for name in TOKENIZER_FILES)
+    return {path.name: path.read_bytes() for path in found if path.is_file()}
+
+
+def preprocessor_file(detector: Mapping[str, Any]) -> bytes:
+    """The content of ``preprocessor_config.json`` for a detector's configuration."""
+    size, mean, std = (detector[name] for name in ("image_size", "image_mean", "image_std"))
+    return store.json_bytes(store.preprocessor_config(size, mean, std))
+
+
+def versions() -> dict[str, str]:
+    """The versions of what made a checkpoint."""
+    return {name: version(name) for name in ("m2f2cli", "torch", "transformers")}
+
+
+def _branch(name: str) -> str:
+    """The part of the model a tensor belongs to, for example ``clip.vision.*``."""
+    parts = name.removeprefix(keymaps.DELTA_PREFIX).split(".")
+    depth = 1 + (parts[0] == "detector")
+    if parts[depth - 1] == "clip":
+        depth += 1
+    return ".".join([*parts[:depth], "*"])
+
+
+# --- verifying ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What reading an import back and running it once found.
+
+    Args:
+        tensors: How many were read back.
+        difference: The largest difference of a value from its source; 0 when all are equal.
+        logits: How many logits one forward pass over a fixed input gave; None for a delta, which
+            does not run alone.
+        published: For a detector, the largest difference of a logit from the published head's.
+    """
+
+    tensors: int
+    difference: float
+    logits: int | None = None
+    published: float | None = None
+
+    def sentence(self) -> str:
+        """The findings in words."""
+        said = f"Verified: {self.tensors:,} tensors read back, largest difference {self.difference}"
+        if self.logits is None:
+            return f"{said}; a delta does not run alone"
+        said += f"; {self.logits:,} logits of a fixed input, all finite"
+        if self.published is not None:
+            said += f", at most {self.published:.1e} from the published arithmetic"
+        return said
+
+
+def verify_import(folder: Path, made: Conversion) -> Verification:
+    """Read an imported checkpoint back, load it strictly and run it on a fixed input.
+
+    Args:
+        folder: The checkpoint.
+        made: What it was written from.
+
+    Raises:
+        CheckpointError: A value differs from its source, or an output is not finite.
+    """
+    parts = [folder / name for name in (delta.TENSORS, delta.ADAPTER)]
+    part = next((path for path in parts if path.is_file()), None)
+    found = open_tensor_file(part) if part else store.open_tensors(folder)
+    store.check_names_and_shapes(found, made.tensors, what=f"'{folder}'")
+    worst = max(largest_difference(as_stream(found[k]), t) for k, t in made.tensors.items())
+    if worst:
+        raise CheckpointError(
+            f"'{folder}' does not hold what was written: a value differs by {worst}.",
+            "The disk is at fault: check it and import again.",
+        )
+    if part:
+        return Verification(len(found), worst)
+    if made.head is None:
+        logits = _run_explainer(folder, made.config["dtype"])
+        return Verification(len(found), worst, logits.numel())
+    logits, difference = _run_detector(folder, made.head)
+    return Verification(len(found), worst, logits.numel(), difference)
+
+
+def _run_explainer(folder: Path, dtype: str) -> torch.Tensor:
+    """Logits of one picture and a beginning."""
+    kept = "float32" if dtype == "float32" else "bfloat16"
+    model, _ = load_explainer(str(folder), device="cpu", dtype=kept)
+    config = model.config
+    start = load_tokenizer(folder).bos_token_id
+    ids = [start, *[config.image_token_id] * config.patches, config.deepfake_token_id, start]
+    pixels = _picture(config.detector_config.image_size).to(model.dtype)
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits
+    _refuse_infinite(logits, folder)
+    return logits
+
+
+def _run_detector(
+    folder: Path, head: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, float]:
+    """Logits of a picture, and how far its published head (unfolded) is from them."""
+    model = load_detector(str(folder), device="cpu", dtype="float32")
+    with torch.inference_mode():
+        out = model(_picture(model.config.image_size))
+        expected = head(out.features)
+    _refuse_infinite(out.logits, folder)
+    worst = float((expected - out.logits).abs().max())
+    if worst > _TOLERANCE:
+        raise CheckpointError(
+            f"The detector in '{folder}' differs from the published arithmetic by {worst:.2e}.",
+            "Please report this file's layout; its numbers cannot be trusted.",
+        )
+    return out.logits, worst
+
+
+def _picture(size: int) -> torch.Tensor:
+    return torch.randn((1, 3, size, size), generator=torch.Generator().manual_seed(0))
+
+
+def _refuse_infinite(logits: torch.Tensor, folder: Path) -> None:
+    if not bool(torch.isfinite(logits).all()):
+        raise CheckpointError(
+            f"The model in '{folder}' gives NaN or infinite logits for a fixed input.",
+            "The weights are damaged or of another model; take the original files.",
+        )
