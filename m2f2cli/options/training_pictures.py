@@ -13,7 +13,7 @@ _P = {"low": 0.0, "high": 1.0}
 
 @dataclass(frozen=True)
 class AugmentOptions(Checked):
-    """How training pictures are changed; the fields are those of ``data.augment.Augment``."""
+    """How training pictures are changed, by ``data.augment.augment``."""
 
     flip: float = option(0.5, "Share of pictures mirrored (published).", **_P, key=True)
     affine: float = option(0.0, "Share turned, scaled and shifted a little.", **_P, key=True)
