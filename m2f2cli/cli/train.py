@@ -25,7 +25,7 @@ EXAMPLES = {
     "train-detector": (
         "m2f2 train-detector --data faces/ --output detector/",
         "m2f2 train-detector --config recipe.yaml --output detector/ --resume",
-        "m2f2 train-detector --data ddvqa/ --init lite --train head --epochs 5 --output tuned/",
+        "m2f2 train-detector --data ddvqa/ --model lite --train head --epochs 5 --output tuned/",
         "m2f2 train-detector --data ffpp:ffpp_h5/ --recipe published --output detector/",
         "m2f2 train-detector --data ffpp:ffpp_h5/ --data faces/ --balance --output detector/",
         "m2f2 train-detector --recipe published --print-config",
@@ -35,7 +35,7 @@ EXAMPLES = {
 PANELS = {
     "data": "Data",
     "model": "Model",
-    "optimiser": "Optimiser",
+    "optimizer": "Optimizer",
     "objective": "Objective",
     "augment": "Augmentation (published: blur, JPEG, flip)",
     "pseudo": "Pseudo-fakes (shares of the forged pictures)",

@@ -18,7 +18,7 @@ from m2f2cli.options.training_pictures import AugmentOptions, PseudoFakeOptions
 class ModelOptions(Checked):
     """What the detector is made of and what of it trains."""
 
-    init: str | None = option(
+    model: str | None = option(
         None, "Start from this detector (folder or 'lite') instead of building a new one."
     )
     backbone: str = option(
@@ -44,7 +44,7 @@ class ModelOptions(Checked):
     image_size: int | None = option(
         None, "Edge of the network's input in pixels; CLIP's own if unset.", low=8
     )
-    normalisation: str = option(
+    normalization: str = option(
         "clip", "Mean and deviation of the input.", "clip", "imagenet", "half"
     )
     train: str = option(
@@ -65,25 +65,27 @@ class ModelOptions(Checked):
 
     def check(self) -> None:
         """A start from a detector brings its own shape."""
-        own = ("init", "train", "freeze_stages", "freeze_batch_norm")
+        own = ("model", "train", "freeze_stages", "freeze_batch_norm")
         for item in fields(ModelOptions):
             changed = getattr(self, item.name) != item.default
-            if self.init and changed and item.name not in own:
+            if self.model and changed and item.name not in own:
                 raise ConfigError(
-                    f"{flag_name(item.name)} does not go with --init: the starting detector "
+                    f"{flag_name(item.name)} does not go with --model: the starting detector "
                     "decides its own shape.",
-                    f"Leave out {flag_name(item.name)} or --init.",
+                    f"Leave out {flag_name(item.name)} or --model.",
                 )
 
 
 @dataclass(frozen=True)
-class OptimiserOptions(Checked):
+class OptimizerOptions(Checked):
     """How the weights move."""
 
     epochs: int = option(200, "Passes over the data (published: 200).", low=1)
     batch_size: int = option(80, "Pictures a batch and process (published: 80).", low=1)
-    accumulate: int = option(1, "Batches whose gradients make one step together.", low=1)
-    optimiser: str = option("adam", "Update rule (published: adam).", "adam", "adamw")
+    gradient_accumulation_steps: int = option(
+        1, "Batches whose gradients make one step together.", low=1
+    )
+    optimizer: str = option("adam", "Update rule (published: adam).", "adam", "adamw")
     beta2: float = option(0.999, "Decay of its second moment.", low=0.5, high=0.99999)
     learning_rate: float = option(1e-3, "Of the backbone (published: 1e-3).", low=0.0)
     layer_decay: float = option(
@@ -111,7 +113,7 @@ class OptimiserOptions(Checked):
         "cosine",
         "constant",
     )
-    warmup: float = option(
+    warmup_ratio: float = option(
         0.0, "Share of all steps over which cosine and constant rise from zero.", low=0, high=1
     )
     plateau_factor: float = option(
@@ -123,10 +125,10 @@ class OptimiserOptions(Checked):
     plateau_cooldown: int = option(
         5, "Epochs after a cut that are not counted (published: 5).", low=0
     )
-    clip_gradient: float = option(
+    max_grad_norm: float = option(
         0.0, "Scale gradients down to this norm; 0 leaves them (published).", low=0.0
     )
-    ema: float = option(
+    ema_decay: float = option(
         0.0,
         "Decay of a running average of the weights, which is then what is measured and kept; 0 is "
         "off, 0.98 to 0.9999 are usual.",
@@ -136,20 +138,20 @@ class OptimiserOptions(Checked):
     select: str = option(
         "auc", "Validation figure that decides which epoch is kept.", "auc", "ap", "loss", "last"
     )
-    early_stop: int = option(
+    early_stopping_patience: int = option(
         0, "Stop after so many epochs in a row without a better --select figure; 0 never.", low=0
     )
 
     def check(self) -> None:
         """A warm-up needs a schedule that has one; an early stop a figure to watch."""
-        if self.early_stop and self.select == "last":
+        if self.early_stopping_patience and self.select == "last":
             raise ConfigError(
-                "--early-stop has no figure to watch with --select last.",
+                "--early-stopping-patience has no figure to watch with --select last.",
                 "Use --select auc, ap or loss.",
             )
-        if self.warmup and self.schedule == "plateau":
+        if self.warmup_ratio and self.schedule == "plateau":
             raise ConfigError(
-                "--warmup has no effect with --schedule plateau.",
+                "--warmup-ratio has no effect with --schedule plateau.",
                 "Use --schedule cosine or constant.",
             )
 
@@ -262,7 +264,7 @@ class TrainDetectorOptions(OptionGroups):
 
     data: DataOptions
     model: ModelOptions
-    optimiser: OptimiserOptions
+    optimizer: OptimizerOptions
     objective: ObjectiveOptions
     augment: AugmentOptions
     pseudo: PseudoFakeOptions
@@ -285,5 +287,5 @@ class TrainDetectorOptions(OptionGroups):
             raise ConfigError(
                 "--judgement-weight needs the judgements to learn.", "Give --annotations DIR."
             )
-        if self.objective.map_weight and not (self.model.forgery_map or self.model.init):
+        if self.objective.map_weight and not (self.model.forgery_map or self.model.model):
             raise ConfigError("--map-weight needs the forgery map.", "Leave out --no-forgery-map.")

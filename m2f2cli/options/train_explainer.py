@@ -81,16 +81,16 @@ class ExplainerOptions(Checked):
     gradient_checkpointing: bool = option(
         True, "Save memory by computing layers twice (published)."
     )
-    attention: str = option(
+    attn_implementation: str = option(
         "auto", "transformers' attention; auto is flash-attn where installed, else torch's own."
     )
 
 
 @dataclass(frozen=True)
-class QuantisedOptions(ExplainerOptions):
+class QuantizedOptions(ExplainerOptions):
     """What it starts from and how it is held in memory."""
 
-    load_in: str = option(
+    quantize: str = option(
         "none", "Hold the language model's layers in 4 or 8 bits (QLoRA).", "none", "4bit", "8bit"
     )
 
@@ -99,9 +99,9 @@ class QuantisedOptions(ExplainerOptions):
 class AdapterOptions(Checked):
     """The low-rank updates, on every linear layer of the language model but its head."""
 
-    rank: int = option(128, "Rank of an update (published: 128).", low=1)
-    alpha: int = option(256, "An update counts alpha / rank (published: 256).", low=1)
-    dropout: float = option(0.05, "Dropout before it (published: 0.05).", low=0.0, high=0.95)
+    lora_r: int = option(128, "Rank of an update (published: 128).", low=1)
+    lora_alpha: int = option(256, "An update counts alpha / r (published: 256).", low=1)
+    lora_dropout: float = option(0.05, "Dropout before it (published: 0.05).", low=0.0, high=0.95)
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,18 @@ class StepOptions(Checked):
 
     epochs: int = option(1, "Passes over the data (published: 1).", low=1)
     batch_size: int = option(40, "Conversations a batch and process (published: 40).", low=1)
-    accumulate: int = option(1, "Batches whose gradients make one step together.", low=1)
+    gradient_accumulation_steps: int = option(
+        1, "Batches whose gradients make one step together.", low=1
+    )
     learning_rate: float = option(2e-5, "Of AdamW (published: 2e-5).", low=0.0)
     weight_decay: float = option(0.0, "Weight decay (published: 0).", low=0.0)
     schedule: str = option(
         "cosine", "Learning rate over time (published: cosine).", "cosine", "linear", "constant"
     )
-    warmup: float = option(
+    warmup_ratio: float = option(
         0.03, "Share of all steps over which it rises from zero (published: 0.03).", low=0, high=1
     )
-    clip_gradient: float = option(
+    max_grad_norm: float = option(
         1.0, "Scale gradients down to this norm (published: 1); 0 leaves them.", low=0.0
     )
 
@@ -188,7 +190,7 @@ class AlignOptions(OptionGroups):
 
     data: ConversationOptions
     model: ExplainerOptions
-    steps: StepOptions
+    optimizer: StepOptions
     run: StageRunOptions
 
 
@@ -197,9 +199,9 @@ class LoraOptions(OptionGroups):
     """Every option of ``m2f2 lora``."""
 
     data: ConversationOptions
-    model: QuantisedOptions
+    model: QuantizedOptions
     adapter: AdapterOptions
-    steps: LoraStepOptions
+    optimizer: LoraStepOptions
     run: StageRunOptions
 
 

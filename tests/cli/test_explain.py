@@ -150,7 +150,7 @@ def test_a_damaged_explainer_is_one_sentence(
         (["in", "--output", "out.csv"], "must end in .jsonl"),
         (["in", "--fail-on", "real"], "--fail-on takes"),
         (["in", "--uncertain", "x"], "--uncertain takes"),
-        (["in", "--quantise", "3bit"], "Unknown quantization"),
+        (["in", "--quantize", "3bit"], "Unknown quantization"),
         (["in", "--images", "in"], "belong together"),
         (["--dataset", "q.jsonl"], "belong together"),
         (["--dataset", "q.jsonl", "--images", "in"], "need a place to go"),

@@ -37,14 +37,14 @@ def test_print_config_resolves_flags_environment_file_and_defaults(capsys, monke
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "data: from-file\noutput: out\nlearning-rate: 1e-4\nepochs: 7\nblur-sigma: [1, 2]\n"
-        "forgery_map: false\nbalance: true\ninit: null\n"
+        "forgery_map: false\nbalance: true\nmodel: null\n"
     )
     plain = printed(capsys, "--config", str(recipe))
     assert plain["data"] == "from-file"
     assert plain["learning-rate"] == 1e-4
     assert plain["blur-sigma"] == [1.0, 2.0]
     assert plain["forgery-map"] is False
-    assert plain["init"] is None
+    assert plain["model"] is None
     assert plain["batch-size"] == 80
     monkeypatch.setenv("M2F2_EPOCHS", "8")
     monkeypatch.setenv("M2F2_BATCH_SIZE", "9")
@@ -87,7 +87,7 @@ def test_flags_that_may_be_repeated(capsys, monkeypatch, tmp_path):
         (("--data", "x"), "--output is missing"),
         (("--data", "x", "--output", "y", "--epochs", "0"), "--epochs must be at least 1"),
         (("--data", "x", "--output", "y", "--epochs", "many"), "'--epochs'"),
-        (("--data", "x", "--output", "y", "--optimiser", "sgd"), "Use one of: adam, adamw"),
+        (("--data", "x", "--output", "y", "--optimizer", "sgd"), "Use one of: adam, adamw"),
         (("--data", "x", "--output", "y", "--lerning-rate", "1"), "--learning-rate"),
     ],
 )
@@ -138,3 +138,28 @@ def test_a_training_prints_its_folder_only(
     assert app.run([*arguments, "--overwrite", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
     assert Path(output, "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        ("train-detector", "ema", "ema-decay"),
+        ("train-detector", "init", "model"),
+        ("lora", "load-in", "quantize"),
+        ("lora", "rank", "lora-r"),
+    ],
+)
+def test_an_old_name_is_an_error_that_names_the_new_one(capsys, tmp_path, command, old, new):
+    file = tmp_path / "old.yaml"
+    file.write_text(f"{old}: 1\n")
+    for arguments in ((f"--{old}", "1"), ("--config", str(file))):
+        assert app.run([command, *arguments, "--print-config"]) == 2
+        told = capsys.readouterr().err
+        assert f"{old}'" in told
+        assert f"{new}'" in told
+
+
+def test_records_of_earlier_versions_stay_readable():
+    old = {"ema": 0.9, "accumulate": 2, "dropout": 0.1, "optimiser": "adam"}
+    new = {"ema-decay": 0.9, "gradient-accumulation-steps": 2, "dropout": 0.1, "optimizer": "adam"}
+    assert TrainDetectorOptions.recorded(old) == new
