@@ -482,7 +482,8 @@ def _picture(name: str, kind: str, file: Path | None) -> Item:
 
 
 def _truth_from_names(data: Path | None, predictions: Predictions | None, split: str) -> Truth:
-    from m2f2cli.data.readers.ddvqa import kind_of, read_ddvqa
+    from m2f2cli.data.naming import kind_of
+    from m2f2cli.data.readers.ddvqa import read_ddvqa
 
     notes = ["The labels were read from file names, as asked."]
     if data is not None:
