@@ -44,6 +44,19 @@ class Evaluation(NamedTuple):
         return len(self.scored.missing) + int(self.report["counts"].get("failed", 0))
 
 
+def evaluate(options: EvaluateOptions, advance: Advance | None = None) -> Evaluation:
+    """Judge a data set if need be, measure the answers, and write the report.
+
+    Args:
+        options: Those of a data set: ``EvaluateImagesOptions`` and its like.
+        advance: Called after each picture that was judged.
+
+    Raises:
+        M2F2Error: Something named is missing or broken, or a file cannot be written.
+    """
+    return Evaluator(options).run(advance)
+
+
 class Evaluator:
     """Everything that one evaluation does. What the options name is looked at before any work.
 
