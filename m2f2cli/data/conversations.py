@@ -19,8 +19,7 @@ import numpy as np
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.images import read_picture
 from m2f2cli.data.judgement import parse
-from m2f2cli.data.readers.ddvqa import kind_of
-from m2f2cli.data.readers.folder import people_in
+from m2f2cli.data.naming import kind_of, people_in
 from m2f2cli.data.samples import Sample, identity_groups
 from m2f2cli.errors import InputError
 

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from m2f2cli.data.naming import looks_like_ddvqa, read_people
 from m2f2cli.errors import InputError
 from m2f2cli.registry import Registry
-
-REAL = "real"
 
 # Layouts of picture sets, each a function of its folder that returns a SampleSet.
 LAYOUTS = Registry(
@@ -113,15 +112,12 @@ def read_samples(source: str | Path, identities: Path | None = None) -> SampleSe
     Args:
         source: A folder; ``folder:DIR`` or ``ddvqa:DIR`` (any name in ``LAYOUTS``) settles its
             layout, otherwise it is recognised by its contents.
-        identities: CSV file that says who is in which picture (see ``data.folder.read_people``).
+        identities: CSV file that says who is in which picture (see ``data.naming.read_people``).
 
     Raises:
         InputError: The folder is missing, holds no pictures, or lacks one of the two classes.
         ConfigError: The layout is unknown.
     """
-    from m2f2cli.data.readers.ddvqa import looks_like_ddvqa
-    from m2f2cli.data.readers.folder import read_people
-
     layout, colon, rest = str(source).partition(":")
     if not colon or len(layout) < 2:  # a Windows drive is no layout
         layout, rest = "", str(source)

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from m2f2cli import environment
 from m2f2cli.checkpoints import store
 from m2f2cli.checkpoints.tensorfile import write_tensor_file
 from m2f2cli.errors import CheckpointError, ConfigError, UsageError
@@ -208,10 +208,7 @@ def same_options(
 
 def library_versions(*more: str) -> dict[str, str]:
     """The versions of what a training's result may depend on."""
-    found = {}
-    for name in (*_PACKAGES, *more):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found | {"cuda": torch.version.cuda or "none"}
+    return {
+        **environment.library_versions(*_PACKAGES, *more),
+        "cuda": torch.version.cuda or "none",
+    }

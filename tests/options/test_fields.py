@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import m2f2cli.training
 from m2f2cli.errors import ConfigError
 from m2f2cli.options.fields import flag_name
 from m2f2cli.options.train_detector import INCIDENTAL, TrainDetectorOptions
-from m2f2cli.options.training_pictures import AugmentOptions
 from m2f2cli.registry import Registry
 
 NEEDED = {"data": "faces", "output": "detector"}
@@ -95,14 +93,6 @@ def test_every_option_is_read_somewhere():
     ]
     assert unread == []
     assert "pseudo.shares()" in source
-
-
-def test_augmentations_are_those_of_the_data_layer():
-    from m2f2cli.data.augment import Augment
-
-    ours = {item.name: item.default for item in dataclasses.fields(AugmentOptions)}
-    theirs = {item.name: item.default for item in dataclasses.fields(Augment)}
-    assert ours == theirs
 
 
 def test_pseudo_fakes_are_those_of_the_data_layer():

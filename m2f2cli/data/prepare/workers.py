@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from m2f2cli.errors import M2F2Error
+from m2f2cli.runtime import processors
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -34,7 +35,7 @@ def worker_pool(
     Raises:
         M2F2Error: A worker died. Other errors are those of ``work``.
     """
-    workers = min(workers or _processors(), at_most)
+    workers = min(workers or processors(), at_most)
     if workers <= 1:
         yield lambda tasks: map(work, tasks)
         return
@@ -102,9 +103,3 @@ def _start() -> None:
 def _leave_with(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -15,18 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from m2f2cli.data.readers.folder import list_pictures, people_in
-from m2f2cli.data.samples import REAL, Sample, SampleSet
+from m2f2cli.data.naming import DDVQA_CROPS, DDVQA_NAME, REAL, kind_of, list_pictures, people_in
+from m2f2cli.data.samples import Sample, SampleSet
 from m2f2cli.errors import InputError
 
-MANIPULATIONS = {
-    "0": "Deepfakes",
-    "1": "Face2Face",
-    "2": "FaceShifter",
-    "3": "FaceSwap",
-    "5": REAL,
-    "6": "NeuralTextures",
-}
 REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
 # Flaws that annotators name, and the words that tell.
 FLAWS = {
@@ -41,29 +33,11 @@ FLAWS = {
     "mismatch": "mismatch",
 }
 
-_NAME = re.compile(r"([01236])_\d{3}_\d{3}|5_\d{3}")
 _ASKED = re.compile(
     r"Does the image looks real/fake\?"
     rf"|Do(?:es)? the person's (?P<region>{'|'.join(REGIONS)}) look real/fake\?"
 )
 _OPENING = re.compile(r"(?:The image looks|The person's \w+ looks?) (?P<verdict>real|fake)\.\s*")
-_CROPS = Path("images", "c40")
-
-
-def looks_like_ddvqa(root: Path) -> bool:
-    """Whether a folder is a DD-VQA data set, or directly holds crops named as its crops are."""
-    if (root / _CROPS / "train").is_dir():
-        return True
-    if (root / "real").is_dir() or (root / "fake").is_dir():
-        return False
-    first = next((path for path in list_pictures(root) if path.parent == root), None)
-    return first is not None and _NAME.fullmatch(first.stem) is not None
-
-
-def kind_of(name: str) -> str | None:
-    """What a crop's file name says: ``real`` or a manipulation; None for any other name."""
-    stem = Path(name).stem
-    return MANIPULATIONS[stem[0]] if _NAME.fullmatch(stem) else None
 
 
 def read_ddvqa(root: Path) -> SampleSet:
@@ -75,7 +49,8 @@ def read_ddvqa(root: Path) -> SampleSet:
     Raises:
         InputError: There are no crops, or one is not named as DD-VQA names them.
     """
-    folder = root / _CROPS / "train" if (root / _CROPS / "train").is_dir() else root
+    crops = root / DDVQA_CROPS / "train"
+    folder = crops if crops.is_dir() else root
     samples = []
     for path in list_pictures(folder):
         kind = kind_of(path.name)
@@ -125,7 +100,7 @@ def read_annotations(folder: Path) -> dict[str, tuple[Answer, ...]]:
         try:
             annotations = json.loads(file.read_text(encoding="utf-8"))
             for stem, questions in annotations.items():
-                if not _NAME.fullmatch(stem):
+                if not DDVQA_NAME.fullmatch(stem):
                     raise ValueError(f"'{stem}' is not named like a DD-VQA crop")
                 if stem in found:
                     raise ValueError(f"'{stem}' is annotated twice")
