@@ -55,7 +55,7 @@ def as_defaults(context: typer.Context, values: Mapping[str, Any], where: str) -
     """
     by_flag: dict[str, Any] = {}
     for parameter in context.command.params:
-        if parameter.name is None or parameter.name in ("config", "help"):
+        if parameter.name is None or parameter.name in ("config", "set", "help"):
             continue
         for spelling in parameter.opts:
             if spelling.startswith("--"):

@@ -69,23 +69,24 @@ class Limits(NamedTuple):
     open_low: bool = False
 
 
-def option(default: T, help: str, *choices: str, **limits: Any) -> T:
+def option(default: T, help: str, *choices: str, key: bool = False, **limits: Any) -> T:
     """Declare a field of an options class.
 
     Args:
         default: Its value when nobody sets it.
         help: One or two sentences for the user: what it does, its unit, the published value.
         *choices: The words it accepts, if it accepts only some.
+        key: Few people set it: help pages leave it out; it is a key of ``--config`` and ``--set``.
         **limits: ``low``, ``high`` and ``open_low`` of ``Limits``.
     """
-    metadata = {"help": help, "limits": Limits(choices, **limits)}
+    metadata = {"help": help, "limits": Limits(choices, **limits), "key": key}
     declared: T = field(default=default, metadata=metadata)
     return declared
 
 
 def required(help: str) -> Any:
     """Declare a field that has no default."""
-    return field(metadata={"help": help, "limits": Limits()})
+    return field(metadata={"help": help, "limits": Limits(), "key": False})
 
 
 def flag_name(field_name: str) -> str:
@@ -216,6 +217,25 @@ class OptionGroups:
             for group, kind in cls.groups().items()
         }
         return cls(**built)
+
+    @classmethod
+    def name_of(cls, key: str) -> str | None:
+        """The option that a key of ``--set`` names, with underscores; None if there is none.
+
+        Args:
+            key: ``learning-rate``, or with its group ``optimizer.learning-rate``. Dots may separate
+                the parts: ``augment.jpeg.quality`` is ``jpeg-quality``, ``augment.jpeg.p``, the
+                share that it is done to, ``jpeg``.
+        """
+        names = {item.name: group for group, item in cls.walk()}
+        first, dot, rest = key.replace("-", "_").partition(".")
+        group, path = (first, rest) if dot and first in cls.groups() else (None, first + dot + rest)
+        parts = path.split(".")
+        spelled = "_".join(parts[:-1] if len(parts) > 1 and parts[-1] == "p" else parts)
+        for name in (spelled, parts[-1]):  # augment.affine.degrees is degrees
+            if name in names and group in (None, names[name]):
+                return name
+        return None
 
     @classmethod
     def recorded(cls, values: Mapping[str, Any]) -> dict[str, Any]:

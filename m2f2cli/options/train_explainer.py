@@ -30,15 +30,20 @@ class ConversationOptions(Checked):
         "and count them.",
         "error",
         "skip",
+        key=True,
     )
     max_length: int = option(
-        2048, "Tokens of a conversation, the picture's included (published: 2048).", low=8
+        2048,
+        "Tokens of a conversation, the picture's included (published: 2048).",
+        low=8,
+        key=True,
     )
     too_long: str = option(
         "skip",
         "A longer conversation: skip and count it, or error. Answers are never cut.",
         "skip",
         "error",
+        key=True,
     )
     validation_share: float = option(
         0.0,
@@ -47,13 +52,19 @@ class ConversationOptions(Checked):
         high=0.9,
     )
     eval_steps: int = option(
-        0, "Measure on it every so many steps too; 0 for after each epoch only.", low=0
+        0,
+        "Measure on it every so many steps too; 0 for after each epoch only.",
+        low=0,
+        key=True,
     )
-    split_seed: int = option(0, "Seed that decides which identities are held out.", low=0)
+    split_seed: int = option(0, "Seed that decides which identities are held out.", low=0, key=True)
     answer_tokens: int = option(
-        128, "Longest answer generated when held-out conversations are judged.", low=1
+        128,
+        "Longest answer generated when held-out conversations are judged.",
+        low=1,
+        key=True,
     )
-    group_by_length: bool = option(True, "Put conversations of like length into a batch.")
+    group_by_length: bool = option(True, "Put conversations of like length into a batch.", key=True)
     workers: int = option(0, "Processes that read pictures; 0 reads in the training's own.", low=0)
 
     def check(self) -> None:
@@ -82,7 +93,9 @@ class ExplainerOptions(Checked):
         True, "Save memory by computing layers twice (published)."
     )
     attn_implementation: str = option(
-        "auto", "transformers' attention; auto is flash-attn where installed, else torch's own."
+        "auto",
+        "transformers' attention; auto is flash-attn where installed, else torch's own.",
+        key=True,
     )
 
 
@@ -101,7 +114,9 @@ class AdapterOptions(Checked):
 
     lora_r: int = option(128, "Rank of an update (published: 128).", low=1)
     lora_alpha: int = option(256, "An update counts alpha / r (published: 256).", low=1)
-    lora_dropout: float = option(0.05, "Dropout before it (published: 0.05).", low=0.0, high=0.95)
+    lora_dropout: float = option(
+        0.05, "Dropout before it (published: 0.05).", low=0.0, high=0.95, key=True
+    )
 
 
 @dataclass(frozen=True)
@@ -114,15 +129,27 @@ class StepOptions(Checked):
         1, "Batches whose gradients make one step together.", low=1
     )
     learning_rate: float = option(2e-5, "Of AdamW (published: 2e-5).", low=0.0)
-    weight_decay: float = option(0.0, "Weight decay (published: 0).", low=0.0)
+    weight_decay: float = option(0.0, "Weight decay (published: 0).", low=0.0, key=True)
     schedule: str = option(
-        "cosine", "Learning rate over time (published: cosine).", "cosine", "linear", "constant"
+        "cosine",
+        "Learning rate over time (published: cosine).",
+        "cosine",
+        "linear",
+        "constant",
+        key=True,
     )
     warmup_ratio: float = option(
-        0.03, "Share of all steps over which it rises from zero (published: 0.03).", low=0, high=1
+        0.03,
+        "Share of all steps over which it rises from zero (published: 0.03).",
+        low=0,
+        high=1,
+        key=True,
     )
     max_grad_norm: float = option(
-        1.0, "Scale gradients down to this norm (published: 1); 0 leaves them.", low=0.0
+        1.0,
+        "Scale gradients down to this norm (published: 1); 0 leaves them.",
+        low=0.0,
+        key=True,
     )
 
 
@@ -132,7 +159,7 @@ class LoraStepOptions(StepOptions):
 
     batch_size: int = option(20, "Conversations a batch and process (published: 20).", low=1)
     learning_rate: float = option(2e-5, "Of the low-rank updates (published: 2e-5).", low=0.0)
-    projector_lr: float = option(2e-5, "Of both projectors (published: 2e-5).", low=0.0)
+    projector_lr: float = option(2e-5, "Of both projectors (published: 2e-5).", low=0.0, key=True)
 
 
 @dataclass(frozen=True)
@@ -147,10 +174,15 @@ class StageRunOptions(Checked):
         "Train under DeepSpeed: zero2 (published), zero3, zero3-offload, or a file of settings.",
     )
     deterministic: bool = option(
-        False, "Make CUDA runs repeat bit by bit, at some speed; CPU runs do anyway."
+        False,
+        "Make CUDA runs repeat bit by bit, at some speed; CPU runs do anyway.",
+        key=True,
     )
     save_steps: int = option(
-        100, "Save the state every so many steps, and after each epoch; 0 for epochs only.", low=0
+        100,
+        "Save the state every so many steps, and after each epoch; 0 for epochs only.",
+        low=0,
+        key=True,
     )
     resume: bool = option(
         False, "Go on from the last saved state of this output, or begin if there is none."
@@ -163,6 +195,7 @@ class StageRunOptions(Checked):
         "tensorboard",
         "wandb",
         "none",
+        key=True,
     )
 
     def check(self) -> None:

@@ -30,14 +30,16 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_help_shows_every_flag(stage, capsys, monkeypatch):
+def test_help_shows_the_flags_people_set(stage, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.setenv("TERMINAL_WIDTH", "250")
     assert app.run([stage, "--help"]) == 0
     text = " ".join(ANSI.sub("", capsys.readouterr().out).replace("│", " ").split())
     for _, item in KINDS[stage].walk():
-        assert f"{flag_name(item.name)} " in text, item.name
-        assert item.metadata["help"].split()[0] in text
+        shown = f"{flag_name(item.name)} " in text
+        assert shown != item.metadata["key"], item.name
+        if shown:
+            assert item.metadata["help"].split()[0] in text
     assert ("--quantize" in text) == ("--lora-r" in text) == (stage == "lora")
 
 

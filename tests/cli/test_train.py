@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from m2f2cli.cli import app
+from m2f2cli.cli.reference import reference
 from m2f2cli.options.fields import flag_name
 from m2f2cli.options.train_detector import TrainDetectorOptions
 from tests.training.conftest import clip_folder, one_thread, toy_data  # noqa: F401 - fixtures
@@ -19,18 +21,69 @@ def printed(capsys, *arguments: str) -> dict:
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def test_help_shows_every_flag_with_type_default_and_words(capsys, monkeypatch):
+def test_help_shows_the_flags_people_set_with_type_default_and_words(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.setenv("TERMINAL_WIDTH", "250")
     assert app.run(["train-detector", "--help"]) == 0
     text = " ".join(ANSI.sub("", capsys.readouterr().out).replace("│", " ").split())
     for _, item in TrainDetectorOptions.walk():
-        assert f"{flag_name(item.name)} " in text, item.name
-        assert item.metadata["help"].split()[0] in text
+        shown = f"{flag_name(item.name)} " in text
+        assert shown != item.metadata["key"], item.name
+        if shown:
+            assert item.metadata["help"].split()[0] in text
     assert "[default: 0.001]" in text
-    assert "plateau|cosine|constant" in text
-    assert "LOW HIGH" in text
-    assert "--no-forgery-map" in text
+    assert "published|head|prompt|everything" in text
+    assert "--no-balance" in text
+
+
+@pytest.mark.parametrize("command", ["train-detector", "align", "lora"])
+def test_a_help_page_shows_about_two_dozen_flags(command):
+    root = typer.main.get_command(app.build())
+    shown = [p for p in root.commands[command].params if not p.hidden]
+    assert len(shown) <= 28
+
+
+def test_what_help_leaves_out_is_a_key_with_type_default_and_words(capsys):
+    page = reference()
+    keys = yaml.safe_load(
+        "\n".join(f"{k}: 1" for k in printed(capsys))  # every option is listed
+    )
+    for _, item in TrainDetectorOptions.walk():
+        key = item.name.replace("_", "-")
+        assert key in keys
+        if item.metadata["key"]:
+            assert f"| `{key}` | " in page
+    assert "| `plateau`, `cosine`, `constant` | `plateau` |" in page
+    assert "| `LOW HIGH` | `0.0`, `3.0` |" in page
+
+
+def test_keys_are_set_one_by_one(capsys, monkeypatch):
+    monkeypatch.setenv("M2F2_JPEG", "0.7")
+    monkeypatch.setenv("M2F2_EPOCHS", "3")
+    settings = ("augment.jpeg.p=0.2", "augment.jpeg.quality=[40, 60]", "augment.affine.degrees=4",
+                "blur-sigma=[1, 2]", "optimizer.learning-rate=1e-4", "bridge=true", "epochs=5",
+                "manipulations=[FaceSwap, Deepfakes]")  # fmt: skip
+    shown = printed(capsys, *(word for one in settings for word in ("--set", one)))
+    wanted = {"jpeg": 0.2, "jpeg-quality": [40, 60], "degrees": 4.0, "blur-sigma": [1.0, 2.0],
+              "learning-rate": 1e-4, "bridge": True, "epochs": 5,
+              "manipulations": ["FaceSwap", "Deepfakes"]}  # fmt: skip
+    assert {key: shown[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("lerning-rate=1", "Did you mean 'learning-rate'?"),
+        ("run.jpeg=1", "'run.jpeg'"),
+        ("ema=1", "is now 'ema-decay'"),
+        ("jpeg", "has no value"),
+        ("jpeg=2", "--jpeg must be at most 1"),
+        ("jpeg=[", "as a value"),
+    ],
+)
+def test_a_wrong_setting_exits_2_in_one_sentence(capsys, setting, words):
+    assert app.run(["train-detector", "--set", setting, "--print-config"]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
 
 
 def test_print_config_resolves_flags_environment_file_and_defaults(capsys, monkeypatch, tmp_path):
