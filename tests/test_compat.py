@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
+import torch
 
+import m2f2cli.models  # noqa: F401 - before transformers
 from m2f2cli import compat
 
 
@@ -23,3 +27,36 @@ def test_gradio_reads_its_settings_from_the_environment(monkeypatch, tmp_path):
     assert not blocks.analytics_enabled
     assert blocks.default_config is not None
     assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path)
+
+
+def test_a_write_in_place_counts():
+    weight = torch.zeros(2)
+    before = compat.weights_version(weight)
+    weight.add_(1)
+    assert compat.weights_version(weight) > before
+
+
+def test_the_attention_of_a_configuration():
+    from transformers import CLIPVisionConfig
+    from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+    config = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_attention_heads=2)
+    for name in ("eager", "sdpa"):
+        compat.set_attention(config, name)
+        assert compat.attention_of(config) == name
+        attention = CLIPEncoderLayer(config).self_attn
+        assert compat.attention_of(attention.config) == name
+    chosen = CLIPVisionConfig(attn_implementation="eager")
+    assert compat.attention_of(chosen) == "eager"
+
+
+def test_leaving_runs_exit_hooks_and_flushes():
+    code = (
+        "import atexit\n"
+        "from m2f2cli.compat import leave\n"
+        "atexit.register(print, 'hook')\n"
+        "print('said')\n"
+        "leave(7)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (7, "said\nhook\n"), done.stderr

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import errno
 import inspect
 import os
@@ -11,13 +9,15 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from m2f2cli import __version__
 from m2f2cli.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Output
+from m2f2cli.compat import leave
 from m2f2cli.errors import M2F2Error
+from m2f2cli.options.fields import renamed
 from m2f2cli.runtime import debug
 
 
@@ -173,7 +173,7 @@ def _explain(error: Exception) -> int:
     if hasattr(error, "format_message"):  # the command line's own parser
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "m2f2"
-        output.error(str(error.format_message()), f"See '{where} --help'.")
+        output.error(str(error.format_message()), _new_name(error) or f"See '{where} --help'.")
         return EXIT_USAGE
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" while writing '{error.filename}'" if error.filename else ""
@@ -189,6 +189,16 @@ def _explain(error: Exception) -> int:
         "A bug, or a broken installation: M2F2_DEBUG=1 before the command shows the traceback.",
     )
     return EXIT_FAILED
+
+
+def _new_name(error: Any) -> str | None:
+    """The hint for a flag that has another name now."""
+    context, old = getattr(error, "ctx", None), getattr(error, "option_name", None)
+    if context is None or old is None:
+        return None
+    known = {name.removeprefix("--") for p in context.command.params for name in p.opts}
+    new = renamed(old.removeprefix("--"), known)
+    return f"'{old}' is now '--{new}'." if new else None
 
 
 def _silence_stdout() -> None:
@@ -207,11 +217,5 @@ def main() -> None:
     code = run(sys.argv[1:])
     others = [t for t in threading.enumerate() if t is not threading.main_thread()]
     if "torch" in sys.modules and all(thread.daemon for thread in others):
-        # Taking torch and transformers apart costs a second that nobody needs: everything is
-        # written, so run the exit hooks, flush, and leave.
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
+        leave(code)
     sys.exit(code)

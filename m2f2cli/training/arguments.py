@@ -12,7 +12,7 @@ import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transf
 from transformers import TrainingArguments
 
 from m2f2cli.errors import ConfigError
-from m2f2cli.options.train_detector import OptimiserOptions, RunOptions
+from m2f2cli.options.train_detector import OptimizerOptions, RunOptions
 from m2f2cli.options.train_explainer import StageRunOptions, StepOptions
 from m2f2cli.runtime import pick_device
 
@@ -46,7 +46,7 @@ def build_arguments(
     folder: Path,
     *,
     run: RunOptions | StageRunOptions,
-    steps: OptimiserOptions | StepOptions,
+    steps: OptimizerOptions | StepOptions,
     precision: str,
     workers: int,
     **others: Any,
@@ -69,10 +69,10 @@ def build_arguments(
         num_train_epochs=steps.epochs,
         per_device_train_batch_size=steps.batch_size,
         per_device_eval_batch_size=steps.batch_size,
-        gradient_accumulation_steps=steps.accumulate,
-        max_grad_norm=steps.clip_gradient,
+        gradient_accumulation_steps=steps.gradient_accumulation_steps,
+        max_grad_norm=steps.max_grad_norm,
         lr_scheduler_type=_SCHEDULES.get(steps.schedule, steps.schedule),
-        warmup_steps=min(steps.warmup, 0.999999),
+        warmup_steps=min(steps.warmup_ratio, 0.999999),
         learning_rate=steps.learning_rate,
         save_strategy="epoch",
         logging_strategy="steps",

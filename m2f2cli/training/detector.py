@@ -118,11 +118,12 @@ class Training:
         epochs = epoch_records(trainer.state)
         chosen = next(record for record in epochs if record["step"] == best)
         stage = self.record | {"metrics": {"selected": chosen, "epochs": epochs}}
-        if epochs[-1]["epoch"] < self.options.optimiser.epochs:
+        if epochs[-1]["epoch"] < self.options.optimizer.epochs:
             stage["metrics"]["stopped_after"] = epochs[-1]["epoch"]
             self.notify(
                 f"Stopped after epoch {epochs[-1]['epoch']}: no better "
-                f"{self.options.optimiser.select} for {self.options.optimiser.early_stop} epochs."
+                f"{self.options.optimizer.select} for "
+                f"{self.options.optimizer.early_stopping_patience} epochs."
             )
         processor = io.preprocessor_config(
             detector.config.image_size, detector.config.image_mean, detector.config.image_std
@@ -183,7 +184,7 @@ def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> T
     trainer = DetectorTrainer(
         objective,
         arguments,
-        options=options.optimiser,
+        options=options.optimizer,
         pictures=pictures,
         measured=measured,
         mixup=options.objective.mixup,
@@ -216,7 +217,7 @@ def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> T
         "versions": library_versions(),
     }
     notify(_summary(record))
-    steps = per_epoch * options.optimiser.epochs
+    steps = per_epoch * options.optimizer.epochs
     domain = fit_domain(
         *stores, size=detector.config.image_size, quantile=options.data.domain_quantile
     )

@@ -18,7 +18,7 @@ from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.options.train_explainer import (
     INCIDENTAL,
     AlignOptions,
-    QuantisedOptions,
+    QuantizedOptions,
     StageOptions,
     adapter_of,
 )
@@ -151,21 +151,26 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Stage:
     processor = ExplainerProcessor.from_folder(home, explainer.config, explainer_views)
     pictures = Pictures(options.data.images)
     usable = read_usable(options.data, processor, pictures)
-    steps = options.steps
+    steps = options.optimizer
     exercises = Exercises(
         usable,
         processor,
         pictures,
         max_length=options.data.max_length,
         seed=run.seed,
-        group=steps.batch_size * steps.accumulate * process_count() * options.data.group_by_length,
+        group=steps.batch_size
+        * steps.gradient_accumulation_steps
+        * process_count()
+        * options.data.group_by_length,
     )
-    each = len(Steps(len(exercises), steps.batch_size, steps.accumulate, process_count()))
-    if each * steps.epochs == 1 and steps.warmup:
+    each = len(
+        Steps(len(exercises), steps.batch_size, steps.gradient_accumulation_steps, process_count())
+    )
+    if each * steps.epochs == 1 and steps.warmup_ratio:
         raise ConfigError(
             "The run has a single step, and warm-up begins at a learning rate of zero: nothing "
             "would be learnt.",
-            "Lower --batch-size, raise --epochs, or add --warmup 0.",
+            "Lower --batch-size, raise --epochs, or add --warmup-ratio 0.",
         )
     trainer = ExplainerTrainer(
         model,
@@ -200,13 +205,13 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Stage:
 
 def _what_trains(options: StageOptions) -> tuple[Any, dict[str, Any] | None, Path]:
     """The explainer with what trains in it, ``adapter_config.json``, and where it was read."""
-    held_in = options.model.load_in if isinstance(options.model, QuantisedOptions) else "none"
+    held_in = options.model.quantize if isinstance(options.model, QuantizedOptions) else "none"
     explainer, home = load_explainer(
         options.model.model,
         device=where_to_load(options),
         dtype=pick_precision(options.model.precision, options.run.device),
         quantize=None if held_in == "none" else held_in,
-        attention=options.model.attention,
+        attention=options.model.attn_implementation,
     )
     seed_everything(options.run.seed)
     updates = adapter_of(options)

@@ -48,7 +48,7 @@ def stage_arguments(options: StageOptions, folder: Path, *, measures: bool) -> T
         ConfigError: The precision does not go with the device, or DeepSpeed's settings are broken.
         MissingExtraError: DeepSpeed, TensorBoard or W&B is asked for and not installed.
     """
-    run, steps = options.run, options.steps
+    run, steps = options.run, options.optimizer
     return build_arguments(
         folder,
         run=run,

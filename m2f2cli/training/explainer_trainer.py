@@ -67,7 +67,12 @@ class ExplainerTrainer(StatefulTrainer):
         self.held = held
         self.answer_tokens = answer_tokens
         self.explainer = explainer_of(model)
-        steps = Steps(len(exercises), options.batch_size, options.accumulate, arguments.world_size)
+        steps = Steps(
+            len(exercises),
+            options.batch_size,
+            options.gradient_accumulation_steps,
+            arguments.world_size,
+        )
         self.sampler = BatchSampler(steps, arguments.process_index)
         super().__init__(
             model=model,

@@ -39,7 +39,7 @@ def trainer_arguments(options: TrainDetectorOptions, folder: Path) -> TrainingAr
     return build_arguments(
         folder,
         run=run,
-        steps=options.optimiser,
+        steps=options.optimizer,
         precision=pick_precision(run.precision, run.device),
         workers=options.data.workers,
         eval_strategy="epoch",
@@ -74,7 +74,7 @@ def picture_settings(
         if not judgements:
             raise InputError(f"'{data.annotations}' speaks of no picture in '{train.root}'.")
     if aims.map_weight and not config.forgery_map:
-        raise ConfigError("--map-weight needs the forgery map, which the --init detector lacks.")
+        raise ConfigError("--map-weight needs the forgery map, which the --model detector lacks.")
     return PictureSettings(
         seed=options.run.seed,
         size=config.image_size,

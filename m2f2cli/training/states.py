@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from m2f2cli import environment
 from m2f2cli.checkpoints.io import write_tensor_file
 from m2f2cli.errors import CheckpointError, ConfigError, UsageError
 from m2f2cli.files import atomic_write, json_bytes, refuse_existing
@@ -195,7 +195,7 @@ def same_options(
     Raises:
         ConfigError: Naming the first that differs.
     """
-    wanted = options.to_flat()
+    wanted, noted = options.to_flat(), options.recorded(noted)
     for name in (wanted.keys() | noted.keys()) - {PROCESSES}:
         if name not in incidental and noted.get(name) != wanted.get(name):
             raise ConfigError(
@@ -207,10 +207,7 @@ def same_options(
 
 def library_versions(*more: str) -> dict[str, str]:
     """The versions of what a training's result may depend on."""
-    found = {}
-    for name in (*_PACKAGES, *more):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found | {"cuda": torch.version.cuda or "none"}
+    return {
+        **environment.library_versions(*_PACKAGES, *more),
+        "cuda": torch.version.cuda or "none",
+    }

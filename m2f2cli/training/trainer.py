@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from m2f2cli.errors import InputError, M2F2Error
 from m2f2cli.metrics import average_precision, roc_auc
-from m2f2cli.options.train_detector import OptimiserOptions
+from m2f2cli.options.train_detector import OptimizerOptions
 from m2f2cli.training.epochs import BatchSampler, Steps
 from m2f2cli.training.objective import Objective
 from m2f2cli.training.pictures import Batcher, MeasuringPictures, TrainingPictures
@@ -41,7 +41,7 @@ def measure(prediction: EvalPrediction) -> dict[str, float]:
     if not np.isfinite(logits).all():
         raise M2F2Error(
             "The training has diverged: the detector's answers are no longer finite numbers.",
-            "Lower --learning-rate or set --clip-gradient 1, and begin anew with --overwrite.",
+            "Lower --learning-rate or set --max-grad-norm 1, and begin anew with --overwrite.",
         )
     labels = np.asarray(prediction.label_ids)
     margin = logits[:, 1] - logits[:, 0]
@@ -77,13 +77,18 @@ class DetectorTrainer(StatefulTrainer):
         objective: Objective,
         arguments: TrainingArguments,
         *,
-        options: OptimiserOptions,
+        options: OptimizerOptions,
         pictures: TrainingPictures,
         measured: MeasuringPictures,
         mixup: float,
     ) -> None:
         self.options = options
-        steps = Steps(len(pictures), options.batch_size, options.accumulate, arguments.world_size)
+        steps = Steps(
+            len(pictures),
+            options.batch_size,
+            options.gradient_accumulation_steps,
+            arguments.world_size,
+        )
         self.sampler = BatchSampler(steps, arguments.process_index)
         super().__init__(
             model=objective,
@@ -126,7 +131,7 @@ class DetectorTrainer(StatefulTrainer):
             trainable = sum(p.requires_grad for p in self.model.parameters())
             if covered != trainable:
                 raise LookupError(f"{covered} of {trainable} trainable parameters are in a group.")
-            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.options.optimiser]
+            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.options.optimizer]
             # Names stay out: they would be saved with the state and compared by torch.
             plain = [{k: v for k, v in group.items() if k != "names"} for group in groups]
             self.optimizer = kind(plain, betas=(0.9, self.options.beta2))
@@ -176,9 +181,9 @@ class DetectorTrainer(StatefulTrainer):
         return better
 
     def gave_up(self, state: TrainerState) -> bool:
-        """Whether the selected figure has not got better for ``early_stop`` epochs."""
+        """Whether the selected figure has not got better for ``early_stopping_patience`` epochs."""
         waited = (state.global_step - (state.best_global_step or 0)) // self.steps_per_epoch
-        return 0 < self.options.early_stop <= waited
+        return 0 < self.options.early_stopping_patience <= waited
 
     def kept_states(self) -> set[int]:
         """The last saved state and the best."""

@@ -28,5 +28,5 @@ def test_the_schedule_of_a_stage(tmp_path, asked, told):
 )
 def test_the_schedule_of_a_detector(options, tmp_path, asked, told):
     warmup = 0.0 if asked == "plateau" else 0.1
-    arguments = trainer_arguments(options(schedule=asked, warmup=warmup), tmp_path)
+    arguments = trainer_arguments(options(schedule=asked, warmup_ratio=warmup), tmp_path)
     assert arguments.lr_scheduler_type == told
