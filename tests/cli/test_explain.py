@@ -12,8 +12,7 @@ import pytest
 
 from m2f2cli.cli import app
 from m2f2cli.evaluation.predictions import read_predictions
-from m2f2cli.evaluation.scored import join
-from m2f2cli.evaluation.truth import file_truth
+from m2f2cli.evaluation.truth import file_truth, join
 from m2f2cli.records import Explanation
 from tests.inference.explainers import crops
 from tests.models.explainers import write_explainer
