@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import errno
 import inspect
 import os
@@ -17,6 +15,7 @@ import typer
 
 from m2f2cli import __version__
 from m2f2cli.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Output
+from m2f2cli.compat import leave
 from m2f2cli.errors import M2F2Error
 from m2f2cli.options.fields import renamed
 from m2f2cli.runtime import debug
@@ -218,11 +217,5 @@ def main() -> None:
     code = run(sys.argv[1:])
     others = [t for t in threading.enumerate() if t is not threading.main_thread()]
     if "torch" in sys.modules and all(thread.daemon for thread in others):
-        # Taking torch and transformers apart costs a second that nobody needs: everything is
-        # written, so run the exit hooks, flush, and leave.
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
+        leave(code)
     sys.exit(code)
