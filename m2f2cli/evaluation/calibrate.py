@@ -193,16 +193,16 @@ def wilson_interval(hits: int, total: int) -> tuple[float, float]:
     """The 95 % interval of Wilson (1927) for a share that ``hits`` of ``total`` estimate."""
     z = 1.959964
     share, extra = hits / total, z * z / total
-    centre = (share + extra / 2) / (1 + extra)
+    center = (share + extra / 2) / (1 + extra)
     half = z / (1 + extra) * math.sqrt(share * (1 - share) / total + extra / (4 * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def _excluded(real_scores: np.ndarray, weights: np.ndarray, target_fpr: float) -> np.ndarray:
     """The highest score that a threshold must lie above, for each row of weights (R, N): (R,)."""
     curve = Ranking(np.zeros(len(real_scores)), real_scores).curve(weights)
-    allowed = target_fpr * curve.alarms[:, -1:] + 1e-9
-    return curve.scores[np.argmax(curve.alarms > allowed, axis=1)]
+    allowed = target_fpr * curve.false_positives[:, -1:] + 1e-9
+    return curve.scores[np.argmax(curve.false_positives > allowed, axis=1)]
 
 
 def _band(
