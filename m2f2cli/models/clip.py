@@ -224,7 +224,7 @@ class ClipTower(nn.Module):
         """Run the vision part.
 
         Args:
-            pixel_values: (B, 3, S, S), normalised with CLIP's mean and deviation.
+            pixel_values: (B, 3, S, S), normalized with CLIP's mean and deviation.
             extra: Further hidden states to return, as block numbers up to ``self.block``.
 
         Returns:

@@ -176,7 +176,7 @@ class Detector(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Parts initialise themselves when built; a checkpoint must bring every tensor."""
+        """Parts initialize themselves when built; a checkpoint must bring every tensor."""
 
     def train(self, mode: bool = True) -> Detector:
         """Set the mode; a part without a trainable parameter stays in evaluation mode."""
@@ -218,7 +218,7 @@ class Detector(PreTrainedModel):
         """Judge pictures.
 
         Args:
-            pixel_values: (B, 3, S, S) in the model's dtype, normalised with ``config.image_mean``
+            pixel_values: (B, 3, S, S) in the model's dtype, normalized with ``config.image_mean``
                 and ``config.image_std``.
             labels: (B,) int64, 0 real and 1 fake.
             backbone_pixel_values: What the backbone sees, where that differs from what CLIP sees.
@@ -267,5 +267,5 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def _projection(inputs: int, outputs: int) -> nn.Sequential:
-    """Linear and LayerNorm, initialised N(0, 0.01) and 0 as published."""
+    """Linear and LayerNorm, initialized N(0, 0.01) and 0 as published."""
     return nn.Sequential(_linear(inputs, outputs), nn.LayerNorm(outputs))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,23 @@ class Answer:
     text: str
 
 
+def _annotation_files(folder: Path) -> list[Path]:
+    files = sorted(folder.rglob("*.json"))
+    if not files:
+        raise InputError(f"There are no annotation files (*.json) in '{folder}'.", "empty")
+    return files
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"'{file}' is not a DD-VQA annotation file: {type(error).__name__} {error}."
+        ) from error
+
+
 def read_annotations(folder: Path) -> dict[str, tuple[Answer, ...]]:
     """Read every answer about every picture, in the order of the files.
 
@@ -92,23 +110,15 @@ def read_annotations(folder: Path) -> dict[str, tuple[Answer, ...]]:
     Raises:
         InputError: There are no annotation files, one is malformed, or two speak of one picture.
     """
-    files = sorted(folder.rglob("*.json"))
-    if not files:
-        raise InputError(f"There are no annotation files (*.json) in '{folder}'.", "empty")
     found: dict[str, tuple[Answer, ...]] = {}
-    for file in files:
-        try:
-            annotations = json.loads(file.read_text(encoding="utf-8"))
-            for stem, questions in annotations.items():
+    for file in _annotation_files(folder):
+        with _reading(file):
+            for stem, questions in json.loads(file.read_text(encoding="utf-8")).items():
                 if not DDVQA_NAME.fullmatch(stem):
                     raise ValueError(f"'{stem}' is not named like a DD-VQA crop")
                 if stem in found:
                     raise ValueError(f"'{stem}' is annotated twice")
                 found[stem] = tuple(_answers(stem, questions))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"'{file}' is not a DD-VQA annotation file: {type(error).__name__} {error}."
-            ) from error
     return found
 
 
@@ -146,19 +156,12 @@ def read_judgements(folder: Path, stems: Iterable[str]) -> dict[str, np.ndarray]
         InputError: There are no annotation files, or one is malformed.
     """
     wanted = set(stems)
-    files = sorted(folder.rglob("*.json"))
-    if not files:
-        raise InputError(f"There are no annotation files (*.json) in '{folder}'.", "empty")
     judged = {}
-    for file in files:
-        try:
+    for file in _annotation_files(folder):
+        with _reading(file):
             annotations = json.loads(file.read_text(encoding="utf-8"))
             for stem in wanted & annotations.keys():
                 judged[stem] = _judge(annotations[stem])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"'{file}' is not a DD-VQA annotation file: {type(error).__name__} {error}."
-            ) from error
     return judged
 
 
