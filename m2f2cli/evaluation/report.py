@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, UsageError
+from m2f2cli.evaluation.predictions import read_text, refuse_constant
 from m2f2cli.evaluation.truth import (
     DEFAULT_THRESHOLD,
     FAKE,
@@ -177,26 +178,14 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: The file is missing, empty, cut off, no JSON, or holds NaN or no object.
     """
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError(f"There is no file '{path}'.", "missing", "Check the path.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"'{path}' cannot be read: {reason}.") from error
-    if not text.strip():
-        raise InputError(f"'{path}' is empty.", "empty")
-    try:
-        found = json.loads(text, parse_constant=_refuse_constant)
+        found = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is not valid JSON: {error}.") from error
     if not isinstance(found, dict):
         raise InputError(f"'{path}' does not hold a JSON object.")
     return found
-
-
-def _refuse_constant(word: str) -> float:
-    raise ValueError(f"{word} is not a JSON number")
 
 
 def is_report(found: Mapping[str, Any]) -> bool:

@@ -6,8 +6,8 @@ pictures where they stand alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,60 @@ from m2f2cli.metrics import (
     precision_area,
 )
 
-FALSE_ALARMS = {"tpr_at_fpr_1": 0.01, "tpr_at_fpr_5": 0.05}
+FALSE_POSITIVE_RATES = [0.01, 0.05]  # of tpr_at_fpr_1 and tpr_at_fpr_5
+
+
+class Weighted(NamedTuple):
+    """What figures are computed from, for R rows of weights at once.
+
+    Attributes:
+        frames: Operating points over pictures or frames; None without probabilities.
+        videos: The same over videos, by the mean of their frames; None without videos.
+        bins: (R, BINS, 3): pictures, sum of their probabilities, forged ones; None as ``frames``.
+        calls: What was called fake; no answer counts as a wrong one.
+    """
+
+    frames: Any
+    videos: Any
+    bins: Any
+    calls: Confusion
+
+
+class Metric(NamedTuple):
+    """One figure of the standard protocol.
+
+    Attributes:
+        needs: The attribute of ``Weighted`` without which the figure is left out.
+        compute: Gives (R,), NaN where it is undefined.
+        undefined: Why it may be undefined; None for "one class only", as ``reasons`` words it.
+    """
+
+    needs: str
+    compute: Callable[[Weighted], np.ndarray]
+    undefined: str | None = None
+
+
+def _binned_error(of: Weighted) -> np.ndarray:
+    counts, probability, fakes = np.moveaxis(of.bins, -1, 0)
+    with np.errstate(invalid="ignore"):
+        return np.abs(probability - fakes).sum(axis=-1) / counts.sum(axis=-1)
+
+
+# Every figure of a set of pictures, in the order of a report. A new one is an entry here.
+METRICS = {
+    "frame_auc": Metric("frames", lambda of: area(of.frames)),
+    "video_auc": Metric("videos", lambda of: area(of.videos)),
+    "ap": Metric("frames", lambda of: precision_area(of.frames)),
+    "eer": Metric("frames", lambda of: equal_error_rate(of.frames)),
+    "tpr_at_fpr_1": Metric("frames", lambda of: detection_rate(of.frames, 0.01)),
+    "tpr_at_fpr_5": Metric("frames", lambda of: detection_rate(of.frames, 0.05)),
+    "calibration_error": Metric("bins", _binned_error),
+    "accuracy": Metric("calls", lambda of: of.calls.accuracy, "there are no pictures"),
+    "balanced_accuracy": Metric("calls", lambda of: of.calls.balanced_accuracy, "one class only"),
+    "f1": Metric("calls", lambda of: of.calls.f1, "nothing is forged and nothing was called so"),
+    "precision": Metric("calls", lambda of: of.calls.precision, "nothing was called fake"),
+    "recall": Metric("calls", lambda of: of.calls.recall, "there are no forged pictures"),
+}
 
 
 class Pictures:
@@ -107,20 +160,17 @@ class Pictures:
         Returns:
             Each figure, (R,), NaN where it is undefined; ``KIND.figure`` for one manipulation.
         """
-        found = {}
+        frames = videos = bins = None
         if self._ranks:
-            curve = self._frames.curve(weights)
-            found["frame_auc"] = area(curve)
-            if self._videos is not None:
-                found["video_auc"] = area(self._videos.curve(weights))
-            found["ap"] = precision_area(curve)
-            found["eer"] = equal_error_rate(curve)
-            for name, rate in FALSE_ALARMS.items():
-                found[name] = detection_rate(curve, rate)
-            found["calibration_error"] = self._calibration_error(weights)
-        called = Confusion(*np.moveaxis(weights @ self._cells, -1, 0))
-        for name in ("accuracy", "balanced_accuracy", "f1", "precision", "recall"):
-            found[name] = getattr(called, name)
+            frames, bins = self._frames.curve(weights), np.tensordot(weights, self._bins, 1)
+            videos = self._videos.curve(weights) if self._videos is not None else None
+        calls = Confusion(*np.moveaxis(weights @ self._cells, -1, 0))
+        of = Weighted(frames, videos, bins, calls)
+        found = {
+            name: metric.compute(of)
+            for name, metric in METRICS.items()
+            if getattr(of, metric.needs) is not None
+        }
         for kind, right in self._right.items():
             if self._ranks and kind in self._of_kind:
                 found[f"{kind}.auc"] = area(self._of_kind[kind].curve(weights))
@@ -128,11 +178,6 @@ class Pictures:
             with np.errstate(invalid="ignore"):
                 found[f"{kind}.accuracy"] = sums[:, 0] / sums[:, 1]
         return found
-
-    def _calibration_error(self, weights: np.ndarray) -> np.ndarray:
-        counts, probability, fakes = np.moveaxis(np.tensordot(weights, self._bins, 1), -1, 0)
-        with np.errstate(invalid="ignore"):
-            return np.abs(probability - fakes).sum(axis=-1) / counts.sum(axis=-1)
 
     def reasons(self) -> Mapping[str, str]:
         """Why a figure is undefined, if it is."""
@@ -143,16 +188,9 @@ class Pictures:
             words = {FAKE: "forged", REAL: "real"}
             absent = [word for label, word in words.items() if label not in answered]
             lacks = f"one class only: no {' and no '.join(absent)} pictures with an answer"
-        ranked = ("frame_auc", "video_auc", "ap", "eer", *FALSE_ALARMS, "calibration_error")
-        kinds = {f"{kind}.auc": lacks for kind in self._right}
         return {
-            **dict.fromkeys(ranked, lacks),
-            **kinds,
-            "accuracy": "there are no pictures",
-            "balanced_accuracy": "one class only",
-            "precision": "nothing was called fake",
-            "recall": "there are no forged pictures",
-            "f1": "nothing is forged and nothing was called so",
+            **{f"{kind}.auc": lacks for kind in self._right},
+            **{name: metric.undefined or lacks for name, metric in METRICS.items()},
         }
 
 
@@ -349,7 +387,7 @@ def _decisions(scored: Joined) -> dict[str, Any]:
         definition |= {
             "video_score": "mean fake probability of its frames",
             "eer": "ROC curve straight between operating points",
-            "tpr_at_fpr": {"false_positive_rates": list(FALSE_ALARMS.values()), "between": "none"},
+            "tpr_at_fpr": {"false_positive_rates": FALSE_POSITIVE_RATES, "between": "none"},
             "calibration_bins": BINS,
         }
     return definition
