@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.data.readers.ddvqa import FLAWS, REGIONS
+from m2f2cli.files import json_bytes
 from m2f2cli.options.train_detector import INCIDENTAL, TrainDetectorOptions
 from m2f2cli.runtime import process_count, seed_everything
 from m2f2cli.training.build import build_detector
@@ -124,10 +125,10 @@ class Training:
                 f"{self.options.optimizer.select} for "
                 f"{self.options.optimizer.early_stopping_patience} epochs."
             )
-        processor = store.preprocessor_config(
+        processor = io.preprocessor_config(
             detector.config.image_size, detector.config.image_mean, detector.config.image_std
         )
-        store.write_checkpoint(
+        io.write_checkpoint(
             run.output,
             config=json.loads(json.dumps(config)),
             tensors={
@@ -135,7 +136,7 @@ class Training:
                 for name, tensor in trainer.model.result().items()
             },
             stage=stage,
-            extra_files={"preprocessor_config.json": store.json_bytes(processor)},
+            extra_files={"preprocessor_config.json": json_bytes(processor)},
             overwrite=run.overwrite,
         )
         forget_states(run.output)
@@ -159,7 +160,7 @@ def prepare(options: TrainDetectorOptions, *, notify: Notify | None = None) -> T
     run = options.run
     if run.resume and (run.output / "stage.json").exists():
         same_options(
-            store.read_stage(run.output).get("options", {}), options, INCIDENTAL, where=run.output
+            io.read_stage(run.output).get("options", {}), options, INCIDENTAL, where=run.output
         )
         return Training(options, None, 0, {}, notify)
     claim_output(options, INCIDENTAL)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.checkpoints.delta import write_delta
 from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.data.conversations import Pictures
@@ -139,7 +139,7 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Stage:
     notify = notify or (lambda _: None)
     run = options.run
     if run.resume and (run.output / "stage.json").exists():
-        noted = store.read_stage(run.output).get("options", {})
+        noted = io.read_stage(run.output).get("options", {})
         same_options(noted, options, INCIDENTAL, where=run.output)
         return Stage(options, None, 0, {}, None, notify)
     check_output(options, INCIDENTAL)

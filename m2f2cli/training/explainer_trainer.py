@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
-from m2f2cli.checkpoints.store import check_names_and_shapes
+from m2f2cli.checkpoints.io import check_names_and_shapes
 from m2f2cli.data.conversations import Conversation
 from m2f2cli.data.judgement import parse
 from m2f2cli.errors import InputError, M2F2Error

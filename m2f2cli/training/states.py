@@ -22,10 +22,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from m2f2cli import environment
-from m2f2cli.checkpoints import store
-from m2f2cli.checkpoints.tensorfile import write_tensor_file
+from m2f2cli.checkpoints.io import write_tensor_file
 from m2f2cli.errors import CheckpointError, ConfigError, UsageError
-from m2f2cli.files import refuse_existing
+from m2f2cli.files import atomic_write, json_bytes, refuse_existing
 from m2f2cli.options.fields import OptionGroups
 from m2f2cli.runtime import first_process, process_count
 from m2f2cli.training.epochs import BatchSampler
@@ -185,7 +184,7 @@ def claim_output(options: Any, incidental: Collection[str]) -> None:
         if options.run.overwrite and folder.exists():
             shutil.rmtree(folder)
         noting = options.to_flat() | {PROCESSES: process_count()}
-        store.atomic_write(folder / _OPTIONS, store.json_bytes(noting))
+        atomic_write(folder / _OPTIONS, json_bytes(noting))
 
 
 def same_options(
