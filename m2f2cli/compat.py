@@ -24,3 +24,14 @@ def configure_gradio(folder: Path) -> None:
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+def forget_accelerator() -> None:
+    """Let the next ``Accelerator`` of this process choose device and precision anew.
+
+    accelerate 1.15 keeps both for the whole process and refuses others; ``Accelerator`` has no
+    public way to put them back. transformers' ``TrainingArguments`` calls the same method.
+    """
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -23,3 +23,12 @@ def test_gradio_reads_its_settings_from_the_environment(monkeypatch, tmp_path):
     assert not blocks.analytics_enabled
     assert blocks.default_config is not None
     assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path)
+
+
+def test_a_second_accelerator_may_compute_otherwise():
+    from accelerate import Accelerator
+
+    for precision in ("no", "bf16"):
+        compat.forget_accelerator()
+        assert Accelerator(cpu=True, mixed_precision=precision).mixed_precision == precision
+    compat.forget_accelerator()

@@ -46,7 +46,7 @@ def alone(root, tmp_path_factory):
     for stage in STAGES:
         settings = SETTINGS | PLAIN[stage] | {"batch_size": 6}
         run = prepare(stage_options(stage, root, folder / stage, **settings))
-        found[stage] = run.run(), run.trainer.state.log_history
+        found[stage] = run.run(), run.history
     return found
 
 
