@@ -15,7 +15,7 @@ if [ ! -e talks/truth_test_c40.jsonl ]; then
 fi
 
 step "detector (stage 1), from the bundled one"
-m2f2 train-detector --init lite --data "ddvqa:$data" --limit 48 --epochs 1 --batch-size 16 \
+m2f2 train-detector --model lite --data "ddvqa:$data" --limit 48 --epochs 1 --batch-size 16 \
   --learning-rate 1e-5 --head-lr 1e-5 --resume --output detector
 
 step "a small base in LLaVA's layout"
@@ -36,7 +36,7 @@ m2f2 merge --base explainer-0 --delta delta-1 --verify --output explainer-1
 
 step "lora (stage 3)"
 m2f2 lora --model explainer-1 --data talks/train_explain_c40.json --images "$crops/train" \
-  --limit 240 --batch-size 16 --no-gradient-checkpointing --rank 16 --alpha 32 \
+  --limit 240 --batch-size 16 --no-gradient-checkpointing --lora-r 16 --lora-alpha 32 \
   --learning-rate 2e-3 --projector-lr 1e-3 --validation-share 0.1 --answer-tokens 24 \
   --resume --output delta-2
 m2f2 merge --base explainer-1 --delta delta-2 --verify --output explainer

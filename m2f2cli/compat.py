@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def configure_gradio(folder: Path) -> None:
@@ -35,3 +39,31 @@ def forget_accelerator() -> None:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def weights_version(weight: torch.Tensor) -> int:
+    """How often a tensor was written to in place (``Tensor._version``; torch 2.6 to 2.13).
+
+    torch offers no public counter; it tells whether a result that was computed from the weights
+    still holds.
+    """
+    return weight._version
+
+
+def attention_of(config: Any) -> str | None:
+    """The attention implementation of a model's configuration.
+
+    ``PretrainedConfig._attn_implementation`` (transformers 5.6 to 5.24): the public argument
+    ``attn_implementation`` sets it, nothing public reads it.
+    """
+    found: str | None = config._attn_implementation
+    return found
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Choose the attention of blocks built from a configuration without its model.
+
+    ``PretrainedConfig._attn_implementation`` (transformers 5.6 to 5.24): the public
+    ``set_attn_implementation`` is a method of models, and blocks are built here without one.
+    """
+    config._attn_implementation = name

@@ -46,8 +46,15 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of m2f2, Python and the libraries that results may depend on; imports none."""
+def library_versions(*packages: str) -> dict[str, str]:
+    """Versions of what a result may depend on; imports none of it.
+
+    Args:
+        packages: Distributions; one that is not installed is ``unknown``. By default m2f2, Python
+            and whichever of ``PACKAGES`` and of the reports' libraries are installed.
+    """
+    if packages:
+        return {name: _version(name) or "unknown" for name in packages}
     found = {name: _version(name) for name in (*PACKAGES, "pycocoevalcap", "matplotlib")}
     own = {"m2f2cli": __version__, "python": platform.python_version()}
     return own | {name: number for name, number in found.items() if number}

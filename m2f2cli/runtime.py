@@ -107,6 +107,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def first_process() -> bool:
     """Whether this is the only process of a run, or the first that ``torchrun`` started."""
     return os.environ.get("RANK", "0") == "0"

@@ -228,7 +228,7 @@ def runs_here(command: Command, *, patiently: bool = False) -> bool:
     """
     words = command.arguments
     trains = words[0] in ("train-detector", "align", "lora") and "--print-config" not in words
-    if command.launched or words[0] == "demo" or (trains and "--init lite" not in " ".join(words)):
+    if command.launched or words[0] == "demo" or (trains and "--model lite" not in " ".join(words)):
         return False
     if (trains or "--robustness" in words) and not patiently:
         return False

@@ -45,7 +45,7 @@ def bring(folder: Path) -> Path:
 def _trained(folder: Path) -> Path:
     """A tiny detector, trained on half of ``faces/``."""
     write_detector(folder / "tiny")
-    start = ["train-detector", "--init", str(folder / "tiny"), "--data", str(folder / "faces")]
+    start = ["train-detector", "--model", str(folder / "tiny"), "--data", str(folder / "faces")]
     stop = ["--validation-share", "0.5", "--epochs", "1", "--quiet"]
     assert app.run([*start, *stop, "--output", str(folder / "detector")]) == 0
     return folder / "detector"

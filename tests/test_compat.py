@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
+import m2f2cli.models  # noqa: F401 - before transformers
 from m2f2cli import compat
 
 
@@ -32,3 +34,24 @@ def test_a_second_accelerator_may_compute_otherwise():
         compat.forget_accelerator()
         assert Accelerator(cpu=True, mixed_precision=precision).mixed_precision == precision
     compat.forget_accelerator()
+
+
+def test_a_write_in_place_counts():
+    weight = torch.zeros(2)
+    before = compat.weights_version(weight)
+    weight.add_(1)
+    assert compat.weights_version(weight) > before
+
+
+def test_the_attention_of_a_configuration():
+    from transformers import CLIPVisionConfig
+    from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+    config = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_attention_heads=2)
+    for name in ("eager", "sdpa"):
+        compat.set_attention(config, name)
+        assert compat.attention_of(config) == name
+        attention = CLIPEncoderLayer(config).self_attn
+        assert compat.attention_of(attention.config) == name
+    chosen = CLIPVisionConfig(attn_implementation="eager")
+    assert compat.attention_of(chosen) == "eager"

@@ -168,4 +168,4 @@ def test_the_package_on_the_extending_page_works(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "epochs: 3\n" in done.stdout
-    assert "init: lite\n" in done.stdout
+    assert "model: lite\n" in done.stdout

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from m2f2cli.checkpoints import keymaps
 from m2f2cli.errors import CheckpointError
@@ -52,14 +52,6 @@ _LLAVA_PICTURES: dict[str, tuple[Any, ...]] = {
     "vision_feature_select_strategy": ("default",),
     "mm_use_im_start_end": (False,),
 }
-
-
-class Shaped(Protocol):
-    """Anything with a shape: a tensor, or one still on disk."""
-
-    @property
-    def shape(self) -> Any:
-        """The sizes."""
 
 
 def read_clip_config(path: Path | None) -> dict[str, dict[str, Any]]:
@@ -148,12 +140,12 @@ def _below(begin: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vision_fields(
-    tensors: Mapping[str, Shaped], given: Mapping[str, Any] | None, *, what: str
+    tensors: Mapping[str, Any], given: Mapping[str, Any] | None, *, what: str
 ) -> dict[str, Any]:
     """The fields of a vision tower's configuration.
 
     Args:
-        tensors: Its tensors, named as in transformers' ``CLIPVisionTransformer``.
+        tensors: Anything with ``shape``, named as in transformers' ``CLIPVisionTransformer``.
         given: The ``vision`` part of a CLIP configuration.
         what: The file, for messages.
 
@@ -180,12 +172,12 @@ def vision_fields(
 
 
 def text_fields(
-    tensors: Mapping[str, Shaped], given: Mapping[str, Any] | None, *, words: int, what: str
+    tensors: Mapping[str, Any], given: Mapping[str, Any] | None, *, words: int, what: str
 ) -> dict[str, Any]:
     """The fields of a text tower's configuration; see ``vision_fields``.
 
     Args:
-        tensors: Its tensors, named as in transformers' ``CLIPTextTransformer``.
+        tensors: Anything with ``shape``, named as in transformers' ``CLIPTextTransformer``.
         given: The ``text`` part of a CLIP configuration.
         words: Size of the vocabulary.
         what: The file, for messages.
@@ -200,7 +192,7 @@ def text_fields(
     return _complete("text", fields, given, known=True, what=what)
 
 
-def _blocks(tensors: Mapping[str, Shaped], what: str) -> dict[str, int]:
+def _blocks(tensors: Mapping[str, Any], what: str) -> dict[str, int]:
     numbers = {
         int(key.split(".")[2])
         for key in tensors
@@ -213,7 +205,7 @@ def _blocks(tensors: Mapping[str, Shaped], what: str) -> dict[str, int]:
     return {"num_hidden_layers": len(numbers), "intermediate_size": inner[0]}
 
 
-def _shape(tensors: Mapping[str, Shaped], key: str, what: str, *, dims: int) -> tuple[int, ...]:
+def _shape(tensors: Mapping[str, Any], key: str, what: str, *, dims: int) -> tuple[int, ...]:
     if key not in tensors:
         raise CheckpointError(f"A CLIP tower of {what} lacks its tensor '{key}'.")
     shape = tuple(int(n) for n in tensors[key].shape)
@@ -341,7 +333,7 @@ def llama_config(
 
 
 def _llama_sizes(
-    fields: Mapping[str, Any], tensors: Mapping[str, Shaped], what: str
+    fields: Mapping[str, Any], tensors: Mapping[str, Any], what: str
 ) -> dict[str, Any]:
     def shape(name: str) -> tuple[int, ...]:
         key = f"language_model.model.{name}"

@@ -11,13 +11,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from m2f2cli import __version__
 from m2f2cli.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Output
 from m2f2cli.errors import M2F2Error
+from m2f2cli.options.fields import renamed
 from m2f2cli.runtime import debug
 
 
@@ -173,7 +174,7 @@ def _explain(error: Exception) -> int:
     if hasattr(error, "format_message"):  # the command line's own parser
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "m2f2"
-        output.error(str(error.format_message()), f"See '{where} --help'.")
+        output.error(str(error.format_message()), _new_name(error) or f"See '{where} --help'.")
         return EXIT_USAGE
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" while writing '{error.filename}'" if error.filename else ""
@@ -189,6 +190,16 @@ def _explain(error: Exception) -> int:
         "A bug, or a broken installation: M2F2_DEBUG=1 before the command shows the traceback.",
     )
     return EXIT_FAILED
+
+
+def _new_name(error: Any) -> str | None:
+    """The hint for a flag that has another name now."""
+    context, old = getattr(error, "ctx", None), getattr(error, "option_name", None)
+    if context is None or old is None:
+        return None
+    known = {name.removeprefix("--") for p in context.command.params for name in p.opts}
+    new = renamed(old.removeprefix("--"), known)
+    return f"'{old}' is now '--{new}'." if new else None
 
 
 def _silence_stdout() -> None:

@@ -65,7 +65,7 @@ def demo(
     frames: flags.Frames = 16,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
-    quantise: asking.Quantise = None,
+    quantize: asking.Quantise = None,
     threshold: flags.Threshold = None,
     uncertain: flags.Uncertain = None,
     max_new_tokens: asking.MaxNewTokens = 512,
@@ -86,7 +86,7 @@ def demo(
     serve(
         model,
         address=Address(host, port, auth),
-        options=ExplainOptions(judging, max_new_tokens=max_new_tokens, quantise=quantise),
+        options=ExplainOptions(judging, max_new_tokens=max_new_tokens, quantize=quantize),
         ready=lambda url: Output().note(
             f"Ready at {url} after {time.perf_counter() - begin:.1f} s. Ctrl-C ends it."
         ),

@@ -94,7 +94,7 @@ def _options(values: Mapping[str, Any]) -> ExplainOptions:
         "temperature",
         "top_p",
         "seed",
-        "quantise",
+        "quantize",
     )
     condition = "truth" if values["dataset"] is not None else "detector"
     return ExplainOptions(
@@ -204,7 +204,7 @@ _FLAGS: dict[str, tuple[Any, Any]] = {
     "model": (own.Explainer, "lite"),
     "device": (flags.Device, "auto"),
     "dtype": (flags.Dtype, "auto"),
-    "quantise": (own.Quantise, None),
+    "quantize": (own.Quantise, None),
     "batch_size": (own.AnswersAtOnce, 16),
     "threshold": (flags.Threshold, None),
     "uncertain": (flags.Uncertain, None),

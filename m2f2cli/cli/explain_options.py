@@ -22,7 +22,7 @@ Explainer = Annotated[
 Quantise = Annotated[
     str | None,
     flag(
-        "quantise",
+        "quantize",
         "Load the language model's layers in 4 or 8 bits (CUDA).",
         metavar="4bit|8bit",
         rich_help_panel=_MODEL,

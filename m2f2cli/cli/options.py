@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from m2f2cli.errors import ConfigError
+from m2f2cli.options.fields import renamed
 
 
 def flag(name: str, help: str, **extra: Any) -> Any:
@@ -54,7 +55,7 @@ def as_defaults(context: typer.Context, values: Mapping[str, Any], where: str) -
     """
     by_flag: dict[str, Any] = {}
     for parameter in context.command.params:
-        if parameter.name is None or parameter.name in ("config", "help"):
+        if parameter.name is None or parameter.name in ("config", "set", "help"):
             continue
         for spelling in parameter.opts:
             if spelling.startswith("--"):
@@ -96,6 +97,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def unknown_key(key: str, known: list[str], where: str) -> ConfigError:
     """The error for a name nobody reads, with the nearest one that somebody does."""
+    if new := renamed(key.replace("_", "-"), known):
+        return ConfigError(f"{where} sets '{key}', which is now '{new}'.", f"Write '{new}'.")
     near = get_close_matches(key.replace("_", "-"), known, n=1)
     hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(known)}."
     return ConfigError(f"{where} sets '{key}', which this command does not know.", hint)

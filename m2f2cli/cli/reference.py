@@ -47,8 +47,10 @@ def _command(command: Any) -> Iterator[str]:
     examples = (command.epilog or "").split("\n\n")[1:]
     if examples:
         yield "\n".join("    " + line.strip().replace("\\[", "[") for line in examples) + "\n"
-    flags = [p for p in command.params if p.opts[0].startswith("-") and not p.hidden]
+    flags = [p for p in command.params if p.opts[0].startswith("-")]
     arguments = [p for p in command.params if p not in flags]
+    keys = [p for p in flags if p.hidden]
+    flags = [p for p in flags if not p.hidden]
     if arguments:
         rows = [
             (f"`{p.metavar or p.name.upper()}`", "required" if p.required else "", _prose(p.help))
@@ -60,6 +62,10 @@ def _command(command: Any) -> Iterator[str]:
         panels.setdefault(parameter.rich_help_panel or "Flags", []).append(parameter)
     for panel, members in panels.items():
         yield _table((panel, "Value", "Default", "Meaning"), [_flag(p) for p in members])
+    if keys:
+        rows = [(f"`{p.opts[0].removeprefix('--')}`", *_flag(p)[1:]) for p in keys]
+        yield "Further keys of `--config` and `--set`:\n"
+        yield _table(("Key", "Value", "Default", "Meaning"), rows)
 
 
 def _flag(parameter: Any) -> tuple[str, str, str, str]:

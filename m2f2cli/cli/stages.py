@@ -19,7 +19,8 @@ EXAMPLES = {
     "lora": (
         "m2f2 lora --model explainer-1/ --data train_explain_c40.json --images crops/ "
         "--output delta-2/",
-        "m2f2 lora --config lora.yaml --batch-size 4 --accumulate 5 --load-in 4bit",
+        "m2f2 lora --config lora.yaml --batch-size 4 --gradient-accumulation-steps 5 "
+        "--quantize 4bit",
         "m2f2 lora --config lora.yaml --validation-share 0.05 --output delta-2/",
     ),
 }

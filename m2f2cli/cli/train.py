@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +16,7 @@ import typer
 
 from m2f2cli.cli import options as flags
 from m2f2cli.cli.output import Output
+from m2f2cli.errors import ConfigError
 from m2f2cli.options.fields import OptionGroups, flag_name
 from m2f2cli.options.recipes import read_recipe
 from m2f2cli.options.train_detector import TrainDetectorOptions
@@ -25,17 +26,17 @@ EXAMPLES = {
     "train-detector": (
         "m2f2 train-detector --data faces/ --output detector/",
         "m2f2 train-detector --config recipe.yaml --output detector/ --resume",
-        "m2f2 train-detector --data ddvqa/ --init lite --train head --epochs 5 --output tuned/",
+        "m2f2 train-detector --data ddvqa/ --model lite --train head --epochs 5 --output tuned/",
         "m2f2 train-detector --data ffpp:ffpp_h5/ --recipe published --output detector/",
         "m2f2 train-detector --data ffpp:ffpp_h5/ --data faces/ --balance --output detector/",
-        "m2f2 train-detector --recipe published --print-config",
+        "m2f2 train-detector --recipe published --set augment.jpeg.p=0.2 --print-config",
     )
 }
 
 PANELS = {
     "data": "Data",
     "model": "Model",
-    "optimiser": "Optimiser",
+    "optimizer": "Optimizer",
     "objective": "Objective",
     "augment": "Augmentation (published: blur, JPEG, flip)",
     "pseudo": "Pseudo-fakes (shares of the forged pictures)",
@@ -71,6 +72,42 @@ PrintConfig = Annotated[
 ]
 
 
+Set = Annotated[
+    list[str] | None,
+    flags.flag(
+        "set",
+        "Set any key that --print-config lists, such as augment.jpeg.p=0.2. May be repeated; goes "
+        "before all else.",
+        metavar="KEY=VALUE",
+        show_default=False,
+    ),
+]
+
+
+def apply_settings(
+    kind: type[OptionGroups], values: dict[str, Any], settings: Sequence[str]
+) -> None:
+    """Put what ``--set`` says among the flags' values.
+
+    Raises:
+        ConfigError: No such option, or no value.
+    """
+    import yaml
+
+    known = sorted(item.name.replace("_", "-") for _, item in kind.walk())
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        name = kind.name_of(key)
+        if name is None or name == "recipe":
+            raise flags.unknown_key(key, known, "--set")
+        if not equals:
+            raise ConfigError(f"--set {key} has no value.", f"For example: --set {key}=1")
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {key} cannot read '{text}' as a value.") from error
+
+
 def train_detector(**values: Any) -> None:
     """Train a detector on pictures in real/ and fake/ (stage 1).
 
@@ -95,6 +132,7 @@ def train(
         blanks: What ``--print-config`` shows for flags that have no default.
     """
     quiet, show = values.pop("quiet"), values.pop("print_config")
+    apply_settings(kind, values, values.pop("set") or ())
     if show:
         values |= {name: values[name] or blank for name, blank in blanks.items()}
     values.pop("config")
@@ -132,7 +170,11 @@ def _parameter(item: dataclasses.Field[Any], hint: Any, panel: str) -> inspect.P
     """A flag with the field's name, type, default and help; the field itself checks values."""
     wanted = item.default is dataclasses.MISSING
     default: Any = None if wanted else item.default
-    extra: dict[str, Any] = {"rich_help_panel": panel, "show_default": not wanted}
+    extra: dict[str, Any] = {
+        "rich_help_panel": panel,
+        "show_default": not wanted,
+        "hidden": item.metadata["key"],
+    }
     if hint is bool:
         extra |= {"negatable": True, "metavar": ""}
     else:
@@ -163,6 +205,7 @@ def as_command(body: Callable[..., None], options: type[OptionGroups]) -> None:
     signature = signature_of(
         options,
         _extra("config", flags.Config, None),
+        _extra("set", Set, None),
         _extra("print_config", PrintConfig, False),
         _extra("quiet", flags.Quiet, False),
     )

@@ -1,4 +1,4 @@
-"""Random changes of training pictures: geometry, colour, blur, compression, erasing.
+"""Random changes of training pictures: geometry, color, blur, compression, erasing.
 
 Pictures are uint8 RGB arrays of shape (H, W, 3). Random choices are drawn from the
 ``numpy.random.Generator`` that the caller passes, so equal generators give equal pictures.
@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass, fields
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from m2f2cli.errors import ConfigError
+from m2f2cli.options.training_pictures import AugmentOptions
 
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-_PROBABILITIES = (
-    "flip", "affine", "crop", "color", "blur", "rescale", "noise", "jpeg", "erase",
-)  # fmt: skip
 
 
 def to_uint8(values: np.ndarray) -> np.ndarray:
@@ -70,8 +66,8 @@ def adjust_color(
         pixels: uint8 (H, W, 3), RGB.
         brightness: Factor, 1 changes nothing.
         contrast: Factor, 1 changes nothing.
-        saturation: Factor, 0 is grey, 1 changes nothing.
-        hue: Turn of the colour wheel, in turns (-0.5 to 0.5).
+        saturation: Factor, 0 is gray, 1 changes nothing.
+        hue: Turn of the color wheel, in turns (-0.5 to 0.5).
     """
     to_yiq = np.array(
         [_LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=np.float32
@@ -88,8 +84,8 @@ def adjust_color(
     matrix = np.linalg.inv(to_yiq) @ turn @ to_yiq * np.float32(brightness)
     values = pixels.reshape(-1, 3).astype(np.float32) @ matrix.T.astype(np.float32)
     if contrast != 1.0:
-        grey = np.float32(float(values.mean(axis=0) @ _LUMA))
-        values = grey + (values - grey) * np.float32(contrast)
+        gray = np.float32(float(values.mean(axis=0) @ _LUMA))
+        values = gray + (values - gray) * np.float32(contrast)
     return to_uint8(values).reshape(pixels.shape)
 
 
@@ -100,7 +96,7 @@ def affine(
     scale: float = 1.0,
     shift: tuple[float, float] = (0.0, 0.0),
 ) -> np.ndarray:
-    """Turn and scale about the centre, then shift; the border is repeated outwards.
+    """Turn and scale about the center, then shift; the border is repeated outwards.
 
     Args:
         pixels: uint8 (H, W, 3) or float32 (H, W).
@@ -137,173 +133,71 @@ def crop_and_resize(pixels: np.ndarray, box: tuple[int, int, int, int]) -> np.nd
     return np.asarray(picture.resize((width, height), resampling, box=box))
 
 
-@dataclass(frozen=True)
-class Augment:
-    """A chain of random changes: geometry, colour, blur, rescaling, noise, JPEG, erasing.
+def augment(
+    pixels: np.ndarray,
+    mask: np.ndarray | None,
+    options: AugmentOptions,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Change a picture at random; a mask moves along with it.
 
     Each change happens with its own probability (0 switches it off) and draws its strength evenly
-    from its range. The defaults are the published training's: blur, JPEG and flip.
+    from its range.
 
     Args:
-        flip: Probability of mirroring left and right.
-        affine: Probability of a small turn, scaling and shift.
-        degrees: Largest turn either way, in degrees.
-        zoom: Largest relative change of scale either way.
-        shift: Largest move, as a fraction of the edge.
-        crop: Probability of cutting a random square and enlarging it.
-        crop_scale: Edge of that square as a fraction of the picture's edge (low, high).
-        color: Probability of the colour jitter.
-        brightness: Largest relative change of brightness.
-        contrast: Largest relative change of contrast.
-        saturation: Largest relative change of saturation.
-        hue: Largest turn of the hue, in turns.
-        blur: Probability of a Gaussian blur.
-        blur_sigma: Its standard deviation in pixels (low, high).
-        rescale: Probability of shrinking and enlarging back.
-        rescale_factor: The shrunk size as a fraction (low, high).
-        noise: Probability of Gaussian noise.
-        noise_sigma: Its standard deviation in levels of 255 (low, high).
-        jpeg: Probability of JPEG compression.
-        jpeg_quality: Its quality (low, high), 1-100.
-        erase: Probability of overwriting a rectangle with its mean colour and noise.
-        erase_area: The rectangle's area as a fraction (low, high).
+        pixels: uint8 (H, W, 3), RGB; not changed.
+        mask: float32 (H, W), or None. Only the geometry touches it.
+        options: Probabilities and ranges.
+        rng: Source of every random choice.
+
+    Returns:
+        The changed pixels and mask, same shapes.
     """
+    pixels, mask = _move(pixels, mask, options, rng)
+    if rng.random() < options.color:
+        factors = {
+            name: 1 + rng.uniform(-getattr(options, name), getattr(options, name))
+            for name in ("brightness", "contrast", "saturation")
+        }
+        pixels = adjust_color(pixels, hue=rng.uniform(-options.hue, options.hue), **factors)
+    if rng.random() < options.blur:
+        pixels = gaussian_blur(pixels, rng.uniform(*options.blur_sigma))
+    if rng.random() < options.rescale:
+        pixels = rescale(pixels, rng.uniform(*options.rescale_factor))
+    if rng.random() < options.noise:
+        pixels = add_noise(pixels, rng.uniform(*options.noise_sigma), rng)
+    if rng.random() < options.jpeg:
+        quality = int(rng.integers(*options.jpeg_quality, endpoint=True))
+        pixels = compress_jpeg(pixels, quality)
+    if rng.random() < options.erase:
+        pixels = _erase(pixels, rng.uniform(*options.erase_area), rng)
+    return np.ascontiguousarray(pixels), mask
 
-    flip: float = 0.5
-    affine: float = 0.0
-    degrees: float = 8.0
-    zoom: float = 0.05
-    shift: float = 0.03
-    crop: float = 0.0
-    crop_scale: tuple[float, float] = (0.8, 1.0)
-    color: float = 0.0
-    brightness: float = 0.2
-    contrast: float = 0.2
-    saturation: float = 0.2
-    hue: float = 0.02
-    blur: float = 0.1
-    blur_sigma: tuple[float, float] = (0.0, 3.0)
-    rescale: float = 0.0
-    rescale_factor: tuple[float, float] = (0.4, 0.9)
-    noise: float = 0.0
-    noise_sigma: tuple[float, float] = (1.0, 8.0)
-    jpeg: float = 0.1
-    jpeg_quality: tuple[int, int] = (30, 100)
-    erase: float = 0.0
-    erase_area: tuple[float, float] = (0.02, 0.1)
 
-    def __post_init__(self) -> None:
-        for name in (
-            "flip",
-            "affine",
-            "crop",
-            "color",
-            "blur",
-            "rescale",
-            "noise",
-            "jpeg",
-            "erase",
-        ):
-            _check(name, getattr(self, name), 0.0, 1.0)
-        for name, limit in (("zoom", 0.5), ("shift", 0.5), ("degrees", 180.0), ("hue", 0.5)):
-            _check(name, getattr(self, name), 0.0, limit)
-        for name in ("brightness", "contrast", "saturation"):
-            _check(name, getattr(self, name), 0.0, 1.0)
-        for name, low, high in (
-            ("crop_scale", 0.05, 1.0),
-            ("blur_sigma", 0.0, 100.0),
-            ("rescale_factor", 0.01, 1.0),
-            ("noise_sigma", 0.0, 255.0),
-            ("jpeg_quality", 1, 100),
-            ("erase_area", 0.0, 1.0),
-        ):
-            pair = getattr(self, name)
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2 or pair[0] > pair[1]:
-                raise ConfigError(f"'{name}' must be two numbers, low then high, not {pair!r}.")
-            for value in pair:
-                _check(name, value, low, high)
-            object.__setattr__(self, name, tuple(pair))
-
-    @classmethod
-    def none(cls) -> Augment:
-        """A chain that changes nothing."""
-        return cls(flip=0.0, blur=0.0, jpeg=0.0)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, object]) -> Augment:
-        """Build from a configuration mapping.
-
-        Raises:
-            ConfigError: A name is unknown or a value is out of range.
-        """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ConfigError(
-                f"Unknown augmentation '{unknown[0]}'.", f"Use one of: {', '.join(known)}."
-            )
-        return cls(**values)  # type: ignore[arg-type]
-
-    def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return a changed copy of uint8 (H, W, 3), same shape."""
-        return self.apply(pixels, None, rng)[0]
-
-    def apply(
-        self, pixels: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Change the pixels and move a mask along with them.
-
-        Args:
-            pixels: uint8 (H, W, 3), RGB.
-            mask: float32 (H, W), or None. Only the geometry touches it.
-            rng: Source of every random choice.
-
-        Returns:
-            The changed pixels and mask, same shapes.
-        """
-        pixels, mask = self._geometry(pixels, mask, rng)
-        if rng.random() < self.color:
-            factors = {
-                name: 1 + rng.uniform(-getattr(self, name), getattr(self, name))
-                for name in ("brightness", "contrast", "saturation")
-            }
-            pixels = adjust_color(pixels, hue=rng.uniform(-self.hue, self.hue), **factors)
-        if rng.random() < self.blur:
-            pixels = gaussian_blur(pixels, rng.uniform(*self.blur_sigma))
-        if rng.random() < self.rescale:
-            pixels = rescale(pixels, rng.uniform(*self.rescale_factor))
-        if rng.random() < self.noise:
-            pixels = add_noise(pixels, rng.uniform(*self.noise_sigma), rng)
-        if rng.random() < self.jpeg:
-            low, high = self.jpeg_quality
-            pixels = compress_jpeg(pixels, int(rng.integers(low, high, endpoint=True)))
-        if rng.random() < self.erase:
-            pixels = _erase(pixels, rng.uniform(*self.erase_area), rng)
-        return np.ascontiguousarray(pixels), mask
-
-    def _geometry(
-        self, pixels: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        if rng.random() < self.flip:
-            pixels = np.ascontiguousarray(pixels[:, ::-1])
-            mask = None if mask is None else np.ascontiguousarray(mask[:, ::-1])
-        if rng.random() < self.affine:
-            degrees = rng.uniform(-self.degrees, self.degrees)
-            scale = 1 + rng.uniform(-self.zoom, self.zoom)
-            shift = tuple(rng.uniform(-self.shift, self.shift, 2))
-            pixels = affine(pixels, degrees=degrees, scale=scale, shift=shift)
-            if mask is not None:
-                mask = affine(mask, degrees=degrees, scale=scale, shift=shift)
-        if rng.random() < self.crop:
-            height, width = pixels.shape[:2]
-            scale = rng.uniform(*self.crop_scale)
-            rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
-            top = int(rng.integers(0, height - rows, endpoint=True))
-            left = int(rng.integers(0, width - columns, endpoint=True))
-            box = (left, top, left + columns, top + rows)
-            pixels = crop_and_resize(pixels, box)
-            mask = None if mask is None else crop_and_resize(mask, box)
-        return pixels, mask
+def _move(
+    pixels: np.ndarray, mask: np.ndarray | None, options: AugmentOptions, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The changes of geometry: flip, affine, crop."""
+    if rng.random() < options.flip:
+        pixels = np.ascontiguousarray(pixels[:, ::-1])
+        mask = None if mask is None else np.ascontiguousarray(mask[:, ::-1])
+    if rng.random() < options.affine:
+        degrees = rng.uniform(-options.degrees, options.degrees)
+        scale = 1 + rng.uniform(-options.zoom, options.zoom)
+        shift = tuple(rng.uniform(-options.shift, options.shift, 2))
+        pixels = affine(pixels, degrees=degrees, scale=scale, shift=shift)
+        if mask is not None:
+            mask = affine(mask, degrees=degrees, scale=scale, shift=shift)
+    if rng.random() < options.crop:
+        height, width = pixels.shape[:2]
+        scale = rng.uniform(*options.crop_scale)
+        rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+        top = int(rng.integers(0, height - rows, endpoint=True))
+        left = int(rng.integers(0, width - columns, endpoint=True))
+        box = (left, top, left + columns, top + rows)
+        pixels = crop_and_resize(pixels, box)
+        mask = None if mask is None else crop_and_resize(mask, box)
+    return pixels, mask
 
 
 def _erase(pixels: np.ndarray, area: float, rng: np.random.Generator) -> np.ndarray:
@@ -320,8 +214,3 @@ def _erase(pixels: np.ndarray, area: float, rng: np.random.Generator) -> np.ndar
         fill + rng.standard_normal(window.shape, dtype=np.float32) * 16
     )
     return result
-
-
-def _check(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ConfigError(f"'{name}' must be between {low} and {high}, not {value!r}.")

@@ -113,10 +113,6 @@ class FrameReader:
             )
         return self._read(file, key, dataset, index)
 
-    def clip(self, file: Path, key: str) -> np.ndarray:
-        """Read a whole clip: uint8 (frames, H, W, 3). Raises as ``frame`` does."""
-        return self._read(file, key, self._dataset(file, key), slice(None))
-
     def shapes(self, file: Path) -> dict[str, ClipShape]:
         """Every clip of a file by its key, in the order of keys; groups inside are entered.
 

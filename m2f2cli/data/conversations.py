@@ -19,9 +19,8 @@ import numpy as np
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.images import read_picture
 from m2f2cli.data.judgement import parse
-from m2f2cli.data.readers.ddvqa import kind_of
-from m2f2cli.data.readers.folder import people_in
-from m2f2cli.data.samples import Sample, identity_groups
+from m2f2cli.data.naming import kind_of, people_in
+from m2f2cli.data.samples import Sample, hold_out, identity_groups
 from m2f2cli.errors import InputError
 
 ROLES = ("human", "gpt")
@@ -173,8 +172,7 @@ def split_conversations(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Cut conversations in two so that nobody is spoken of in both parts.
 
-    Groups of identities are taken in an order drawn from ``seed``, each if it does not carry the
-    second part past its share of any verdict by more than half the group.
+    Both parts get every verdict alike; see ``samples.hold_out``.
 
     Args:
         conversations: In the order of their file.
@@ -192,14 +190,7 @@ def split_conversations(
     ]
     groups = identity_groups(samples)
     verdicts = np.array([2 if c.label is None else c.label for c in conversations])
-    wanted = np.bincount(verdicts, minlength=3) * share
-    have = np.zeros(3)
-    held: set[int] = set()
-    for number in np.random.default_rng(seed).permutation(len(groups)):
-        more = np.bincount(verdicts[groups[number]], minlength=3)
-        if np.all((have + more / 2 <= wanted) | (more == 0)):
-            have += more
-            held.update(groups[number])
+    held = set(hold_out(groups, verdicts, share, seed))
     if not held or len(held) == len(conversations):
         largest = max(map(len, groups))
         raise InputError(

@@ -4,7 +4,7 @@ The severities are published ones:
 
 * DeeperForensics-1.0 (Jiang et al., CVPR 2020, arXiv 2001.03024), by its code, ``perturbation/`` in
   github.com/EndlessSora/DeeperForensics-1.0, which LipForensics and later robustness studies of
-  deepfake detectors use: Gaussian blur, Gaussian noise in colour components, scaling down and up
+  deepfake detectors use: Gaussian blur, Gaussian noise in color components, scaling down and up
   (its type "JPEG", which in that code is no JPEG but this), contrast and saturation.
 * ImageNet-C (Hendrycks and Dietterich, ICLR 2019, arXiv 1903.12261), by its code, ``ImageNet-C/``
   in github.com/hendrycks/robustness: JPEG quality and brightness.

@@ -51,7 +51,7 @@ class Face:
         return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
 
     def crop(self, margin: float = MARGIN) -> Box:
-        """The square to judge: the box enlarged by ``margin`` about its centre.
+        """The square to judge: the box enlarged by ``margin`` about its center.
 
         A square that would reach beyond the picture is shifted inwards, and shrunk to the shortest
         side when it is larger than that, as FaceForensics++ does: no pixel is invented.

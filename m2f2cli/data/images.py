@@ -81,7 +81,7 @@ class Picture:
 def read_picture(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
     """Read a picture of an allowed format, whatever its name says.
 
-    Transparent parts are laid over white; grey, palette, CMYK and 16-bit pictures become 8-bit
+    Transparent parts are laid over white; gray, palette, CMYK and 16-bit pictures become 8-bit
     RGB; of several pictures in one file the first is taken.
 
     Args:
@@ -237,7 +237,7 @@ def _rgb(picture: Image.Image) -> np.ndarray:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Scale grey levels deeper than 8 bits; the depth is told by the type or the largest value."""
+    """Scale gray levels deeper than 8 bits; the depth is told by the type or the largest value."""
     if values.dtype.itemsize == 2:
         top = 65535.0
     else:

@@ -31,7 +31,7 @@ _CLAIM = re.compile(rf"(?P<negation>{_NEGATION})(?<![\w-])(?:(?P<real>{_REAL})|(
 
 
 def plain(text: str) -> str:
-    """The text without its tokeniser's marks ``<s>`` and ``</s>``, and without outer blanks."""
+    """The text without its tokenizer's marks ``<s>`` and ``</s>``, and without outer blanks."""
     for mark in _MARKS:
         text = text.replace(mark, "")
     return text.strip()

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from m2f2cli.data.naming import looks_like_ddvqa, read_people
 from m2f2cli.errors import InputError
 from m2f2cli.registry import Registry
-
-REAL = "real"
 
 # Layouts of picture sets, each a function of its folder that returns a SampleSet.
 LAYOUTS = Registry(
@@ -113,15 +112,12 @@ def read_samples(source: str | Path, identities: Path | None = None) -> SampleSe
     Args:
         source: A folder; ``folder:DIR`` or ``ddvqa:DIR`` (any name in ``LAYOUTS``) settles its
             layout, otherwise it is recognised by its contents.
-        identities: CSV file that says who is in which picture (see ``data.folder.read_people``).
+        identities: CSV file that says who is in which picture (see ``data.naming.read_people``).
 
     Raises:
         InputError: The folder is missing, holds no pictures, or lacks one of the two classes.
         ConfigError: The layout is unknown.
     """
-    from m2f2cli.data.readers.ddvqa import looks_like_ddvqa
-    from m2f2cli.data.readers.folder import read_people
-
     layout, colon, rest = str(source).partition(":")
     if not colon or len(layout) < 2:  # a Windows drive is no layout
         layout, rest = "", str(source)
@@ -180,11 +176,39 @@ def identity_groups(samples: Sequence[Sample]) -> list[list[int]]:
     return sorted(groups.values())
 
 
+def hold_out(
+    groups: Sequence[Sequence[int]], classes: np.ndarray, share: float, seed: int
+) -> list[int]:
+    """Draw whole groups until they hold a share of every class.
+
+    Groups are taken in an order drawn from ``seed``, each if it does not carry what is held out
+    past its share of any class by more than half the group.
+
+    Args:
+        groups: Positions, as ``identity_groups`` gives them.
+        classes: int64 (N,), the class of each position, from 0.
+        share: Wanted share, in [0, 1).
+        seed: Decides the order.
+
+    Returns:
+        The positions held out, in no particular order.
+    """
+    count = int(classes.max(initial=0)) + 1
+    wanted = np.bincount(classes, minlength=count) * share
+    have = np.zeros(count)
+    held: list[int] = []
+    for number in np.random.default_rng(seed).permutation(len(groups)):
+        more = np.bincount(classes[groups[number]], minlength=count)
+        if np.all((have + more / 2 <= wanted) | (more == 0)):
+            have += more
+            held += groups[number]
+    return held
+
+
 def split_by_identity(whole: SampleSet, share: float, seed: int) -> tuple[SampleSet, SampleSet]:
     """Cut a set in two between identities.
 
-    Groups of pictures are taken in an order drawn from ``seed``, each if it does not carry the
-    second part past its share of real or of forged pictures by more than half the group.
+    Both parts get real and forged pictures alike; see ``hold_out``.
 
     Args:
         whole: The pictures.
@@ -198,17 +222,7 @@ def split_by_identity(whole: SampleSet, share: float, seed: int) -> tuple[Sample
         InputError: A part would lack real or forged pictures.
     """
     groups = identity_groups(whole.samples)
-    order = np.random.default_rng(seed).permutation(len(groups))
-    labels = whole.labels()
-    wanted = np.bincount(labels, minlength=2) * share
-    have = np.zeros(2)
-    held: list[int] = []
-    for number in order:
-        group = groups[number]
-        more = np.bincount(labels[group], minlength=2)
-        if np.all((have + more / 2 <= wanted) | (more == 0)):
-            have += more
-            held += group
+    held = hold_out(groups, whole.labels(), share, seed)
     rest = set(range(len(whole))) - set(held)
     parts = whole.subset(rest), whole.subset(held)
     if any(len({s.label for s in part.samples}) < 2 for part in parts):

@@ -30,7 +30,7 @@ KINDS = ("self_blend", "swap_blend", "mouth_warp", "expression_warp")
 
 
 class Region(NamedTuple):
-    """An ellipse in a crop: centre and radii as fractions of the width and height."""
+    """An ellipse in a crop: center and radii as fractions of the width and height."""
 
     x: float
     y: float
@@ -92,7 +92,7 @@ def forge(
 def self_blend(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Blend two differently treated copies of one face through a soft mask.
 
-    One copy gets other colours, another sharpness and a slight move: the seams of a face swap
+    One copy gets other colors, another sharpness and a slight move: the seams of a face swap
     without its new identity.
     """
     treated, plain = _recolor(pixels, rng), pixels
@@ -115,7 +115,7 @@ def self_blend(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
 def swap_blend(
     pixels: np.ndarray, other: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put the inner face of another person on this head, its colours only partly matched.
+    """Put the inner face of another person on this head, its colors only partly matched.
 
     Args:
         pixels: The head that stays, uint8 (H, W, 3).
@@ -282,7 +282,7 @@ def compress_h264(
 
 
 def _recolor(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A visible but believable change of colours."""
+    """A visible but believable change of colors."""
     changed = adjust_color(
         pixels,
         brightness=rng.uniform(0.88, 1.12),
@@ -345,7 +345,7 @@ def _elastic(
 
 
 def _bump(shape: tuple[int, int], region: Region) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A smooth hill over the region, and the signed distances from its centre in pixels."""
+    """A smooth hill over the region, and the signed distances from its center in pixels."""
     height, width = shape
     y, x = np.mgrid[:height, :width].astype(np.float32)
     u, v = x - np.float32(region.x * width), y - np.float32(region.y * height)

@@ -16,14 +16,14 @@ from m2f2cli.errors import ConfigError
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # A picture more than this many times longer than wide is cut to it before it is resized, so that
-# a 1-pixel-wide strip cannot ask for gigabytes; what is cut lies far outside the centre crop.
+# a 1-pixel-wide strip cannot ask for gigabytes; what is cut lies far outside the center crop.
 _LONGEST_RATIO = 16
 # A longer picture is shrunk before it is padded: the square of its edge could fill the memory.
 _LONGEST_PADDED = 4096
 
 
 def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Scale the shortest edge to ``size`` (bicubic on uint8) and cut the centre square.
+    """Scale the shortest edge to ``size`` (bicubic on uint8) and cut the center square.
 
     Args:
         pixels: uint8 (H, W, 3), RGB.
@@ -74,7 +74,7 @@ def normalise(
 
 @lru_cache(maxsize=16)
 def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """The normalised value of each of the 256 levels, float32 (3, 256): exact, and faster."""
+    """The normalized value of each of the 256 levels, float32 (3, 256): exact, and faster."""
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ConfigError("Image mean and std must be three numbers each, std above 0.")
     unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
@@ -91,7 +91,7 @@ def preprocess(
 ) -> np.ndarray:
     """The preprocessing of the published system, bitwise.
 
-    Shortest edge to ``size`` (Pillow bicubic on uint8, longest edge rounded down), centre crop
+    Shortest edge to ``size`` (Pillow bicubic on uint8, longest edge rounded down), center crop
     with offsets rounded down, then ``normalise``.
 
     Args:
@@ -129,15 +129,15 @@ def explainer_views(
         size: Edge of the network's input in pixels.
         mean: Three means of the unit range.
         std: Three standard deviations of the unit range.
-        aspect: ``pad``: CLIP sees all of the picture on a square; ``square``: its centre. The
-            backbone always sees the centre.
+        aspect: ``pad``: CLIP sees all of the picture on a square; ``square``: its center. The
+            backbone always sees the center.
 
     Returns:
         Two float32 (3, size, size); one array twice where both see the same.
     """
-    centre = preprocess(pixels, size=size, mean=mean, std=std)
+    center = preprocess(pixels, size=size, mean=mean, std=std)
     padded = padded_square(pixels, size) if aspect == "pad" else None
-    return (centre if padded is None else normalise(padded, mean, std)), centre
+    return (center if padded is None else normalise(padded, mean, std)), center
 
 
 def padded_square(pixels: np.ndarray, size: int) -> np.ndarray | None:

@@ -9,10 +9,9 @@ from typing import Any
 
 from m2f2cli.errors import InputError
 from m2f2cli.evaluation import standard
-from m2f2cli.evaluation.intervals import LEVEL, RESAMPLES, SEED
-from m2f2cli.evaluation.mistakes import call_of, find_mistakes
-from m2f2cli.evaluation.report import SavedReport, read_report
-from m2f2cli.evaluation.scored import ScoredSet, fingerprint
+from m2f2cli.evaluation.report import SavedReport, call_of, find_mistakes, read_report
+from m2f2cli.evaluation.truth import Joined, fingerprint
+from m2f2cli.metrics import LEVEL, RESAMPLES, SEED
 
 SCHEMA_VERSION = 1
 KIND = "comparison"
@@ -89,7 +88,7 @@ def compare_reports(
     }
 
 
-def _common(one: SavedReport, other: SavedReport) -> tuple[ScoredSet, ScoredSet]:
+def _common(one: SavedReport, other: SavedReport) -> tuple[Joined, Joined]:
     """Both sets cut to what is in both, in the first one's order, with its kinds and groups."""
     theirs = {item.name: item for item in other.scored.items}
     mine = [item for item in one.scored.items if item.name in theirs]
@@ -112,7 +111,7 @@ def _common(one: SavedReport, other: SavedReport) -> tuple[ScoredSet, ScoredSet]
     )
 
 
-def _by_verdict(scored: ScoredSet, saved: SavedReport) -> ScoredSet:
+def _by_verdict(scored: Joined, saved: SavedReport) -> Joined:
     """A set as if its model had only said real or fake."""
     if scored.task == "explanation":
         raise InputError(
@@ -124,7 +123,7 @@ def _by_verdict(scored: ScoredSet, saved: SavedReport) -> ScoredSet:
     return replace(scored, task="judgement", items=items)
 
 
-def _values(scored: ScoredSet) -> dict[str, float | None]:
+def _values(scored: Joined) -> dict[str, float | None]:
     """The standard figures without intervals, ``KIND.figure`` for those of one manipulation."""
     measures = standard.measure(scored, resamples=0, java=False)
     found = {name: figure.value for name, figure in measures.figures.items()}
@@ -168,7 +167,7 @@ def _described(saved: SavedReport) -> dict[str, Any]:
     }
 
 
-def _flips(first: ScoredSet, second: ScoredSet) -> dict[str, int] | None:
+def _flips(first: Joined, second: Joined) -> dict[str, int] | None:
     """How many items only one of the two called rightly; None for explanations."""
     if first.task == "explanation":
         return None

@@ -12,7 +12,7 @@ from m2f2cli.errors import UsageError
 from m2f2cli.evaluation import report as reports
 from m2f2cli.evaluation.datasets import data_of
 from m2f2cli.evaluation.predictions import read_predictions
-from m2f2cli.evaluation.scored import Measures, ScoredSet, Truth, join
+from m2f2cli.evaluation.truth import Joined, Measures, Truth, join
 from m2f2cli.inference.detect import DetectOptions
 from m2f2cli.options.evaluate import EvaluateOptions
 
@@ -34,7 +34,7 @@ class Evaluation(NamedTuple):
     """
 
     report: dict[str, Any]
-    scored: ScoredSet
+    scored: Joined
     calibration: tuple[str, ...] = ()
     sweep: Sweep | None = None
 
@@ -42,6 +42,19 @@ class Evaluation(NamedTuple):
     def unanswered(self) -> int:
         """Items without an answer: missing from the predictions, or not to be judged."""
         return len(self.scored.missing) + int(self.report["counts"].get("failed", 0))
+
+
+def evaluate(options: EvaluateOptions, advance: Advance | None = None) -> Evaluation:
+    """Judge a data set if need be, measure the answers, and write the report.
+
+    Args:
+        options: Those of a data set: ``EvaluateImagesOptions`` and its like.
+        advance: Called after each picture that was judged.
+
+    Raises:
+        M2F2Error: Something named is missing or broken, or a file cannot be written.
+    """
+    return Evaluator(options).run(advance)
 
 
 class Evaluator:
@@ -89,7 +102,7 @@ class Evaluator:
         self._samples = self._data.samples()
         self.steps = count_items(self._samples, self._detect)
         if self.options.calibration.calibrate:
-            from m2f2cli.evaluation.calibrated import check_calibration
+            from m2f2cli.evaluation.calibrate import check_calibration
 
             check_calibration(
                 self.options.model.model,
@@ -159,7 +172,7 @@ class Evaluator:
         )
         return output
 
-    def _measure(self, scored: ScoredSet) -> Measures:
+    def _measure(self, scored: Joined) -> Measures:
         chosen = self.options.protocol
         if chosen.protocol == "paper":
             from m2f2cli.evaluation import paper
@@ -169,8 +182,8 @@ class Evaluator:
 
         return standard.measure(scored, resamples=chosen.resamples, seed=chosen.seed)
 
-    def _calibrate(self, scored: ScoredSet) -> tuple[str, ...]:
-        from m2f2cli.evaluation.calibrated import calibrate
+    def _calibrate(self, scored: Joined) -> tuple[str, ...]:
+        from m2f2cli.evaluation.calibrate import calibrate
 
         chosen = self.options.calibration
         found = calibrate(

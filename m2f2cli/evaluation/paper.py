@@ -14,7 +14,7 @@ import numpy as np
 from m2f2cli.data.judgement import parse_as_published, plain
 from m2f2cli.errors import UsageError
 from m2f2cli.evaluation.predictions import Predictions
-from m2f2cli.evaluation.scored import FAKE, REAL, Figure, Measures, ScoredSet
+from m2f2cli.evaluation.truth import FAKE, REAL, Figure, Joined, Measures
 from m2f2cli.metrics import Confusion, confusion, roc_auc
 
 PROTOCOL = "paper"
@@ -38,7 +38,7 @@ class Video(NamedTuple):
     real: bool
 
 
-def measure(found: Predictions | ScoredSet, *, references: References | None = None) -> Measures:
+def measure(found: Predictions | Joined, *, references: References | None = None) -> Measures:
     """Measure answers as the published code does.
 
     Args:
@@ -51,7 +51,7 @@ def measure(found: Predictions | ScoredSet, *, references: References | None = N
             truth, explanations without references, or texts that were joined without their file.
         MissingExtraError: Explanations are measured and pycocoevalcap is not installed.
     """
-    if isinstance(found, ScoredSet):
+    if isinstance(found, Joined):
         if found.task == "scores":
             frames = [
                 (item.group, item.label == REAL, 1 - item.fake_probability)

@@ -138,7 +138,7 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, parse_constant=_refuse_constant)
+            row = json.loads(line, parse_constant=refuse_constant)
         except (ValueError, RecursionError) as error:
             fault = "is cut off" if number == len(lines) else f"is no JSON ({error})"
             raise InputError(
@@ -183,7 +183,8 @@ def probability(value: object, key: str) -> float:
     return float(value)
 
 
-def _refuse_constant(word: str) -> float:
+def refuse_constant(word: str) -> float:
+    """For ``json.loads``: NaN and the infinities are no JSON."""
     raise ValueError(f"{word} is not a JSON number")
 
 

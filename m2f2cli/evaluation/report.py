@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.evaluation.scored import FAKE, REAL, UNKNOWN, Figure, Measures, Scored, ScoredSet
+from m2f2cli.evaluation.predictions import read_text, refuse_constant
+from m2f2cli.evaluation.truth import (
+    DEFAULT_THRESHOLD,
+    FAKE,
+    REAL,
+    UNKNOWN,
+    Figure,
+    Item,
+    Joined,
+    Measures,
+)
 from m2f2cli.files import atomic_write
 from m2f2cli.records import STATUSES, VERDICTS, to_line
 
@@ -37,11 +47,11 @@ class SavedReport(NamedTuple):
 
     path: Path
     report: dict[str, Any]
-    scored: ScoredSet
+    scored: Joined
 
 
 def build_report(
-    scored: ScoredSet, measures: Measures, *, predictions: Path | None = None
+    scored: Joined, measures: Measures, *, predictions: Path | None = None
 ) -> dict[str, Any]:
     """Everything that is known about an evaluation, as JSON values.
 
@@ -118,7 +128,7 @@ def _first(names: Iterable[str]) -> list[str]:
     return sorted(names)[:NAMES_KEPT]
 
 
-def items_as_lines(scored: ScoredSet) -> bytes:
+def items_as_lines(scored: Joined) -> bytes:
     """The content of ``scored.jsonl``: one item a line, in the truth's order."""
     lines = []
     for item in scored.items:
@@ -144,7 +154,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def write_report(folder: Path, report: Mapping[str, Any], scored: ScoredSet, page: str) -> None:
+def write_report(folder: Path, report: Mapping[str, Any], scored: Joined, page: str) -> None:
     """Write a report's three files, each in one step, ``report.json`` last.
 
     Args:
@@ -168,26 +178,14 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: The file is missing, empty, cut off, no JSON, or holds NaN or no object.
     """
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError(f"There is no file '{path}'.", "missing", "Check the path.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"'{path}' cannot be read: {reason}.") from error
-    if not text.strip():
-        raise InputError(f"'{path}' is empty.", "empty")
-    try:
-        found = json.loads(text, parse_constant=_refuse_constant)
+        found = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is not valid JSON: {error}.") from error
     if not isinstance(found, dict):
         raise InputError(f"'{path}' does not hold a JSON object.")
     return found
-
-
-def _refuse_constant(word: str) -> float:
-    raise ValueError(f"{word} is not a JSON number")
 
 
 def is_report(found: Mapping[str, Any]) -> bool:
@@ -236,18 +234,18 @@ def read_report(path: Path) -> SavedReport:
         raise InputError(f"'{file}' is malformed: {error!r}.") from error
 
 
-def _scored_set(report: Mapping[str, Any], data: bytes) -> ScoredSet:
+def _scored_set(report: Mapping[str, Any], data: bytes) -> Joined:
     items, references = [], {}
     for number, line in enumerate(data.splitlines(), start=1):
         row = json.loads(line)
         texts = tuple(row.pop("references"))
         row["file"] = None if row["file"] is None else Path(row["file"])
-        item = Scored(**row)
+        item = Item(**row)
         _check_item(item, number)
         items.append(item)
         if texts:
             references[item.name] = texts
-    return ScoredSet(
+    return Joined(
         dataset=report["dataset"],
         task=report["task"],
         items=tuple(items),
@@ -264,7 +262,7 @@ def _scored_set(report: Mapping[str, Any], data: bytes) -> ScoredSet:
     )
 
 
-def _check_item(item: Scored, number: int) -> None:
+def _check_item(item: Item, number: int) -> None:
     score = item.fake_probability
     sound = (
         isinstance(item.name, str)
@@ -276,3 +274,67 @@ def _check_item(item: Scored, number: int) -> None:
     )
     if not sound:
         raise ValueError(f"line {number} of {ITEMS}")
+
+
+class Mistake(NamedTuple):
+    """An item that was answered wrongly, or not at all.
+
+    Attributes:
+        item: The item.
+        confidence: Probability given to the wrong class, in [0, 1]; 1 where there is only a word.
+        words: What was said.
+    """
+
+    item: Item
+    confidence: float
+    words: str
+
+
+def threshold_of(scored: Joined) -> float:
+    """Fake from here on: what the predictions name, else the default."""
+    return DEFAULT_THRESHOLD if scored.threshold is None else scored.threshold
+
+
+def call_of(item: Item, scored: Joined) -> str | None:
+    """What an item counts as: ``real``, ``fake``, or None without an answer.
+
+    A probability is held against the threshold, whatever its verdict; a text counts as it says.
+    """
+    if scored.task == "judgement":
+        return item.verdict
+    if item.fake_probability is None:
+        return None
+    return "fake" if item.fake_probability >= threshold_of(scored) else "real"
+
+
+def find_mistakes(scored: Joined) -> list[Mistake]:
+    """Items answered wrongly or not at all, the most confident first, then in the truth's order.
+
+    Explanations have no right or wrong: of them only those without words are listed.
+    """
+    found = []
+    for item in scored.items:
+        if scored.task == "explanation":
+            if not (item.answer or "").strip():
+                found.append(Mistake(item, 0.0, "no answer"))
+            continue
+        call = call_of(item, scored)
+        if call is None:
+            found.append(Mistake(item, 0.0, _silence(item)))
+        elif call != ("fake" if item.label == FAKE else "real"):
+            found.append(_mistake(item, call))
+    return sorted(found, key=lambda mistake: -mistake.confidence)
+
+
+def _mistake(item: Item, call: str) -> Mistake:
+    score = item.fake_probability
+    if score is None:
+        return Mistake(item, 1.0, f"called {call}")
+    confidence = score if call == "fake" else 1 - score
+    return Mistake(item, confidence, f"fake probability {score:.3f}")
+
+
+def _silence(item: Item) -> str:
+    if item.status != "ok":
+        return f"not judged: {item.status}"
+    return "no answer" if item.answer is None else "the answer says neither real nor fake"

@@ -22,16 +22,16 @@ from m2f2cli.data.samples import SampleSet
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, MissingExtraError, UsageError
 from m2f2cli.evaluation import standard
-from m2f2cli.evaluation.intervals import LEVEL, RESAMPLES, SEED
 from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.report import read_json
 from m2f2cli.evaluation.runs import check_same_data, count_items, list_sources, truth_of
-from m2f2cli.evaluation.scored import Figure, ScoredSet, Truth, fingerprint, join
+from m2f2cli.evaluation.truth import Figure, Joined, Truth, fingerprint, join
 from m2f2cli.files import atomic_write
 from m2f2cli.inference.detect import DetectOptions, judge_sources, load, settings_of
 from m2f2cli.inference.recordfile import RecordFile
 from m2f2cli.inference.scoring import Judge
 from m2f2cli.inference.sources import Source
+from m2f2cli.metrics import LEVEL, RESAMPLES, SEED
 from m2f2cli.records import Settings
 
 SCHEMA_VERSION, KIND = 1, "robustness"
@@ -49,9 +49,9 @@ class SweepOptions:
     Attributes:
         corruptions: Names in ``data.corruptions.CORRUPTIONS``.
         split: What the set is, as reports call it.
-        resamples: Of the bootstrap; 0 for no intervals.
+        resamples: Of the bootstrap; 0 for no metrics.
         seed: Of the bootstrap.
-        level: Of the intervals.
+        level: Of the metrics.
     """
 
     corruptions: tuple[str, ...] = tuple(CORRUPTIONS)
@@ -106,7 +106,7 @@ class Sweep:
     """
 
     rows: tuple[Row, ...]
-    clean: ScoredSet
+    clean: Joined
     options: SweepOptions
     folder: Path
     notes: tuple[str, ...] = ()
@@ -300,16 +300,16 @@ def _finish(folder: Path, truth: Truth, options: SweepOptions) -> Sweep:
     rows = tuple(_row(condition, scored, options) for condition, scored in answers.items())
     found = Sweep(rows, answers[CLEAN], options, folder)
     try:
-        from m2f2cli.evaluation.robustness_plot import draw
+        from m2f2cli.evaluation.plots import sweep_curves
 
-        atomic_write(folder / PLOT, draw(found.rows))
+        atomic_write(folder / PLOT, sweep_curves(found.rows))
     except MissingExtraError as error:
         found = replace(found, notes=(f"No plot: {error.message} {error.hint}",))
     atomic_write(folder / REPORT, json_bytes(found.to_dict()))
     return found
 
 
-def _row(condition: Condition, scored: ScoredSet, options: SweepOptions) -> Row:
+def _row(condition: Condition, scored: Joined, options: SweepOptions) -> Row:
     name, severity = condition
     measures = standard.measure(
         scored, resamples=options.resamples, seed=options.seed, level=options.level

@@ -19,7 +19,7 @@ from m2f2cli.data.images import Picture, read_picture
 from m2f2cli.data.readers.ffpp import FfppSet
 from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.evaluation.scored import Scored, Truth
+from m2f2cli.evaluation.truth import Item, Truth
 from m2f2cli.inference.detect import DetectOptions
 from m2f2cli.inference.job import Tally, judge_and_record
 from m2f2cli.inference.recordfile import RecordFile
@@ -216,13 +216,13 @@ def truth_of(samples: SampleSet | FfppSet, options: DetectOptions, split: str = 
     marked = "test" if is_test_set(samples, split) else split
     if isinstance(samples, FfppSet):
         items = [
-            Scored(clip.frame_name(index), clip.label, clip.kind, f"{clip.kind}/{clip.key}")
+            Item(clip.frame_name(index), clip.label, clip.kind, f"{clip.kind}/{clip.key}")
             for clip in samples.clips
             for index in clip.spread(options.frames)
         ]
         return Truth("ffpp", tuple(items), marked)
     dataset = "ddvqa" if samples.layout == "ddvqa" else "images"
-    pictures = [Scored(s.name, s.label, s.kind, s.name, file=s.path) for s in samples.samples]
+    pictures = [Item(s.name, s.label, s.kind, s.name, file=s.path) for s in samples.samples]
     return Truth(dataset, tuple(pictures), marked)
 
 

@@ -6,24 +6,199 @@ pictures where they stand alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from m2f2cli import metrics
 from m2f2cli.data.judgement import plain
 from m2f2cli.errors import UsageError
-from m2f2cli.evaluation import intervals
-from m2f2cli.evaluation.intervals import LEVEL, RESAMPLES, SEED, Groups, Measure
-from m2f2cli.evaluation.pictures import DEFAULT_THRESHOLD, FALSE_ALARMS, Pictures
-from m2f2cli.evaluation.scored import FAKE, REAL, Figure, Measures, ScoredSet
-from m2f2cli.metrics import BINS
+from m2f2cli.evaluation.truth import DEFAULT_THRESHOLD, FAKE, REAL, Figure, Joined, Measures
+from m2f2cli.metrics import (
+    BINS,
+    LEVEL,
+    RESAMPLES,
+    SEED,
+    Confusion,
+    Groups,
+    Measure,
+    Ranking,
+    area,
+    bin_of,
+    detection_rate,
+    equal_error_rate,
+    precision_area,
+)
+
+FALSE_POSITIVE_RATES = [0.01, 0.05]  # of tpr_at_fpr_1 and tpr_at_fpr_5
+
+
+class Weighted(NamedTuple):
+    """What figures are computed from, for R rows of weights at once.
+
+    Attributes:
+        frames: Operating points over pictures or frames; None without probabilities.
+        videos: The same over videos, by the mean of their frames; None without videos.
+        bins: (R, BINS, 3): pictures, sum of their probabilities, forged ones; None as ``frames``.
+        calls: What was called fake; no answer counts as a wrong one.
+    """
+
+    frames: Any
+    videos: Any
+    bins: Any
+    calls: Confusion
+
+
+class Metric(NamedTuple):
+    """One figure of the standard protocol.
+
+    Attributes:
+        needs: The attribute of ``Weighted`` without which the figure is left out.
+        compute: Gives (R,), NaN where it is undefined.
+        undefined: Why it may be undefined; None for "one class only", as ``reasons`` words it.
+    """
+
+    needs: str
+    compute: Callable[[Weighted], np.ndarray]
+    undefined: str | None = None
+
+
+def _binned_error(of: Weighted) -> np.ndarray:
+    counts, probability, fakes = np.moveaxis(of.bins, -1, 0)
+    with np.errstate(invalid="ignore"):
+        return np.abs(probability - fakes).sum(axis=-1) / counts.sum(axis=-1)
+
+
+# Every figure of a set of pictures, in the order of a report. A new one is an entry here.
+METRICS = {
+    "frame_auc": Metric("frames", lambda of: area(of.frames)),
+    "video_auc": Metric("videos", lambda of: area(of.videos)),
+    "ap": Metric("frames", lambda of: precision_area(of.frames)),
+    "eer": Metric("frames", lambda of: equal_error_rate(of.frames)),
+    "tpr_at_fpr_1": Metric("frames", lambda of: detection_rate(of.frames, 0.01)),
+    "tpr_at_fpr_5": Metric("frames", lambda of: detection_rate(of.frames, 0.05)),
+    "calibration_error": Metric("bins", _binned_error),
+    "accuracy": Metric("calls", lambda of: of.calls.accuracy, "there are no pictures"),
+    "balanced_accuracy": Metric("calls", lambda of: of.calls.balanced_accuracy, "one class only"),
+    "f1": Metric("calls", lambda of: of.calls.f1, "nothing is forged and nothing was called so"),
+    "precision": Metric("calls", lambda of: of.calls.precision, "nothing was called fake"),
+    "recall": Metric("calls", lambda of: of.calls.recall, "there are no forged pictures"),
+}
+
+
+class Pictures:
+    """Everything that is needed to measure a set again and again with other weights.
+
+    Args:
+        scored: Of the task ``scores`` or ``judgement``.
+
+    Attributes:
+        groups: What the weights are of.
+    """
+
+    def __init__(self, scored: Joined) -> None:
+        items = scored.items
+        self._labels = np.array([item.label for item in items], dtype=np.int64)
+        self._kinds = np.array([item.kind for item in items])
+        given = [item.fake_probability for item in items]
+        self._has = np.array([score is not None for score in given], dtype=bool)
+        self._scores = np.array([0.0 if score is None else score for score in given])
+        self.groups = Groups([item.group for item in items], self._labels.tolist())
+        self._ranks = scored.task == "scores" or bool(self._has.any())
+        called, answered = self._scores, self._has
+        if scored.task == "judgement":
+            verdicts = np.array([item.verdict or "" for item in items])
+            called, answered = verdicts == "fake", verdicts != ""
+        else:
+            threshold = DEFAULT_THRESHOLD if scored.threshold is None else scored.threshold
+            called = self._scores >= threshold
+        fake = self._labels == FAKE
+        called = np.where(answered, called, ~fake)  # no answer is the wrong answer
+        cells = np.stack([called & fake, called & ~fake, ~called & fake, ~called & ~fake], axis=1)
+        self._cells = self.groups.sums(cells)
+        self._right = {
+            kind: self.groups.sums(
+                np.stack([called == fake, np.ones_like(fake)], axis=1) * of[:, None]
+            )
+            for kind, of in self._members().items()
+        }
+        if self._ranks:
+            self._prepare_ranks()
+
+    def _members(self) -> dict[str, np.ndarray]:
+        """For each kind, real first, which items are of it: (N,) bool."""
+        kinds = sorted(set(self._kinds.tolist()), key=lambda kind: (kind != "real", kind))
+        return {kind: self._kinds == kind for kind in kinds}
+
+    def _prepare_ranks(self) -> None:
+        has, column, real = self._has, self.groups.of_item, self._labels == REAL
+        self._frames = Ranking(self._labels[has], self._scores[has], column[has])
+        frames = self.groups.sums(has)
+        self._videos = None
+        means = np.divide(self.groups.sums(self._scores * has), np.maximum(frames, 1))
+        if len(self.groups) < len(self._labels):
+            seen = np.flatnonzero(frames)
+            self._videos = Ranking(self.groups.strata[seen], means[seen], seen)
+        self._of_kind = {}
+        for kind, of in self._members().items():
+            if kind == "real":
+                continue
+            keep = has & (of | real)
+            self._of_kind[kind] = Ranking(self._labels[keep], self._scores[keep], column[keep])
+        bins = np.zeros((len(has), BINS, 3))
+        facts = np.stack([np.ones(len(has)), self._scores, self._labels == FAKE], axis=1)
+        bins[np.arange(len(has)), bin_of(self._scores)] = facts * has[:, None]
+        self._bins = self.groups.sums(bins)
+
+    def measure(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """The figures of weighted groups.
+
+        Args:
+            weights: (R, G), how often each group counts.
+
+        Returns:
+            Each figure, (R,), NaN where it is undefined; ``KIND.figure`` for one manipulation.
+        """
+        frames = videos = bins = None
+        if self._ranks:
+            frames, bins = self._frames.curve(weights), np.tensordot(weights, self._bins, 1)
+            videos = self._videos.curve(weights) if self._videos is not None else None
+        calls = Confusion(*np.moveaxis(weights @ self._cells, -1, 0))
+        of = Weighted(frames, videos, bins, calls)
+        found = {
+            name: metric.compute(of)
+            for name, metric in METRICS.items()
+            if getattr(of, metric.needs) is not None
+        }
+        for kind, right in self._right.items():
+            if self._ranks and kind in self._of_kind:
+                found[f"{kind}.auc"] = area(self._of_kind[kind].curve(weights))
+            sums = weights @ right
+            with np.errstate(invalid="ignore"):
+                found[f"{kind}.accuracy"] = sums[:, 0] / sums[:, 1]
+        return found
+
+    def reasons(self) -> Mapping[str, str]:
+        """Why a figure is undefined, if it is."""
+        answered = self._labels[self._has] if self._ranks else self._labels
+        if self._ranks and not len(answered):
+            lacks = "no picture has a probability"
+        else:
+            words = {FAKE: "forged", REAL: "real"}
+            absent = [word for label, word in words.items() if label not in answered]
+            lacks = f"one class only: no {' and no '.join(absent)} pictures with an answer"
+        return {
+            **{f"{kind}.auc": lacks for kind in self._right},
+            **{name: metric.undefined or lacks for name, metric in METRICS.items()},
+        }
+
 
 PROTOCOL = "standard"
 
 
 def measure(
-    scored: ScoredSet,
+    scored: Joined,
     *,
     resamples: int = RESAMPLES,
     seed: int = SEED,
@@ -34,7 +209,7 @@ def measure(
 
     Args:
         scored: Items with truth and answers.
-        resamples: Of the bootstrap; 0 for no intervals.
+        resamples: Of the bootstrap; 0 for no metrics.
         seed: Of the bootstrap.
         level: Of the intervals, in (0, 1).
         java: Explanations: whether METEOR and SPICE are tried.
@@ -58,7 +233,7 @@ def measure(
     seen = figures_of(np.ones((1, len(groups))))
     drawn: Mapping[str, np.ndarray] = {}
     if len(groups) > 1:  # a lone group is drawn as itself, which says nothing about chance
-        drawn = intervals.resample(groups, figures_of, resamples=resamples, seed=seed)
+        drawn = metrics.resample(groups, figures_of, resamples=resamples, seed=seed)
     found = {
         name: _figure(float(values[0]), drawn.get(name), level, reasons.get(name))
         for name, values in seen.items()
@@ -80,8 +255,8 @@ def measure(
 
 
 def difference(
-    first: ScoredSet,
-    second: ScoredSet,
+    first: Joined,
+    second: Joined,
     *,
     resamples: int = RESAMPLES,
     seed: int = SEED,
@@ -104,10 +279,10 @@ def difference(
             "Evaluate both models on the same data and truth.",
         )
     (groups, one, _), (_, other, _) = _sampler(first), _sampler(second)
-    return intervals.difference(groups, (one, other), resamples=resamples, seed=seed, level=level)
+    return metrics.difference(groups, (one, other), resamples=resamples, seed=seed, level=level)
 
 
-def counts(scored: ScoredSet) -> dict[str, int]:
+def counts(scored: Joined) -> dict[str, int]:
     """How many items of which sort; ``videos`` is 0 where no group has several items."""
     items = scored.items
     groups = len({item.group for item in items})
@@ -130,7 +305,7 @@ def counts(scored: ScoredSet) -> dict[str, int]:
     }
 
 
-def _sampler(scored: ScoredSet) -> tuple[Groups, Measure, Mapping[str, str]]:
+def _sampler(scored: Joined) -> tuple[Groups, Measure, Mapping[str, str]]:
     """The groups, what measures weighted groups, and why a figure may be undefined."""
     if scored.task != "explanation":
         pictures = Pictures(scored)
@@ -146,23 +321,23 @@ def _sampler(scored: ScoredSet) -> tuple[Groups, Measure, Mapping[str, str]]:
     return groups, by_answer, {}
 
 
-def _references(scored: ScoredSet) -> dict[str, tuple[str, ...]]:
+def _references(scored: Joined) -> dict[str, tuple[str, ...]]:
     return {item.name: scored.references[item.name] for item in scored.items}
 
 
-def _answers(scored: ScoredSet) -> dict[str, str]:
+def _answers(scored: Joined) -> dict[str, str]:
     return {item.name: plain(item.answer or "") for item in scored.items}
 
 
 def _figure(value: float, drawn: np.ndarray | None, level: float, reason: str | None) -> Figure:
     if np.isnan(value):
         return Figure(None, note=reason or "undefined")
-    ends = intervals.interval(drawn, level) if drawn is not None else None
+    ends = metrics.interval(drawn, level) if drawn is not None else None
     return Figure(value, *(ends or (None, None)))
 
 
 def _by_kind(
-    found: Mapping[str, Figure], scored: ScoredSet
+    found: Mapping[str, Figure], scored: Joined
 ) -> tuple[dict[str, Figure], dict[str, dict[str, Figure]]]:
     figures = {name: figure for name, figure in found.items() if "." not in name}
     per_kind: dict[str, dict[str, Figure]] = {}
@@ -175,17 +350,16 @@ def _by_kind(
     return figures, per_kind
 
 
-def _texts(scored: ScoredSet, java: bool) -> tuple[dict[str, Figure], dict[str, Any]]:
+def _texts(scored: Joined, java: bool) -> tuple[dict[str, Figure], dict[str, Any]]:
     """METEOR and SPICE, and how explanations are measured."""
-    from m2f2cli.evaluation.java import meteor, spice
-    from m2f2cli.evaluation.language import TOKENISER
+    from m2f2cli.evaluation.language import JAVA_PROGRAMS, TOKENISER, java_score
 
     figures = {}
-    for name, run in (("meteor", meteor), ("spice", spice)):
+    for name in JAVA_PROGRAMS:
         if not java:
             figures[name] = Figure(None, note="skipped: not asked for")
             continue
-        score = run(_references(scored), _answers(scored))
+        score = java_score(name, _references(scored), _answers(scored))
         figures[name] = Figure(score.value, note=score.reason or "no interval is computed")
     return figures, {
         "tokeniser": TOKENISER,
@@ -196,7 +370,7 @@ def _texts(scored: ScoredSet, java: bool) -> tuple[dict[str, Figure], dict[str, 
     }
 
 
-def _decisions(scored: ScoredSet) -> dict[str, Any]:
+def _decisions(scored: Joined) -> dict[str, Any]:
     """How probabilities and judgements are measured."""
     definition: dict[str, Any] = {
         "unanswered": "wrong in what counts calls, left out of what ranks scores",
@@ -213,13 +387,13 @@ def _decisions(scored: ScoredSet) -> dict[str, Any]:
         definition |= {
             "video_score": "mean fake probability of its frames",
             "eer": "ROC curve straight between operating points",
-            "tpr_at_fpr": {"false_positive_rates": list(FALSE_ALARMS.values()), "between": "none"},
+            "tpr_at_fpr": {"false_positive_rates": FALSE_POSITIVE_RATES, "between": "none"},
             "calibration_bins": BINS,
         }
     return definition
 
 
-def _notes(scored: ScoredSet) -> list[str]:
+def _notes(scored: Joined) -> list[str]:
     found = counts(scored)
     as_what = "an empty text" if scored.task == "explanation" else "wrong"
     said = {
@@ -239,7 +413,7 @@ def _notes(scored: ScoredSet) -> list[str]:
     return notes
 
 
-def _mixed_videos(scored: ScoredSet) -> int:
+def _mixed_videos(scored: Joined) -> int:
     labels: dict[str, set[int]] = {}
     for item in scored.items:
         labels.setdefault(item.group, set()).add(item.label)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +9,7 @@ from types import TracebackType
 
 from m2f2cli.inference.prepare import Prepared, Recipe, prepare
 from m2f2cli.inference.sources import Source
+from m2f2cli.runtime import processors
 
 _MOST_WORKERS = 8
 
@@ -28,7 +28,7 @@ class Decoder:
         self._left = iter(sources)
         self._recipe: Future[Recipe] = Future()
         self._queue: deque[Future[Prepared]] = deque()
-        self._workers = min(_MOST_WORKERS, _processors())
+        self._workers = min(_MOST_WORKERS, processors())
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="m2f2-decode")
         self._fill(self._workers)
 
@@ -63,9 +63,3 @@ class Decoder:
     ) -> None:
         self._recipe.cancel()
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

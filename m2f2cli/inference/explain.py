@@ -124,7 +124,7 @@ def explain_settings(model: str | Loaded, asker: Asker) -> ExplainSettings:
         questions=tuple(q.text for q in options.chosen() if q.text is not None),
         max_new_tokens=options.max_new_tokens,
         sampling=options.sampling(),
-        quantised=options.quantise,
+        quantised=options.quantize,
     )
 
 

@@ -55,7 +55,7 @@ class Asker:
         if isinstance(model, str):
             where = options.detect
             explainer, folder = load_explainer(
-                model, device=where.device, dtype=where.dtype, quantize=options.quantise
+                model, device=where.device, dtype=where.dtype, quantize=options.quantize
             )
             hasten(explainer.detector)
             model = (

@@ -27,7 +27,7 @@ class ExplainOptions:
         temperature: Divides the logits before drawing; None means 1.
         top_p: Draw from the likeliest words that together have this probability; None means 1.
         seed: Of the draws; with it, face and question fix them, whatever else is in the run.
-        quantise: ``4bit`` or ``8bit`` for the language model's layers, or None.
+        quantize: ``4bit`` or ``8bit`` for the language model's layers, or None.
     """
 
     detect: DetectOptions = field(default_factory=DetectOptions)
@@ -41,7 +41,7 @@ class ExplainOptions:
     temperature: float | None = None
     top_p: float | None = None
     seed: int = 0
-    quantise: str | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         if self.condition not in CONDITIONS:

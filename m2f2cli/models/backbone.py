@@ -26,7 +26,7 @@ BACKBONES = Registry("backbone", {}, group="m2f2cli.backbones")
 class Backbone(nn.Module):
     """A timm network without its classifier.
 
-    DenseNet ends in a normalisation whose activation timm adds and the published detector does
+    DenseNet ends in a normalization whose activation timm adds and the published detector does
     not have; it is taken out here.
 
     Args:
@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         """Compute pooled features and the maps of the chosen stages.
 
         Args:
-            pixel_values: (B, 3, S, S), normalised RGB.
+            pixel_values: (B, 3, S, S), normalized RGB.
 
         Returns:
             pooled: (B, C), the features timm would hand to its classifier.

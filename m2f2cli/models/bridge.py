@@ -1,7 +1,7 @@
 """The bridge: fuses backbone taps with CLIP layers, level by level, inside each picture.
 
 Follows section 3 of the M2F2-Det paper (arXiv 2503.20188). The published code keeps its blocks in
-a plain list, attends over the batch and ends in a normalisation of one value, so its output is a
+a plain list, attends over the batch and ends in a normalization of one value, so its output is a
 constant; here the blocks are registered, attention stays inside one picture and the output is the
 mean of the fused tokens, which works at any picture size.
 """

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from m2f2cli.compat import set_attention
 from m2f2cli.errors import CheckpointError, ConfigError
 
 LIBRARIES = ("transformers", "open_clip")
@@ -200,7 +201,7 @@ class ClipTower(nn.Module):
         self.vision: VisionPart | OpenClipVisionPart
         if library == "transformers":
             vision = CLIPVisionConfig(**spec["vision"])
-            vision._attn_implementation = attention
+            set_attention(vision, attention)
             self.block = blocks_needed(vision.num_hidden_layers, layer)
             self.vision = VisionPart(vision, self.block)
             if text:
@@ -208,7 +209,7 @@ class ClipTower(nn.Module):
                 words = CLIPTextConfig(
                     **{"bos_token_id": None, "eos_token_id": None, **spec["text"]}
                 )
-                words._attn_implementation = "sdpa"
+                set_attention(words, "sdpa")
                 self.text = TextPart(words)
         else:
             model = _open_clip_model(spec)
@@ -223,7 +224,7 @@ class ClipTower(nn.Module):
         """Run the vision part.
 
         Args:
-            pixel_values: (B, 3, S, S), normalised with CLIP's mean and deviation.
+            pixel_values: (B, 3, S, S), normalized with CLIP's mean and deviation.
             extra: Further hidden states to return, as block numbers up to ``self.block``.
 
         Returns:

@@ -1,6 +1,6 @@
 """Conversation templates and how a written conversation becomes token ids and labels.
 
-The published system cuts a prompt at ``<image>`` and ``<deepfake>``, tokenises each piece on its
+The published system cuts a prompt at ``<image>`` and ``<deepfake>``, tokenizes each piece on its
 own and puts one begin-of-sequence token in front. Nothing here needs torch.
 """
 
@@ -231,10 +231,10 @@ def _tokens(text: str, tokenizer: Any) -> list[tuple[int, int]]:
 
 
 def _piece(piece: str, tokenizer: Any) -> list[tuple[int, int]]:
-    """Tokenise one piece as the slow LLaMA tokeniser does.
+    """Tokenize one piece as the slow LLaMA tokenizer does.
 
     With ``legacy`` each stretch between special tokens gets a space of its own in front, which the
-    tokeniser does by itself; without, only the piece does, unless a special token begins it.
+    tokenizer does by itself; without, only the piece does, unless a special token begins it.
     """
     front = _SPACE if getattr(tokenizer, "prefix_pieces", False) else ""
     out = tokenizer(front + piece, add_special_tokens=False, return_offsets_mapping=True)

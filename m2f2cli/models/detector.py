@@ -15,14 +15,14 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from m2f2cli.compat import attention_of, weights_version
+from m2f2cli.data.transforms import CLIP_MEAN as CLIP_MEAN
+from m2f2cli.data.transforms import CLIP_STD as CLIP_STD
 from m2f2cli.errors import ConfigError
 from m2f2cli.models.backbone import Backbone
 from m2f2cli.models.bridge import Bridge
 from m2f2cli.models.clip import ClipTower
 from m2f2cli.models.forgery_prompt import ForgeryPrompt, forgery_map
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class DetectorConfig(PretrainedConfig):
@@ -148,7 +148,7 @@ class Detector(PreTrainedModel):
             config.clip,
             config.vision_layer,
             text=config.forgery_map,
-            attention=config._attn_implementation or "sdpa",
+            attention=attention_of(config) or "sdpa",
         )
         self.vision_proj = _projection(self.clip.vision.width, width)
         self.backbone_proj = _projection(self.backbone.channels, width)
@@ -176,7 +176,7 @@ class Detector(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Parts initialise themselves when built; a checkpoint must bring every tensor."""
+        """Parts initialize themselves when built; a checkpoint must bring every tensor."""
 
     def train(self, mode: bool = True) -> Detector:
         """Set the mode; a part without a trainable parameter stays in evaluation mode."""
@@ -201,7 +201,7 @@ class Detector(PreTrainedModel):
         weights = [*prompt.parameters(), *text.parameters(), *self.text_proj.parameters()]
         if any(w.is_inference() for w in weights):
             return self.text_proj(prompt(text))
-        key = tuple(n for w in weights for n in (w.data_ptr(), w._version))
+        key = tuple(n for w in weights for n in (w.data_ptr(), weights_version(w)))
         if self._text_cache is None or self._text_cache[0] != key:
             self._text_cache = (key, self.text_proj(prompt(text)))
         return self._text_cache[1]
@@ -218,7 +218,7 @@ class Detector(PreTrainedModel):
         """Judge pictures.
 
         Args:
-            pixel_values: (B, 3, S, S) in the model's dtype, normalised with ``config.image_mean``
+            pixel_values: (B, 3, S, S) in the model's dtype, normalized with ``config.image_mean``
                 and ``config.image_std``.
             labels: (B,) int64, 0 real and 1 fake.
             backbone_pixel_values: What the backbone sees, where that differs from what CLIP sees.
@@ -267,5 +267,5 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def _projection(inputs: int, outputs: int) -> nn.Sequential:
-    """Linear and LayerNorm, initialised N(0, 0.01) and 0 as published."""
+    """Linear and LayerNorm, initialized N(0, 0.01) and 0 as published."""
     return nn.Sequential(_linear(inputs, outputs), nn.LayerNorm(outputs))

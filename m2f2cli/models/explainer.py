@@ -51,7 +51,7 @@ class ExplainerConfig(PretrainedConfig):
         text_config: The language model, as ``LlamaConfig`` or its fields.
         template: The conversation template it was trained with (``models.conversation``).
         image_aspect: What CLIP sees of a picture that is not square: ``pad`` all of it on a
-            square, ``square`` its centre. The backbone always sees the centre.
+            square, ``square`` its center. The backbone always sees the center.
         image_token_id: Stands for a patch in ``input_ids``; no word of the vocabulary.
         deepfake_token_id: Stands for the detector's answer; no word of the vocabulary.
     """
@@ -141,7 +141,7 @@ class Explainer(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    # Never split over devices by device_map, nor quantised but for the language model's layers.
+    # Never split over devices by device_map, nor quantized but for the language model's layers.
     _no_split_modules = ["LlamaDecoderLayer", "Detector", "Projector"]  # noqa: RUF012
     _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_flash_attn = True

@@ -53,7 +53,7 @@ class ExplainerProcessor:
         views: How a picture becomes pixels; without it pictures must come as ready views.
 
     Raises:
-        CheckpointError: The tokeniser knows more words than the language model.
+        CheckpointError: The tokenizer knows more words than the language model.
     """
 
     def __init__(self, tokenizer: Any, config: ExplainerConfig, views: Views | None = None) -> None:
@@ -64,8 +64,8 @@ class ExplainerProcessor:
         rows = config.text_config.vocab_size
         if len(tokenizer) > rows:
             raise CheckpointError(
-                f"The tokeniser has {len(tokenizer)} tokens, the language model {rows}.",
-                "Take the tokeniser's files from the folder of the same model.",
+                f"The tokenizer has {len(tokenizer)} tokens, the language model {rows}.",
+                "Take the tokenizer's files from the folder of the same model.",
             )
 
     @classmethod
@@ -75,7 +75,7 @@ class ExplainerProcessor:
         """The processor of a checkpoint folder.
 
         Raises:
-            CheckpointError: The tokeniser is missing, damaged or of another model.
+            CheckpointError: The tokenizer is missing, damaged or of another model.
         """
         return cls(load_tokenizer(folder), config, views)
 

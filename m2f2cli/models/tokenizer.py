@@ -1,4 +1,4 @@
-"""The language model's tokeniser, brought to give what the slow LLaMA tokeniser gave.
+"""The language model's tokenizer, brought to give what the slow LLaMA tokenizer gave.
 
 transformers 5 has the fast one only. Its way of writing the space before the first word differs
 where a text begins with a space, so that step is replaced here; the rest is the same.
@@ -18,13 +18,13 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from m2f2cli.errors import CheckpointError
 from m2f2cli.files import read_json
 
-_ELSEWHERE = "Take the tokeniser's files from the folder of the base LLaVA or LLaMA model."
+_ELSEWHERE = "Take the tokenizer's files from the folder of the base LLaVA or LLaMA model."
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Read a folder's tokeniser.
+    """Read a folder's tokenizer.
 
     ``legacy`` in ``tokenizer_config.json`` (missing means true, as it did) decides whether words
     after a special token inside a text get a space in front.
@@ -33,7 +33,7 @@ def load_tokenizer(folder: Path) -> Any:
         folder: Holds ``tokenizer.json`` or sentencepiece's ``tokenizer.model``.
 
     Returns:
-        A transformers tokeniser that pads with its pad, unknown or end-of-sequence token.
+        A transformers tokenizer that pads with its pad, unknown or end-of-sequence token.
 
     Raises:
         CheckpointError: There is none, it is damaged, or it lacks a special token.
@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path) -> Any:
     ready = (folder / "tokenizer.json").is_file()
     if not ready and not (folder / "tokenizer.model").is_file():
         raise CheckpointError(
-            f"'{folder}' has no tokeniser (tokenizer.json or tokenizer.model).", _ELSEWHERE
+            f"'{folder}' has no tokenizer (tokenizer.json or tokenizer.model).", _ELSEWHERE
         )
     if not ready and not (find_spec("sentencepiece") and find_spec("google.protobuf")):
         raise CheckpointError(
@@ -57,12 +57,12 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"The tokeniser in '{folder}' is damaged ({type(error).__name__}: {error}).", _ELSEWHERE
+            f"The tokenizer in '{folder}' is damaged ({type(error).__name__}: {error}).", _ELSEWHERE
         ) from error
     for name in ("bos_token", "eos_token"):
         if getattr(tokenizer, f"{name}_id") is None:
             raise CheckpointError(
-                f"The tokeniser in '{folder}' has no {name}, which every prompt needs.", _ELSEWHERE
+                f"The tokenizer in '{folder}' has no {name}, which every prompt needs.", _ELSEWHERE
             )
     legacy = bool(fields.get("legacy", True))
     if _from_sentencepiece(tokenizer.backend_tokenizer):
@@ -112,7 +112,7 @@ def _fields(folder: Path) -> dict[str, Any]:
 
 
 def _from_sentencepiece(backend: Any) -> bool:
-    """Whether a tokeniser writes spaces as sentencepiece does, rather than as bytes."""
+    """Whether a tokenizer writes spaces as sentencepiece does, rather than as bytes."""
     return isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace) or (
         backend.pre_tokenizer is None and backend.token_to_id(_SPACE) is not None
     )

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,6 +22,35 @@ from m2f2cli.errors import ConfigError
 
 T = TypeVar("T")
 Group = TypeVar("Group", bound="OptionGroups")
+
+
+# What options were called before, as flags without dashes: an old name on the command line, in a
+# file or in the environment is an error that names the new one, where the command has that.
+RENAMED = {
+    "accumulate": "gradient-accumulation-steps",
+    "alpha": "lora-alpha",
+    "attention": "attn-implementation",
+    "clip-gradient": "max-grad-norm",
+    "dropout": "lora-dropout",
+    "early-stop": "early-stopping-patience",
+    "ema": "ema-decay",
+    "init": "model",
+    "load-in": "quantize",
+    "normalisation": "normalization",
+    "optimiser": "optimizer",
+    "quantise": "quantize",
+    "rank": "lora-r",
+    "warmup": "warmup-ratio",
+}
+
+
+def renamed(old: str, known: Container[str]) -> str | None:
+    """The present name of an option that was called ``old``, if ``known`` has it and not ``old``.
+
+    Names are spelled with dashes.
+    """
+    new = RENAMED.get(old)
+    return new if new in known and old not in known else None
 
 
 class Limits(NamedTuple):
@@ -40,23 +69,24 @@ class Limits(NamedTuple):
     open_low: bool = False
 
 
-def option(default: T, help: str, *choices: str, **limits: Any) -> T:
+def option(default: T, help: str, *choices: str, key: bool = False, **limits: Any) -> T:
     """Declare a field of an options class.
 
     Args:
         default: Its value when nobody sets it.
         help: One or two sentences for the user: what it does, its unit, the published value.
         *choices: The words it accepts, if it accepts only some.
+        key: Few people set it: help pages leave it out; it is a key of ``--config`` and ``--set``.
         **limits: ``low``, ``high`` and ``open_low`` of ``Limits``.
     """
-    metadata = {"help": help, "limits": Limits(choices, **limits)}
+    metadata = {"help": help, "limits": Limits(choices, **limits), "key": key}
     declared: T = field(default=default, metadata=metadata)
     return declared
 
 
 def required(help: str) -> Any:
     """Declare a field that has no default."""
-    return field(metadata={"help": help, "limits": Limits()})
+    return field(metadata={"help": help, "limits": Limits(), "key": False})
 
 
 def flag_name(field_name: str) -> str:
@@ -172,9 +202,12 @@ class OptionGroups:
         home = {item.name: group for group, item in cls.walk()}
         for name in given:
             if name not in home:
-                near = get_close_matches(name, home, n=1)
-                hint = f"Did you mean '{near[0].replace('_', '-')}'?" if near else None
-                raise ConfigError(f"There is no option '{name.replace('_', '-')}'.", hint)
+                old, known = name.replace("_", "-"), [key.replace("_", "-") for key in home]
+                if new := renamed(old, known):
+                    raise ConfigError(f"'{old}' is now '{new}'.", f"Write '{new}' instead.")
+                near = get_close_matches(old, known, n=1)
+                hint = f"Did you mean '{near[0]}'?" if near else None
+                raise ConfigError(f"There is no option '{old}'.", hint)
         for _, item in cls.walk():
             if item.default is dataclasses.MISSING and given.get(item.name) is None:
                 flag = flag_name(item.name)
@@ -184,6 +217,35 @@ class OptionGroups:
             for group, kind in cls.groups().items()
         }
         return cls(**built)
+
+    @classmethod
+    def name_of(cls, key: str) -> str | None:
+        """The option that a key of ``--set`` names, with underscores; None if there is none.
+
+        Args:
+            key: ``learning-rate``, or with its group ``optimizer.learning-rate``. Dots may separate
+                the parts: ``augment.jpeg.quality`` is ``jpeg-quality``, ``augment.jpeg.p``, the
+                share that it is done to, ``jpeg``.
+        """
+        names = {item.name: group for group, item in cls.walk()}
+        first, dot, rest = key.replace("-", "_").partition(".")
+        group, path = (first, rest) if dot and first in cls.groups() else (None, first + dot + rest)
+        parts = path.split(".")
+        spelled = "_".join(parts[:-1] if len(parts) > 1 and parts[-1] == "p" else parts)
+        for name in (spelled, parts[-1]):  # augment.affine.degrees is degrees
+            if name in names and group in (None, names[name]):
+                return name
+        return None
+
+    @classmethod
+    def recorded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What an earlier version recorded, under the present names of the options.
+
+        Args:
+            values: As ``to_flat`` gave them then.
+        """
+        known = {item.name.replace("_", "-") for _, item in cls.walk()}
+        return {renamed(name, known) or name: value for name, value in values.items()}
 
     def to_flat(self) -> dict[str, Any]:
         """Option names with dashes to plain values (JSON and YAML), in order."""

@@ -18,7 +18,7 @@ from m2f2cli.options.training_pictures import AugmentOptions, PseudoFakeOptions
 class ModelOptions(Checked):
     """What the detector is made of and what of it trains."""
 
-    init: str | None = option(
+    model: str | None = option(
         None, "Start from this detector (folder or 'lite') instead of building a new one."
     )
     backbone: str = option(
@@ -28,6 +28,7 @@ class ModelOptions(Checked):
         "pretrained",
         "Weights the backbone starts from: a .pth or .safetensors file, 'pretrained' (timm's, "
         "downloaded once) or 'none' (random).",
+        key=True,
     )
     clip: str = option(
         "openai/clip-vit-large-patch14-336",
@@ -35,17 +36,29 @@ class ModelOptions(Checked):
         "openclip:NAME/PRETRAINED.",
     )
     hidden_size: int = option(
-        1024, "Width that CLIP, prompt and backbone features are projected to.", low=1
+        1024,
+        "Width that CLIP, prompt and backbone features are projected to.",
+        low=1,
+        key=True,
     )
-    prompt_tokens: int = option(7, "Learnable tokens of the forgery prompt.", low=1)
-    vision_layer: int = option(-2, "CLIP hidden state that is read; negative counts from the last.")
-    forgery_map: bool = option(True, "Build the forgery prompt and its map.")
-    bridge: bool = option(False, "Build the paper's bridge between backbone and CLIP layers.")
+    prompt_tokens: int = option(7, "Learnable tokens of the forgery prompt.", low=1, key=True)
+    vision_layer: int = option(
+        -2, "CLIP hidden state that is read; negative counts from the last.", key=True
+    )
+    forgery_map: bool = option(True, "Build the forgery prompt and its map.", key=True)
+    bridge: bool = option(
+        False, "Build the paper's bridge between backbone and CLIP layers.", key=True
+    )
     image_size: int | None = option(
         None, "Edge of the network's input in pixels; CLIP's own if unset.", low=8
     )
-    normalisation: str = option(
-        "clip", "Mean and deviation of the input.", "clip", "imagenet", "half"
+    normalization: str = option(
+        "clip",
+        "Mean and deviation of the input.",
+        "clip",
+        "imagenet",
+        "half",
+        key=True,
     )
     train: str = option(
         "published",
@@ -57,51 +70,66 @@ class ModelOptions(Checked):
         "everything",
     )
     freeze_stages: int = option(
-        0, "Leave the stem and this many first stages of the backbone as they are; 0 none.", low=0
+        0,
+        "Leave the stem and this many first stages of the backbone as they are; 0 none.",
+        low=0,
+        key=True,
     )
     freeze_batch_norm: bool = option(
-        False, "Keep the BatchNorm statistics of the backbone as they are."
+        False,
+        "Keep the BatchNorm statistics of the backbone as they are.",
+        key=True,
     )
 
     def check(self) -> None:
         """A start from a detector brings its own shape."""
-        own = ("init", "train", "freeze_stages", "freeze_batch_norm")
+        own = ("model", "train", "freeze_stages", "freeze_batch_norm")
         for item in fields(ModelOptions):
             changed = getattr(self, item.name) != item.default
-            if self.init and changed and item.name not in own:
+            if self.model and changed and item.name not in own:
                 raise ConfigError(
-                    f"{flag_name(item.name)} does not go with --init: the starting detector "
+                    f"{flag_name(item.name)} does not go with --model: the starting detector "
                     "decides its own shape.",
-                    f"Leave out {flag_name(item.name)} or --init.",
+                    f"Leave out {flag_name(item.name)} or --model.",
                 )
 
 
 @dataclass(frozen=True)
-class OptimiserOptions(Checked):
+class OptimizerOptions(Checked):
     """How the weights move."""
 
     epochs: int = option(200, "Passes over the data (published: 200).", low=1)
     batch_size: int = option(80, "Pictures a batch and process (published: 80).", low=1)
-    accumulate: int = option(1, "Batches whose gradients make one step together.", low=1)
-    optimiser: str = option("adam", "Update rule (published: adam).", "adam", "adamw")
-    beta2: float = option(0.999, "Decay of its second moment.", low=0.5, high=0.99999)
+    gradient_accumulation_steps: int = option(
+        1, "Batches whose gradients make one step together.", low=1
+    )
+    optimizer: str = option("adam", "Update rule (published: adam).", "adam", "adamw", key=True)
+    beta2: float = option(0.999, "Decay of its second moment.", low=0.5, high=0.99999, key=True)
     learning_rate: float = option(1e-3, "Of the backbone (published: 1e-3).", low=0.0)
     layer_decay: float = option(
         1.0,
         "Factor on --learning-rate for each backbone stage away from the last; 1 is off.",
         low=0.01,
         high=1.0,
+        key=True,
     )
     head_lr: float | None = option(
-        None, "Of projections, bridge and head; --learning-rate if unset.", low=0.0
+        None,
+        "Of projections, bridge and head; --learning-rate if unset.",
+        low=0.0,
+        key=True,
     )
-    prompt_lr: float = option(1e-3, "Of the prompt tokens.", low=0.0)
-    vision_alpha_lr: float = option(1e-3, "Of alpha_vision (published: 1e-3).", low=0.0)
-    text_alpha_lr: float = option(3e-3, "Of alpha_text (published: 3e-3).", low=0.0)
-    clip_lr: float = option(1e-5, "Of CLIP, where --train everything unfreezes it.", low=0.0)
-    weight_decay: float = option(1e-6, "Weight decay (published: 1e-6).", low=0.0)
+    prompt_lr: float = option(1e-3, "Of the prompt tokens.", low=0.0, key=True)
+    vision_alpha_lr: float = option(1e-3, "Of alpha_vision (published: 1e-3).", low=0.0, key=True)
+    text_alpha_lr: float = option(3e-3, "Of alpha_text (published: 3e-3).", low=0.0, key=True)
+    clip_lr: float = option(
+        1e-5, "Of CLIP, where --train everything unfreezes it.", low=0.0, key=True
+    )
+    weight_decay: float = option(1e-6, "Weight decay (published: 1e-6).", low=0.0, key=True)
     decay_all: bool = option(
-        True, "Decay biases, norms and alphas too (published), not only matrices and filters."
+        True,
+        "Decay biases, norms and alphas too (published), not only matrices and filters.",
+        key=True,
     )
     schedule: str = option(
         "plateau",
@@ -110,23 +138,42 @@ class OptimiserOptions(Checked):
         "plateau",
         "cosine",
         "constant",
+        key=True,
     )
-    warmup: float = option(
-        0.0, "Share of all steps over which cosine and constant rise from zero.", low=0, high=1
+    warmup_ratio: float = option(
+        0.0,
+        "Share of all steps over which cosine and constant rise from zero.",
+        low=0,
+        high=1,
+        key=True,
     )
     plateau_factor: float = option(
-        0.4, "Factor of a plateau's cut (published: 0.4).", low=0, high=0.99, open_low=True
+        0.4,
+        "Factor of a plateau's cut (published: 0.4).",
+        low=0,
+        high=0.99,
+        open_low=True,
+        key=True,
     )
     plateau_patience: int = option(
-        6, "Epochs without a better loss before a cut (published: 6).", low=0
+        6,
+        "Epochs without a better loss before a cut (published: 6).",
+        low=0,
+        key=True,
     )
     plateau_cooldown: int = option(
-        5, "Epochs after a cut that are not counted (published: 5).", low=0
+        5,
+        "Epochs after a cut that are not counted (published: 5).",
+        low=0,
+        key=True,
     )
-    clip_gradient: float = option(
-        0.0, "Scale gradients down to this norm; 0 leaves them (published).", low=0.0
+    max_grad_norm: float = option(
+        0.0,
+        "Scale gradients down to this norm; 0 leaves them (published).",
+        low=0.0,
+        key=True,
     )
-    ema: float = option(
+    ema_decay: float = option(
         0.0,
         "Decay of a running average of the weights, which is then what is measured and kept; 0 is "
         "off, 0.98 to 0.9999 are usual.",
@@ -134,22 +181,31 @@ class OptimiserOptions(Checked):
         high=0.999999,
     )
     select: str = option(
-        "auc", "Validation figure that decides which epoch is kept.", "auc", "ap", "loss", "last"
+        "auc",
+        "Validation figure that decides which epoch is kept.",
+        "auc",
+        "ap",
+        "loss",
+        "last",
+        key=True,
     )
-    early_stop: int = option(
-        0, "Stop after so many epochs in a row without a better --select figure; 0 never.", low=0
+    early_stopping_patience: int = option(
+        0,
+        "Stop after so many epochs in a row without a better --select figure; 0 never.",
+        low=0,
+        key=True,
     )
 
     def check(self) -> None:
         """A warm-up needs a schedule that has one; an early stop a figure to watch."""
-        if self.early_stop and self.select == "last":
+        if self.early_stopping_patience and self.select == "last":
             raise ConfigError(
-                "--early-stop has no figure to watch with --select last.",
+                "--early-stopping-patience has no figure to watch with --select last.",
                 "Use --select auc, ap or loss.",
             )
-        if self.warmup and self.schedule == "plateau":
+        if self.warmup_ratio and self.schedule == "plateau":
             raise ConfigError(
-                "--warmup has no effect with --schedule plateau.",
+                "--warmup-ratio has no effect with --schedule plateau.",
                 "Use --schedule cosine or constant.",
             )
 
@@ -162,39 +218,58 @@ class ObjectiveOptions(Checked):
         False, "Let real and forged pictures take turns in every batch, repeating the rarer."
     )
     label_smoothing: float = option(
-        0.0, "Share of each target spread over both classes.", low=0.0, high=0.99
+        0.0,
+        "Share of each target spread over both classes.",
+        low=0.0,
+        high=0.99,
+        key=True,
     )
     dropout: float = option(
-        0.0, "Share of the head's inputs dropped while training.", low=0.0, high=0.95
+        0.0,
+        "Share of the head's inputs dropped while training.",
+        low=0.0,
+        high=0.95,
+        key=True,
     )
     mixup: float = option(
-        0.0, "Alpha of mixup's Beta distribution; 0 is off, 0.2 is usual.", low=0.0
+        0.0,
+        "Alpha of mixup's Beta distribution; 0 is off, 0.2 is usual.",
+        low=0.0,
+        key=True,
     )
     kind_weight: float = option(
         0.0,
         "Weight of telling the manipulations apart as a second task (names or sub-folders of fake/ "
         "give the kind). Its head is dropped after training.",
         low=0.0,
+        key=True,
     )
     judgement_weight: float = option(
         0.0,
         "Weight of foretelling what --annotations say: how forged each region looks, which flaws "
         "are named. Its head is dropped after training.",
         low=0.0,
+        key=True,
     )
     map_weight: float = option(
         0.0,
         "Weight of drawing the forgery map towards the blended area of pseudo-fakes, and to "
         "nothing on real pictures.",
         low=0.0,
+        key=True,
     )
     soft_labels: Path | None = option(
         None,
         "JSON lines {'sample': path inside --data, 'fake_probability': p} of teachers to learn "
         "from; several lines on one picture are averaged.",
+        key=True,
     )
     soft_weight: float = option(
-        0.5, "Share of the target that --soft-labels decide.", low=0.0, high=1.0
+        0.5,
+        "Share of the target that --soft-labels decide.",
+        low=0.0,
+        high=1.0,
+        key=True,
     )
 
 
@@ -216,6 +291,7 @@ class RunOptions(Checked):
         "float32",
         "float16",
         "bfloat16",
+        key=True,
     )
     precision: str = option(
         "auto",
@@ -227,10 +303,15 @@ class RunOptions(Checked):
         "float16",
     )
     deterministic: bool = option(
-        False, "Make CUDA runs repeat bit by bit, at some speed; CPU runs do anyway."
+        False,
+        "Make CUDA runs repeat bit by bit, at some speed; CPU runs do anyway.",
+        key=True,
     )
     save_steps: int = option(
-        0, "Also save the state every so many steps; 0 saves after each epoch only.", low=0
+        0,
+        "Also save the state every so many steps; 0 saves after each epoch only.",
+        low=0,
+        key=True,
     )
     resume: bool = option(
         False, "Go on from the last saved state of this output, or begin if there is none."
@@ -242,6 +323,7 @@ class RunOptions(Checked):
         "auto",
         "tensorboard",
         "none",
+        key=True,
     )
 
     def check(self) -> None:
@@ -262,7 +344,7 @@ class TrainDetectorOptions(OptionGroups):
 
     data: DataOptions
     model: ModelOptions
-    optimiser: OptimiserOptions
+    optimizer: OptimizerOptions
     objective: ObjectiveOptions
     augment: AugmentOptions
     pseudo: PseudoFakeOptions
@@ -285,5 +367,5 @@ class TrainDetectorOptions(OptionGroups):
             raise ConfigError(
                 "--judgement-weight needs the judgements to learn.", "Give --annotations DIR."
             )
-        if self.objective.map_weight and not (self.model.forgery_map or self.model.init):
+        if self.objective.map_weight and not (self.model.forgery_map or self.model.model):
             raise ConfigError("--map-weight needs the forgery map.", "Leave out --no-forgery-map.")

@@ -30,15 +30,20 @@ class ConversationOptions(Checked):
         "and count them.",
         "error",
         "skip",
+        key=True,
     )
     max_length: int = option(
-        2048, "Tokens of a conversation, the picture's included (published: 2048).", low=8
+        2048,
+        "Tokens of a conversation, the picture's included (published: 2048).",
+        low=8,
+        key=True,
     )
     too_long: str = option(
         "skip",
         "A longer conversation: skip and count it, or error. Answers are never cut.",
         "skip",
         "error",
+        key=True,
     )
     validation_share: float = option(
         0.0,
@@ -47,13 +52,19 @@ class ConversationOptions(Checked):
         high=0.9,
     )
     eval_steps: int = option(
-        0, "Measure on it every so many steps too; 0 for after each epoch only.", low=0
+        0,
+        "Measure on it every so many steps too; 0 for after each epoch only.",
+        low=0,
+        key=True,
     )
-    split_seed: int = option(0, "Seed that decides which identities are held out.", low=0)
+    split_seed: int = option(0, "Seed that decides which identities are held out.", low=0, key=True)
     answer_tokens: int = option(
-        128, "Longest answer generated when held-out conversations are judged.", low=1
+        128,
+        "Longest answer generated when held-out conversations are judged.",
+        low=1,
+        key=True,
     )
-    group_by_length: bool = option(True, "Put conversations of like length into a batch.")
+    group_by_length: bool = option(True, "Put conversations of like length into a batch.", key=True)
     workers: int = option(0, "Processes that read pictures; 0 reads in the training's own.", low=0)
 
     def check(self) -> None:
@@ -81,16 +92,18 @@ class ExplainerOptions(Checked):
     gradient_checkpointing: bool = option(
         True, "Save memory by computing layers twice (published)."
     )
-    attention: str = option(
-        "auto", "transformers' attention; auto is flash-attn where installed, else torch's own."
+    attn_implementation: str = option(
+        "auto",
+        "transformers' attention; auto is flash-attn where installed, else torch's own.",
+        key=True,
     )
 
 
 @dataclass(frozen=True)
-class QuantisedOptions(ExplainerOptions):
+class QuantizedOptions(ExplainerOptions):
     """What it starts from and how it is held in memory."""
 
-    load_in: str = option(
+    quantize: str = option(
         "none", "Hold the language model's layers in 4 or 8 bits (QLoRA).", "none", "4bit", "8bit"
     )
 
@@ -99,9 +112,11 @@ class QuantisedOptions(ExplainerOptions):
 class AdapterOptions(Checked):
     """The low-rank updates, on every linear layer of the language model but its head."""
 
-    rank: int = option(128, "Rank of an update (published: 128).", low=1)
-    alpha: int = option(256, "An update counts alpha / rank (published: 256).", low=1)
-    dropout: float = option(0.05, "Dropout before it (published: 0.05).", low=0.0, high=0.95)
+    lora_r: int = option(128, "Rank of an update (published: 128).", low=1)
+    lora_alpha: int = option(256, "An update counts alpha / r (published: 256).", low=1)
+    lora_dropout: float = option(
+        0.05, "Dropout before it (published: 0.05).", low=0.0, high=0.95, key=True
+    )
 
 
 @dataclass(frozen=True)
@@ -110,17 +125,31 @@ class StepOptions(Checked):
 
     epochs: int = option(1, "Passes over the data (published: 1).", low=1)
     batch_size: int = option(40, "Conversations a batch and process (published: 40).", low=1)
-    accumulate: int = option(1, "Batches whose gradients make one step together.", low=1)
+    gradient_accumulation_steps: int = option(
+        1, "Batches whose gradients make one step together.", low=1
+    )
     learning_rate: float = option(2e-5, "Of AdamW (published: 2e-5).", low=0.0)
-    weight_decay: float = option(0.0, "Weight decay (published: 0).", low=0.0)
+    weight_decay: float = option(0.0, "Weight decay (published: 0).", low=0.0, key=True)
     schedule: str = option(
-        "cosine", "Learning rate over time (published: cosine).", "cosine", "linear", "constant"
+        "cosine",
+        "Learning rate over time (published: cosine).",
+        "cosine",
+        "linear",
+        "constant",
+        key=True,
     )
-    warmup: float = option(
-        0.03, "Share of all steps over which it rises from zero (published: 0.03).", low=0, high=1
+    warmup_ratio: float = option(
+        0.03,
+        "Share of all steps over which it rises from zero (published: 0.03).",
+        low=0,
+        high=1,
+        key=True,
     )
-    clip_gradient: float = option(
-        1.0, "Scale gradients down to this norm (published: 1); 0 leaves them.", low=0.0
+    max_grad_norm: float = option(
+        1.0,
+        "Scale gradients down to this norm (published: 1); 0 leaves them.",
+        low=0.0,
+        key=True,
     )
 
 
@@ -130,7 +159,7 @@ class LoraStepOptions(StepOptions):
 
     batch_size: int = option(20, "Conversations a batch and process (published: 20).", low=1)
     learning_rate: float = option(2e-5, "Of the low-rank updates (published: 2e-5).", low=0.0)
-    projector_lr: float = option(2e-5, "Of both projectors (published: 2e-5).", low=0.0)
+    projector_lr: float = option(2e-5, "Of both projectors (published: 2e-5).", low=0.0, key=True)
 
 
 @dataclass(frozen=True)
@@ -145,10 +174,15 @@ class StageRunOptions(Checked):
         "Train under DeepSpeed: zero2 (published), zero3, zero3-offload, or a file of settings.",
     )
     deterministic: bool = option(
-        False, "Make CUDA runs repeat bit by bit, at some speed; CPU runs do anyway."
+        False,
+        "Make CUDA runs repeat bit by bit, at some speed; CPU runs do anyway.",
+        key=True,
     )
     save_steps: int = option(
-        100, "Save the state every so many steps, and after each epoch; 0 for epochs only.", low=0
+        100,
+        "Save the state every so many steps, and after each epoch; 0 for epochs only.",
+        low=0,
+        key=True,
     )
     resume: bool = option(
         False, "Go on from the last saved state of this output, or begin if there is none."
@@ -161,6 +195,7 @@ class StageRunOptions(Checked):
         "tensorboard",
         "wandb",
         "none",
+        key=True,
     )
 
     def check(self) -> None:
@@ -188,7 +223,7 @@ class AlignOptions(OptionGroups):
 
     data: ConversationOptions
     model: ExplainerOptions
-    steps: StepOptions
+    optimizer: StepOptions
     run: StageRunOptions
 
 
@@ -197,9 +232,9 @@ class LoraOptions(OptionGroups):
     """Every option of ``m2f2 lora``."""
 
     data: ConversationOptions
-    model: QuantisedOptions
+    model: QuantizedOptions
     adapter: AdapterOptions
-    steps: LoraStepOptions
+    optimizer: LoraStepOptions
     run: StageRunOptions
 
 

@@ -34,42 +34,51 @@ class DataOptions(Checked):
         high=0.9,
         open_low=True,
     )
-    split_seed: int = option(0, "Seed that decides which identities are held out.", low=0)
+    split_seed: int = option(0, "Seed that decides which identities are held out.", low=0, key=True)
     compression: str = option("c23", "Which files of FF++ (published: c40).", *_COMPRESSIONS)
     manipulations: tuple[str, ...] = option(
         _MANIPULATIONS,
         "Which forgeries of FF++. Repeat it to name several; FaceShifter may be added.",
         *_MANIPULATIONS,
         "FaceShifter",
+        key=True,
     )
     splits: Path | None = option(
         None,
         "Folder of the official split files of FF++, train.json and val.json; 'splits' beside its "
         "HDF5 files, or these files' own folder, if unset.",
+        key=True,
     )
     frames_per_video: int = option(
         1,
         "Frames of each FF++ video in an epoch, drawn anew each time (published: 1); 0 takes all.",
         low=0,
+        key=True,
     )
     validation_frames: int = option(
-        4, "Frames of each FF++ video to measure on, evenly spaced; 0 takes all.", low=0
+        4,
+        "Frames of each FF++ video to measure on, evenly spaced; 0 takes all.",
+        low=0,
+        key=True,
     )
     limit: int = option(
         0,
         "Use at most this many real and as many forged pictures (or FF++ videos) to train on, and "
         "to measure on, drawn by --seed: for trial runs. 0 uses all.",
         low=0,
+        key=True,
     )
     identities: Path | None = option(
         None,
         "CSV file with lines 'picture,identity,...' (paths inside --data) that says who is in "
         "which picture. Without it, folders and file names tell.",
+        key=True,
     )
     annotations: Path | None = option(
         None,
         "Folder of DD-VQA annotation files: what people saw in forged faces. Feeds "
         "--judgement-weight.",
+        key=True,
     )
     unreadable: str = option(
         "error",
@@ -77,6 +86,7 @@ class DataOptions(Checked):
         "or is left out and named (skip).",
         "error",
         "skip",
+        key=True,
     )
     cache: str = option(
         "auto",
@@ -85,6 +95,7 @@ class DataOptions(Checked):
         "auto",
         "always",
         "never",
+        key=True,
     )
     workers: int = option(0, "Processes that prepare pictures beside the training one.", low=0)
     crop_margin: float = option(
@@ -93,6 +104,7 @@ class DataOptions(Checked):
         "so that detect crops alike.",
         low=0.0,
         high=4.0,
+        key=True,
     )
     domain_quantile: float = option(
         0.99,
@@ -100,6 +112,7 @@ class DataOptions(Checked):
         "limit, and 'm2f2 detect' answers uncertain beyond it. 0 stores no check.",
         low=0.0,
         high=1.0,
+        key=True,
     )
 
     def check(self) -> None:

@@ -13,41 +13,68 @@ _P = {"low": 0.0, "high": 1.0}
 
 @dataclass(frozen=True)
 class AugmentOptions(Checked):
-    """How training pictures are changed; the fields are those of ``data.augment.Augment``."""
+    """How training pictures are changed, by ``data.augment.augment``."""
 
-    flip: float = option(0.5, "Share of pictures mirrored (published).", **_P)
-    affine: float = option(0.0, "Share turned, scaled and shifted a little.", **_P)
-    degrees: float = option(8.0, "Largest turn either way, in degrees.", low=0, high=180)
-    zoom: float = option(0.05, "Largest relative change of scale.", low=0, high=0.5)
-    shift: float = option(0.03, "Largest shift, as a fraction of the edge.", low=0, high=0.5)
-    crop: float = option(0.0, "Share cut to a random square.", **_P)
+    flip: float = option(0.5, "Share of pictures mirrored (published).", **_P, key=True)
+    affine: float = option(0.0, "Share turned, scaled and shifted a little.", **_P, key=True)
+    degrees: float = option(8.0, "Largest turn either way, in degrees.", low=0, high=180, key=True)
+    zoom: float = option(0.05, "Largest relative change of scale.", low=0, high=0.5, key=True)
+    shift: float = option(
+        0.03, "Largest shift, as a fraction of the edge.", low=0, high=0.5, key=True
+    )
+    crop: float = option(0.0, "Share cut to a random square.", **_P, key=True)
     crop_scale: tuple[float, float] = option(
-        (0.8, 1.0), "Its edge as a fraction of the picture's.", low=0.05, high=1.0
+        (0.8, 1.0),
+        "Its edge as a fraction of the picture's.",
+        low=0.05,
+        high=1.0,
+        key=True,
     )
-    color: float = option(0.0, "Share with changed brightness, contrast, saturation and hue.", **_P)
-    brightness: float = option(0.2, "Largest relative change of brightness.", **_P)
-    contrast: float = option(0.2, "Largest relative change of contrast.", **_P)
-    saturation: float = option(0.2, "Largest relative change of saturation.", **_P)
-    hue: float = option(0.02, "Largest turn of the hue, in turns.", low=0, high=0.5)
-    blur: float = option(0.1, "Share blurred (published: 0.1).", **_P)
+    color: float = option(
+        0.0, "Share with changed brightness, contrast, saturation and hue.", **_P, key=True
+    )
+    brightness: float = option(0.2, "Largest relative change of brightness.", **_P, key=True)
+    contrast: float = option(0.2, "Largest relative change of contrast.", **_P, key=True)
+    saturation: float = option(0.2, "Largest relative change of saturation.", **_P, key=True)
+    hue: float = option(0.02, "Largest turn of the hue, in turns.", low=0, high=0.5, key=True)
+    blur: float = option(0.1, "Share blurred (published: 0.1).", **_P, key=True)
     blur_sigma: tuple[float, float] = option(
-        (0.0, 3.0), "Its deviation in pixels (published: 0 3).", low=0, high=100
+        (0.0, 3.0),
+        "Its deviation in pixels (published: 0 3).",
+        low=0,
+        high=100,
+        key=True,
     )
-    rescale: float = option(0.0, "Share shrunk and enlarged back.", **_P)
+    rescale: float = option(0.0, "Share shrunk and enlarged back.", **_P, key=True)
     rescale_factor: tuple[float, float] = option(
-        (0.4, 0.9), "The shrunk size as a fraction.", low=0.01, high=1.0
+        (0.4, 0.9),
+        "The shrunk size as a fraction.",
+        low=0.01,
+        high=1.0,
+        key=True,
     )
-    noise: float = option(0.0, "Share with Gaussian noise.", **_P)
+    noise: float = option(0.0, "Share with Gaussian noise.", **_P, key=True)
     noise_sigma: tuple[float, float] = option(
-        (1.0, 8.0), "Its deviation in levels of 255.", low=0, high=255
+        (1.0, 8.0),
+        "Its deviation in levels of 255.",
+        low=0,
+        high=255,
+        key=True,
     )
-    jpeg: float = option(0.1, "Share compressed as JPEG (published: 0.1).", **_P)
+    jpeg: float = option(0.1, "Share compressed as JPEG (published: 0.1).", **_P, key=True)
     jpeg_quality: tuple[int, int] = option(
-        (30, 100), "Its quality (published: 30 100).", low=1, high=100
+        (30, 100),
+        "Its quality (published: 30 100).",
+        low=1,
+        high=100,
+        key=True,
     )
-    erase: float = option(0.0, "Share with a rectangle erased.", **_P)
+    erase: float = option(0.0, "Share with a rectangle erased.", **_P, key=True)
     erase_area: tuple[float, float] = option(
-        (0.02, 0.1), "The rectangle's area as a fraction.", **_P
+        (0.02, 0.1),
+        "The rectangle's area as a fraction.",
+        **_P,
+        key=True,
     )
 
 
@@ -55,18 +82,26 @@ class AugmentOptions(Checked):
 class PseudoFakeOptions(Checked):
     """Forgeries made of real pictures, as shares of the forged pictures of an epoch."""
 
-    self_blend: float = option(0.0, "Share made of one real face.", **_P)
-    swap_blend: float = option(0.0, "Share made of two real faces of different identities.", **_P)
-    mouth_warp: float = option(0.0, "Share made by reshaping the mouth.", **_P)
-    expression_warp: float = option(0.0, "Share made by moving mouth, eyes and brows.", **_P)
+    self_blend: float = option(0.0, "Share made of one real face.", **_P, key=True)
+    swap_blend: float = option(
+        0.0, "Share made of two real faces of different identities.", **_P, key=True
+    )
+    mouth_warp: float = option(0.0, "Share made by reshaping the mouth.", **_P, key=True)
+    expression_warp: float = option(
+        0.0, "Share made by moving mouth, eyes and brows.", **_P, key=True
+    )
     pseudo_h264: float = option(
-        0.0, "Share of pseudo-fakes compressed as a video frame is (H.264).", **_P
+        0.0,
+        "Share of pseudo-fakes compressed as a video frame is (H.264).",
+        **_P,
+        key=True,
     )
     pseudo_crf: tuple[int, int] = option(
         (23, 40),
         "Its constant rate factor; FaceForensics++ calls 23 c23 and 40 c40.",
         low=0,
         high=51,
+        key=True,
     )
 
     def check(self) -> None:

@@ -21,7 +21,6 @@ from m2f2cli.records import (
     Box,
     Detection,
     Explanation,
-    FaceExplanation,
     FaceScore,
     FrameScore,
     Settings,
@@ -83,12 +82,7 @@ def verdict(look: Look, face: int = 0) -> str:
 
 
 def sentences(record: Detection, face: FaceScore | None = None) -> list[str]:
-    """What the verdict is based on.
-
-    Args:
-        record: Of the item.
-        face: The face spoken of; None for the item as a whole.
-    """
+    """What the verdict is based on, about one face or about the item as a whole."""
     if record.fake_probability is None:
         return [record.message or ""]
     about = face or record
@@ -218,30 +212,9 @@ def worst(look: Look) -> str:
 
 
 def answers(said: Sequence[Said], record: Explanation | None = None) -> str:
-    """The language model's answers so far, and at the end whether it agrees.
-
-    Args:
-        said: The answers, the judgement's among them.
-        record: Once everything is said.
-    """
-    explained = record.explanations if record else ()
-    own = judgement(explained[0]) if explained else ""
-    return _part("answers", said=said, judgement=own, done=record is not None)
-
-
-def judgement(explained: FaceExplanation) -> str:
-    """What the language model thinks itself, and whether that is the detector's verdict."""
-    own = {"fake": "forged", "real": "genuine", None: "neither forged nor genuine"}
-    words = "Asked without being told the verdict, the language model calls the face "
-    words += own[explained.judgement]
-    agreement = {
-        True: ". It agrees with the detector.",
-        False: ". It disagrees with the detector, so trust neither without looking yourself.",
-        None: ". The detector has not decided, so there is nothing to agree with."
-        if explained.judgement
-        else ".",
-    }
-    return words + agreement[explained.agreement]
+    """The language model's answers so far; with the record, at the end, whether it agrees."""
+    explained = record.explanations[0] if record and record.explanations else None
+    return _part("answers", said=said, explained=explained, done=record is not None)
 
 
 def table(records: Sequence[Detection]) -> str:
@@ -263,12 +236,7 @@ def downloads(records: Sequence[Detection]) -> str:
     """The records as files that never lie on the server: they are in the links."""
     lines = b"".join(to_line(record.to_dict()) for record in records)
     rows = to_csv(records).encode("utf-8", "replace")
-    names = ("name", "kind", "content", "words")
-    files = (
-        ("verdicts.jsonl", "application/x-ndjson", lines, "Full records (JSONL)"),
-        ("verdicts.csv", "text/csv", rows, "Table (CSV)"),
-    )
-    return _part("downloads", files=[dict(zip(names, file, strict=True)) for file in files])
+    return _part("downloads", lines=lines, rows=rows)
 
 
 def progress(done: int, total: int) -> str:

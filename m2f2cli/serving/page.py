@@ -11,6 +11,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import gradio as gr
@@ -24,9 +25,6 @@ from m2f2cli.serving import drawing
 from m2f2cli.serving.worker import MAX_QUESTION, Look, Sent, Service
 
 TITLE = "m2f2: is this face forged?"
-INTRO = """# Is this face forged?
-Drop a picture. The program finds the faces, says for each whether it looks forged, and shows where
-it looked. Files are deleted once they are answered; nothing is sent anywhere else."""
 NO_REASONS = (
     '<p class="m2-small">This model gives verdicts without reasons. For reasons, start the page '
     "with an explainer: <code>m2f2 demo --model EXPLAINER-FOLDER</code></p>"
@@ -37,37 +35,11 @@ VIDEO = (
     "Up to ten minutes. Some frames are looked at, evenly spaced; the verdict is on their average."
 )
 BATCH = "Pictures and short videos, up to 50 files and 100 MB at a time."
-LIMITS = f"""## Limits
-
-- {drawing.OPINION}
-- A model knows the kinds of forgery, cameras and compression that it was trained on. Of others it
-  may be wrong with great confidence.
-- {drawing.MAP_LEGEND}
-- Reasons, where there are any, are what a language model finds to say about the verdict. They are
-  hints where to look, not evidence.
-- Do not decide anything about a person by this page alone.
-"""
 GENERIC = "Something went wrong here. It was noted; try again, or with another file."
 ASSETS = Path(str(files("m2f2cli") / "assets" / "demo"))
 THEME = gr.themes.Base(
     primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
-# A click on a face tells the server which; the slider sets how strongly maps show, and keeps it.
-STAGE_SCRIPT = """
-element.addEventListener('click', (event) => {
-  const face = event.target.closest('[data-face]');
-  if (face) trigger('click', { face: Number(face.dataset.face) });
-});
-const show = (value) => element.style.setProperty('--map', value / 100);
-element.addEventListener('input', (event) => {
-  element.dataset.map = event.target.value;
-  show(event.target.value);
-});
-watch('value', () => {
-  const slider = element.querySelector('input[type=range]');
-  if (slider && element.dataset.map) slider.value = element.dataset.map;
-});
-"""
 # Every event that runs the model waits in one line; m2f2 reads uploads itself, as they were sent.
 _MODEL: dict[str, Any] = {
     "concurrency_id": "model",
@@ -82,13 +54,9 @@ _log = logging.getLogger("m2f2.demo")
 
 
 def build(page: Page) -> gr.Blocks:
-    """The page.
-
-    Args:
-        page: What its controls do.
-    """
+    """The page, with controls that do what ``page`` says."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=False) as blocks:
-        gr.Markdown(INTRO)
+        gr.Markdown((ASSETS / "intro.md").read_text(encoding="utf-8"))
         with gr.Tabs():
             with gr.Tab("Picture", id="picture"):
                 _picture_tab(page)
@@ -111,6 +79,7 @@ def build(page: Page) -> gr.Blocks:
 
 def _picture_tab(page: Page) -> None:
     look, face = gr.State(None), gr.State(0)
+    script = (ASSETS / "stage.js").read_text(encoding="utf-8")
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=280):
             drop = gr.Image(
@@ -129,7 +98,7 @@ def _picture_tab(page: Page) -> None:
                 }
         with gr.Column(scale=3, min_width=300):
             verdict = gr.HTML(elem_id="m2-verdict")
-            stage = gr.HTML(elem_id="m2-stage", js_on_load=STAGE_SCRIPT)
+            stage = gr.HTML(elem_id="m2-stage", js_on_load=script)
             reasons, record, running = _answers(page, look, face)
     outputs = [drop, verdict, stage, reasons, record, look, face]
     looks = [drop.upload(page.picture, drop, outputs, **_DROPPED)]
@@ -204,7 +173,9 @@ def card_of(session: Session) -> str:
     if settings.uncertain:
         low, high = (drawing.percent(value) for value in settings.uncertain)
         facts += f"; between {low} and {high} it does not decide"
-    parts = [LIMITS, f"{facts}."]
+    limits = Template((ASSETS / "limits.md").read_text(encoding="utf-8"))
+    told = limits.substitute(opinion=drawing.OPINION, legend=drawing.MAP_LEGEND)
+    parts = [told, f"{facts}."]
     if name in BUNDLED or Path(name).is_dir():
         folders = [find_explainer(name)] if session.explains else []
         for folder in dict.fromkeys([*folders, resolve_checkpoint(name)]):
@@ -248,11 +219,7 @@ def _safe(body: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Page:
-    """The functions that the page's controls and its clients call.
-
-    Args:
-        service: Answers them.
-    """
+    """The functions that the page's controls and its clients call."""
 
     def __init__(self, service: Service) -> None:
         self.service = service

@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from m2f2cli.compat import configure_gradio
@@ -115,7 +116,8 @@ def serve(
     """
     bound = address.bind()
     try:
-        _need_gradio()
+        if find_spec("gradio") is None:
+            raise MissingExtraError("gradio", "demo", "The page")
         from m2f2cli.serving.gate import Uploads
 
         uploads = Uploads()
@@ -148,20 +150,13 @@ def _end_by_signals(uploads: Uploads) -> None:
     signal.signal(signal.SIGTERM, end)
 
 
-def _need_gradio() -> None:
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("gradio", "demo", "The page") from error
-
-
 def application(model: Any, *, options: ExplainOptions, address: Address, uploads: Uploads) -> Any:
     """The page behind its gate, as an ASGI application.
 
     Args:
         model: A checkpoint's name; or a detector or explainer, loaded.
         options: How to judge and to ask.
-        address: To whom it is served.
+        address: To whom it is served; hosts and password are checked.
         uploads: Where files go.
 
     Raises:

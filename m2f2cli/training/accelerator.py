@@ -109,9 +109,9 @@ def fill_deepspeed(
         return None
     values = {
         "train_micro_batch_size_per_gpu": steps.batch_size,
-        "gradient_accumulation_steps": steps.accumulate,
-        "train_batch_size": steps.batch_size * steps.accumulate * process_count(),
-        "gradient_clipping": steps.clip_gradient,
+        "gradient_accumulation_steps": steps.gradient_accumulation_steps,
+        "train_batch_size": steps.batch_size * steps.gradient_accumulation_steps * process_count(),
+        "gradient_clipping": steps.max_grad_norm,
     }
     found = settings | {k: v for k, v in values.items() if settings.get(k, "auto") == "auto"}
     for key, own in (("bf16", "bfloat16"), ("fp16", "float16")):

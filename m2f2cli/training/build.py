@@ -47,8 +47,8 @@ def build_detector(options: ModelOptions, crop_margin: float) -> Detector:
             fit.
         ConfigError: An architecture is unknown or sizes do not go together.
     """
-    if options.init:
-        return _from_detector(options.init, crop_margin)
+    if options.model:
+        return _from_detector(options.model, crop_margin)
     transformers_logging.disable_progress_bar()
     try:
         spec, clip_tensors = load_clip(options.clip)
@@ -59,7 +59,7 @@ def build_detector(options: ModelOptions, crop_margin: float) -> Detector:
         ) from error
     if options.image_size:
         spec, clip_tensors = resize_clip(spec, clip_tensors, options.image_size)
-    mean, std = NORMALISATIONS[options.normalisation]
+    mean, std = NORMALISATIONS[options.normalization]
     vision = spec["vision"]
     total = vision["num_hidden_layers" if spec["library"] == "transformers" else "layers"]
     config = DetectorConfig(

@@ -17,7 +17,7 @@ from m2f2cli.data.readers.ddvqa import FLAWS, REGIONS
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import M2F2Error
 from m2f2cli.metrics import average_precision, roc_auc
-from m2f2cli.options.train_detector import INCIDENTAL, OptimiserOptions, TrainDetectorOptions
+from m2f2cli.options.train_detector import INCIDENTAL, OptimizerOptions, TrainDetectorOptions
 from m2f2cli.runtime import process_count, seed_everything
 from m2f2cli.training.accelerator import make_accelerator, pick_precision, pick_tracker
 from m2f2cli.training.build import build_detector
@@ -112,7 +112,7 @@ def prepare(
         | {"unreadable": left_out},
         "trained_values": moving_groups(objective),
         PROCESSES: process_count(),
-        "versions": library_versions(),
+        "versions": library_versions() | {"cuda": torch.version.cuda or "none"},
     }
     notify(_summary(record))
     domain = fit_domain(train, held, size=detector.config.image_size, quantile=data.domain_quantile)
@@ -151,15 +151,15 @@ class DetectorTrainer(Trainer):
         self.collate = Batcher(options.objective.mixup, options.run.seed, self.sampler.steps)
 
     @property
-    def optim(self) -> OptimiserOptions:
+    def optim(self) -> OptimizerOptions:
         """The options that say how the weights move."""
-        found: OptimiserOptions = self.options.optimiser
+        found: OptimizerOptions = self.options.optimizer
         return found
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """Adam or AdamW over the stage's groups; every trainable parameter exactly once."""
         named, backbone = self.model.named_weights(), self.model.detector.backbone
-        groups = optimiser_groups(named, backbone, self.options.optimiser)
+        groups = optimiser_groups(named, backbone, self.options.optimizer)
         covered = sum(len(group["params"]) for group in groups)
         trainable = sum(p.requires_grad for p in self.model.parameters())
         if covered != trainable:
@@ -167,13 +167,13 @@ class DetectorTrainer(Trainer):
         # Names stay out: they would be saved with the state and compared by torch.
         plain = [{k: v for k, v in group.items() if k != "names"} for group in groups]
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[
-            self.options.optimiser.optimiser
+            self.options.optimizer.optimizer
         ]
-        return kind(plain, betas=(0.9, self.options.optimiser.beta2))
+        return kind(plain, betas=(0.9, self.options.optimizer.beta2))
 
     def build_scheduler(self) -> Any:
         """The published plateau rule on the validation loss, or as in the base."""
-        steps = self.options.optimiser
+        steps = self.options.optimizer
         if steps.schedule != "plateau":
             return super().build_scheduler()
         return ReduceLROnPlateau(
@@ -222,7 +222,7 @@ class DetectorTrainer(Trainer):
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        size = self.options.optimiser.batch_size
+        size = self.options.optimizer.batch_size
         batches = [[i for i, _ in mine[b : b + size]] for b in range(0, len(mine), size)]
         loader = torch.utils.data.DataLoader(
             self.measured,
@@ -237,16 +237,16 @@ class DetectorTrainer(Trainer):
         """Cut the learning rate on a plateau, and note whether the epoch is the best."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(figures["loss"])
-        select = self.options.optimiser.select
+        select = self.options.optimizer.select
         value = float(self.step) if select == "last" else figures[select]
         larger = _BETTER_IS_LARGER[select]
         if self.best is None or (value > self.best[1] if larger else value < self.best[1]):
             self.best = (self.step, value)
 
     def stopped(self) -> bool:
-        """Whether the selected figure has not got better for ``early_stop`` epochs."""
+        """Whether the selected figure has not got better for ``early_stopping_patience`` epochs."""
         waited = (self.step - (self.best[0] if self.best else 0)) // self.steps_per_epoch
-        return 0 < self.options.optimiser.early_stop <= waited
+        return 0 < self.options.optimizer.early_stopping_patience <= waited
 
     def kept_states(self) -> set[int]:
         """The last saved state and the best."""
@@ -263,7 +263,7 @@ class DetectorTrainer(Trainer):
         """Write the detector of the best epoch."""
         if not self.accelerator.is_main_process:
             return
-        run, steps = self.options.run, self.options.optimiser
+        run, steps = self.options.run, self.options.optimizer
         assert self.best is not None
         best = self.best[0]
         self.restore(load_file(state_folder(run.output) / f"checkpoint-{best}" / WEIGHTS))
@@ -280,7 +280,7 @@ class DetectorTrainer(Trainer):
             metrics["stopped_after"] = epochs[-1]["epoch"]
             self.notify(
                 f"Stopped after epoch {epochs[-1]['epoch']}: no better "
-                f"{steps.select} for {steps.early_stop} epochs."
+                f"{steps.select} for {steps.early_stopping_patience} epochs."
             )
         processor = store.preprocessor_config(
             config.image_size, config.image_mean, config.image_std
@@ -312,7 +312,7 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     if not np.isfinite(logits).all():
         raise M2F2Error(
             "The training has diverged: the detector's answers are no longer finite numbers.",
-            "Lower --learning-rate or set --clip-gradient 1, and begin anew with --overwrite.",
+            "Lower --learning-rate or set --max-grad-norm 1, and begin anew with --overwrite.",
         )
     margin = logits[:, 1] - logits[:, 0]
     return {

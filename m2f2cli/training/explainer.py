@@ -25,7 +25,7 @@ from m2f2cli.options.train_explainer import (
     AlignOptions,
     LoraOptions,
     LoraStepOptions,
-    QuantisedOptions,
+    QuantizedOptions,
     StageOptions,
     StepOptions,
     adapter_of,
@@ -106,7 +106,7 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Explainer
     Args and errors are those of ``align``.
     """
     notify = notify or (lambda _: None)
-    run, steps, data = options.run, options.steps, options.data
+    run, steps, data = options.run, options.optimizer, options.data
     if finished(options, INCIDENTAL):
         return Finished(run.output, notify)
     check_output(options, INCIDENTAL)
@@ -124,14 +124,19 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Explainer
         pictures,
         max_length=data.max_length,
         seed=run.seed,
-        group=steps.batch_size * steps.accumulate * process_count() * data.group_by_length,
+        group=steps.batch_size
+        * steps.gradient_accumulation_steps
+        * process_count()
+        * data.group_by_length,
     )
-    plan = Steps(len(exercises), steps.batch_size, steps.accumulate, process_count())
-    if len(plan) * steps.epochs == 1 and steps.warmup:
+    plan = Steps(
+        len(exercises), steps.batch_size, steps.gradient_accumulation_steps, process_count()
+    )
+    if len(plan) * steps.epochs == 1 and steps.warmup_ratio:
         raise ConfigError(
             "The run has a single step, and warm-up begins at a learning rate of zero: nothing "
             "would be learnt.",
-            "Lower --batch-size, raise --epochs, or add --warmup 0.",
+            "Lower --batch-size, raise --epochs, or add --warmup-ratio 0.",
         )
     record = {
         "stage": "align" if isinstance(options, AlignOptions) else "lora",
@@ -145,7 +150,9 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Explainer
         },
         "trained_values": sum(weight.numel() for _, weight in trained(model)),
         PROCESSES: process_count(),
-        "versions": library_versions(),
+        "versions": library_versions()
+        | library_versions("deepspeed")
+        | {"cuda": torch.version.cuda or "none"},
     }
     width = explainer.config.text_config.hidden_size
     accelerator = make_accelerator(
@@ -204,7 +211,7 @@ class ExplainerTrainer(Trainer):
     @property
     def optim(self) -> StepOptions:
         """The options that say how the weights move."""
-        found: StepOptions = self.options.steps
+        found: StepOptions = self.options.optimizer
         return found
 
     def build_optimizer(self) -> torch.optim.Optimizer:
@@ -361,13 +368,13 @@ class ExplainerTrainer(Trainer):
 
 def _what_trains(options: StageOptions) -> tuple[Any, dict[str, Any] | None, Path]:
     """The explainer with what trains in it, ``adapter_config.json``, and where it was read."""
-    held_in = options.model.load_in if isinstance(options.model, QuantisedOptions) else "none"
+    held_in = options.model.quantize if isinstance(options.model, QuantizedOptions) else "none"
     explainer, home = load_explainer(
         options.model.model,
         device=load_device(options.run),
         dtype=pick_precision(options.model.precision, options.run.device),
         quantize=None if held_in == "none" else held_in,
-        attention=options.model.attention,
+        attention=options.model.attn_implementation,
     )
     seed_everything(options.run.seed)
     updates = adapter_of(options)

@@ -50,9 +50,9 @@ def prepare_lora(model: Explainer, options: AdapterOptions) -> tuple[PeftModel, 
         if isinstance(module, nn.Linear) and name.startswith(_LAYERS)
     ]
     config = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
         target_modules=layers,
         modules_to_save=list(PROJECTORS),
         bias="none",

@@ -50,7 +50,9 @@ class Objective(nn.Module):
             self.heads["judgement"] = nn.Linear(channels, judgements)
         freeze(self.named_weights(), detector.backbone, options.model)
         self.average = (
-            RunningAverage(detector, options.optimiser.ema) if options.optimiser.ema else None
+            RunningAverage(detector, options.optimizer.ema_decay)
+            if options.optimizer.ema_decay
+            else None
         )
 
     def named_weights(self) -> dict[str, nn.Parameter]:

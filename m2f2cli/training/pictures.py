@@ -7,15 +7,16 @@ processes nor a resumed run change what the network sees.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from m2f2cli.data.augment import Augment
-from m2f2cli.data.samples import REAL, Sample
+from m2f2cli.data.augment import augment
+from m2f2cli.data.naming import REAL
+from m2f2cli.data.samples import Sample
 from m2f2cli.data.synthesis import Forgery, compress_h264, forge
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.data.video import evenly
@@ -86,7 +87,6 @@ class TrainingPictures(Dataset[Item]):
             frames_per_video=settings.frames_per_video,
         )
         self._samples = store.samples.samples
-        self._augment = Augment(**asdict(settings.augment))
         self._reals = np.flatnonzero(store.samples.labels() == 0)
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ class TrainingPictures(Dataset[Item]):
         forgery = self._forgery(sample, rng)
         pixels = forgery.pixels if forgery else self.store.read(turn.sample, turn.frame)
         mask = forgery.mask if forgery else None
-        pixels, mask = self._augment.apply(pixels, mask, rng)
+        pixels, mask = augment(pixels, mask, self.settings.augment, rng)
         item = self._targets(sample, forgery, mask)
         item["index"] = np.array(index, dtype=np.int64)
         item["pixel_values"] = preprocess(

@@ -40,7 +40,7 @@ def picture_settings(
         if not judgements:
             raise InputError(f"'{data.annotations}' speaks of no picture in '{train.root}'.")
     if aims.map_weight and not config.forgery_map:
-        raise ConfigError("--map-weight needs the forgery map, which the --init detector lacks.")
+        raise ConfigError("--map-weight needs the forgery map, which the --model detector lacks.")
     return PictureSettings(
         seed=options.run.seed,
         size=config.image_size,

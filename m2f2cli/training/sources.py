@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from m2f2cli.data.naming import read_people
 from m2f2cli.data.readers.ffpp import looks_like_ffpp, read_ffpp
-from m2f2cli.data.readers.folder import read_people
 from m2f2cli.data.samples import (
     LAYOUTS,
     Sample,

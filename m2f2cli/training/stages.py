@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from m2f2cli.options.train_detector import ModelOptions, OptimiserOptions
+from m2f2cli.options.train_detector import ModelOptions, OptimizerOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,7 +87,7 @@ def freeze(named: Mapping[str, nn.Parameter], backbone: Backbone, options: Model
 
 
 def optimiser_groups(
-    named: Mapping[str, nn.Parameter], backbone: Backbone, options: OptimiserOptions
+    named: Mapping[str, nn.Parameter], backbone: Backbone, options: OptimizerOptions
 ) -> list[dict[str, Any]]:
     """The optimiser's parameter groups: every trainable parameter exactly once.
 

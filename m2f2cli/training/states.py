@@ -146,7 +146,7 @@ def same_options(
     Raises:
         ConfigError: Naming the first that differs.
     """
-    wanted = options.to_flat()
+    wanted, noted = options.to_flat(), options.recorded(noted)
     for name in (wanted.keys() | noted.keys()) - {PROCESSES}:
         if name not in incidental and noted.get(name) != wanted.get(name):
             raise ConfigError(

@@ -31,7 +31,7 @@ from transformers import get_scheduler
 
 from m2f2cli.checkpoints.tensorfile import write_tensor_file
 from m2f2cli.errors import CheckpointError, InputError
-from m2f2cli.options.train_detector import OptimiserOptions
+from m2f2cli.options.train_detector import OptimizerOptions
 from m2f2cli.options.train_explainer import StepOptions
 from m2f2cli.training.epochs import BatchSampler, Steps
 from m2f2cli.training.states import (
@@ -98,7 +98,7 @@ class Trainer(ABC):
         plan = Steps(
             len(dataset),
             self.optim.batch_size,
-            self.optim.accumulate,
+            self.optim.gradient_accumulation_steps,
             accelerator.num_processes,
         )
         self.sampler = BatchSampler(plan, accelerator.process_index)
@@ -115,7 +115,7 @@ class Trainer(ABC):
 
     @property
     @abstractmethod
-    def optim(self) -> OptimiserOptions | StepOptions:
+    def optim(self) -> OptimizerOptions | StepOptions:
         """The options that say how the weights move."""
 
     @abstractmethod
@@ -174,7 +174,7 @@ class Trainer(ABC):
 
     def build_scheduler(self) -> Any:
         """The learning rate over time; see ``--schedule``."""
-        warmup = self.optim.warmup
+        warmup = self.optim.warmup_ratio
         return get_scheduler(
             {"constant": "constant_with_warmup"}.get(self.optim.schedule, self.optim.schedule),
             self.optimizer,
@@ -282,7 +282,7 @@ class Trainer(ABC):
             self.wrapped.step()
             self._norm = self.wrapped.get_global_grad_norm()
         else:
-            limit = self.optim.clip_gradient or math.inf
+            limit = self.optim.max_grad_norm or math.inf
             self._norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
             self.optimizer.step()
             self.optimizer.zero_grad()

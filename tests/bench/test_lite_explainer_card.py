@@ -24,10 +24,10 @@ import pytest
 import torch
 
 from m2f2cli.data.judgement import parse
+from m2f2cli.data.naming import REAL, kind_of
 from m2f2cli.data.prepare import explanations
 from m2f2cli.data.prepare.ddvqa import QUESTIONS_FILE, TRUTH_FILE, prepare_ddvqa
-from m2f2cli.data.readers.ddvqa import kind_of, read_annotations
-from m2f2cli.data.samples import REAL
+from m2f2cli.data.readers.ddvqa import read_annotations
 from m2f2cli.inference.detect import DetectOptions, detect
 from m2f2cli.inference.explain_asker import Asker
 from m2f2cli.inference.explain_options import ExplainOptions

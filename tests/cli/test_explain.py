@@ -12,8 +12,7 @@ import pytest
 
 from m2f2cli.cli import app
 from m2f2cli.evaluation.predictions import read_predictions
-from m2f2cli.evaluation.scored import join
-from m2f2cli.evaluation.truth import file_truth
+from m2f2cli.evaluation.truth import file_truth, join
 from m2f2cli.records import Explanation
 from tests.inference.explainers import crops
 from tests.models.explainers import write_explainer
@@ -151,7 +150,7 @@ def test_a_damaged_explainer_is_one_sentence(
         (["in", "--output", "out.csv"], "must end in .jsonl"),
         (["in", "--fail-on", "real"], "--fail-on takes"),
         (["in", "--uncertain", "x"], "--uncertain takes"),
-        (["in", "--quantise", "3bit"], "Unknown quantization"),
+        (["in", "--quantize", "3bit"], "Unknown quantization"),
         (["in", "--images", "in"], "belong together"),
         (["--dataset", "q.jsonl"], "belong together"),
         (["--dataset", "q.jsonl", "--images", "in"], "need a place to go"),

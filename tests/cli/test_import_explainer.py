@@ -197,7 +197,7 @@ def test_broken_folders(do, folders, tmp_path):
     assert "has no config.json" in do(bad)[2]
     bad = copy("whole")
     (bad / "tokenizer.json").unlink()
-    assert "has no tokeniser" in do(bad)[2]
+    assert "has no tokenizer" in do(bad)[2]
     bad = copy("shards")
     (bad / "pytorch_model-00002-of-00002.bin").unlink()
     code, _, err = do(bad, "clip")

@@ -192,7 +192,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "extra": ({"model.image_newline": torch.ones(2)}, "model.image_newline"),
     "shape": ({"model.norm.weight": torch.ones(3)}, "model.norm.weight is [3], not [16]"),
     "nan": ({"model.norm.weight": NAN}, "model.norm.weight' holds NaN"),
-    "tokeniser": ({"tokenizer": False}, "has no tokeniser"),
+    "tokeniser": ({"tokenizer": False}, "has no tokenizer"),
     "width": ({"model.mm_projector.0.weight": torch.ones(16, 32)}, "has the width 24"),
     "picture size": (
         {"config": llavas.ORIGINAL_CONFIG | {"mm_vision_tower": HF7, "mm_hidden_size": 24}},

@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from m2f2cli.cli import app
+from m2f2cli.cli.reference import reference
 from m2f2cli.options.fields import flag_name
 from m2f2cli.options.train_detector import TrainDetectorOptions
 from tests.training.conftest import clip_folder, one_thread, toy_data  # noqa: F401 - fixtures
@@ -19,32 +21,83 @@ def printed(capsys, *arguments: str) -> dict:
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def test_help_shows_every_flag_with_type_default_and_words(capsys, monkeypatch):
+def test_help_shows_the_flags_people_set_with_type_default_and_words(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.setenv("TERMINAL_WIDTH", "250")
     assert app.run(["train-detector", "--help"]) == 0
     text = " ".join(ANSI.sub("", capsys.readouterr().out).replace("│", " ").split())
     for _, item in TrainDetectorOptions.walk():
-        assert f"{flag_name(item.name)} " in text, item.name
-        assert item.metadata["help"].split()[0] in text
+        shown = f"{flag_name(item.name)} " in text
+        assert shown != item.metadata["key"], item.name
+        if shown:
+            assert item.metadata["help"].split()[0] in text
     assert "[default: 0.001]" in text
-    assert "plateau|cosine|constant" in text
-    assert "LOW HIGH" in text
-    assert "--no-forgery-map" in text
+    assert "published|head|prompt|everything" in text
+    assert "--no-balance" in text
+
+
+@pytest.mark.parametrize("command", ["train-detector", "align", "lora"])
+def test_a_help_page_shows_about_two_dozen_flags(command):
+    root = typer.main.get_command(app.build())
+    shown = [p for p in root.commands[command].params if not p.hidden]
+    assert len(shown) <= 28
+
+
+def test_what_help_leaves_out_is_a_key_with_type_default_and_words(capsys):
+    page = reference()
+    keys = yaml.safe_load(
+        "\n".join(f"{k}: 1" for k in printed(capsys))  # every option is listed
+    )
+    for _, item in TrainDetectorOptions.walk():
+        key = item.name.replace("_", "-")
+        assert key in keys
+        if item.metadata["key"]:
+            assert f"| `{key}` | " in page
+    assert "| `plateau`, `cosine`, `constant` | `plateau` |" in page
+    assert "| `LOW HIGH` | `0.0`, `3.0` |" in page
+
+
+def test_keys_are_set_one_by_one(capsys, monkeypatch):
+    monkeypatch.setenv("M2F2_JPEG", "0.7")
+    monkeypatch.setenv("M2F2_EPOCHS", "3")
+    settings = ("augment.jpeg.p=0.2", "augment.jpeg.quality=[40, 60]", "augment.affine.degrees=4",
+                "blur-sigma=[1, 2]", "optimizer.learning-rate=1e-4", "bridge=true", "epochs=5",
+                "manipulations=[FaceSwap, Deepfakes]")  # fmt: skip
+    shown = printed(capsys, *(word for one in settings for word in ("--set", one)))
+    wanted = {"jpeg": 0.2, "jpeg-quality": [40, 60], "degrees": 4.0, "blur-sigma": [1.0, 2.0],
+              "learning-rate": 1e-4, "bridge": True, "epochs": 5,
+              "manipulations": ["FaceSwap", "Deepfakes"]}  # fmt: skip
+    assert {key: shown[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("lerning-rate=1", "Did you mean 'learning-rate'?"),
+        ("run.jpeg=1", "'run.jpeg'"),
+        ("ema=1", "is now 'ema-decay'"),
+        ("jpeg", "has no value"),
+        ("jpeg=2", "--jpeg must be at most 1"),
+        ("jpeg=[", "as a value"),
+    ],
+)
+def test_a_wrong_setting_exits_2_in_one_sentence(capsys, setting, words):
+    assert app.run(["train-detector", "--set", setting, "--print-config"]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
 
 
 def test_print_config_resolves_flags_environment_file_and_defaults(capsys, monkeypatch, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "data: from-file\noutput: out\nlearning-rate: 1e-4\nepochs: 7\nblur-sigma: [1, 2]\n"
-        "forgery_map: false\nbalance: true\ninit: null\n"
+        "forgery_map: false\nbalance: true\nmodel: null\n"
     )
     plain = printed(capsys, "--config", str(recipe))
     assert plain["data"] == "from-file"
     assert plain["learning-rate"] == 1e-4
     assert plain["blur-sigma"] == [1.0, 2.0]
     assert plain["forgery-map"] is False
-    assert plain["init"] is None
+    assert plain["model"] is None
     assert plain["batch-size"] == 80
     monkeypatch.setenv("M2F2_EPOCHS", "8")
     monkeypatch.setenv("M2F2_BATCH_SIZE", "9")
@@ -87,7 +140,7 @@ def test_flags_that_may_be_repeated(capsys, monkeypatch, tmp_path):
         (("--data", "x"), "--output is missing"),
         (("--data", "x", "--output", "y", "--epochs", "0"), "--epochs must be at least 1"),
         (("--data", "x", "--output", "y", "--epochs", "many"), "'--epochs'"),
-        (("--data", "x", "--output", "y", "--optimiser", "sgd"), "Use one of: adam, adamw"),
+        (("--data", "x", "--output", "y", "--optimizer", "sgd"), "Use one of: adam, adamw"),
         (("--data", "x", "--output", "y", "--lerning-rate", "1"), "--learning-rate"),
     ],
 )
@@ -138,3 +191,28 @@ def test_a_training_prints_its_folder_only(
     assert app.run([*arguments, "--overwrite", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
     assert Path(output, "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        ("train-detector", "ema", "ema-decay"),
+        ("train-detector", "init", "model"),
+        ("lora", "load-in", "quantize"),
+        ("lora", "rank", "lora-r"),
+    ],
+)
+def test_an_old_name_is_an_error_that_names_the_new_one(capsys, tmp_path, command, old, new):
+    file = tmp_path / "old.yaml"
+    file.write_text(f"{old}: 1\n")
+    for arguments in ((f"--{old}", "1"), ("--config", str(file))):
+        assert app.run([command, *arguments, "--print-config"]) == 2
+        told = capsys.readouterr().err
+        assert f"{old}'" in told
+        assert f"{new}'" in told
+
+
+def test_records_of_earlier_versions_stay_readable():
+    old = {"ema": 0.9, "accumulate": 2, "dropout": 0.1, "optimiser": "adam"}
+    new = {"ema-decay": 0.9, "gradient-accumulation-steps": 2, "dropout": 0.1, "optimizer": "adam"}
+    assert TrainDetectorOptions.recorded(old) == new

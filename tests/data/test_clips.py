@@ -66,7 +66,7 @@ def test_what_is_written_is_read(file):
             "003": 5,
             "folder/clip.mp4": 3,
         }
-        assert np.array_equal(reader.clip(file, "003"), clip(1))
+        assert np.array_equal([reader.frame(file, "003", n) for n in range(5)], clip(1))
         assert np.array_equal(reader.frame(file, "folder/clip.mp4", 2), clip(2, frames=3)[2])
         assert reader.notes(file, "000") is None
         found = reader.notes(file, "003")

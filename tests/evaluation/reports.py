@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from m2f2cli.evaluation.scored import Figure, Measures, Scored, ScoredSet, fingerprint
+from m2f2cli.evaluation.truth import Figure, Item, Joined, Measures, fingerprint
 
 KINDS = ("real", "real", "Deepfakes", "FaceSwap")
 
 
-def scores_set(count: int = 40, *, shift: float = 0.3, **changes: object) -> ScoredSet:
+def scores_set(count: int = 40, *, shift: float = 0.3, **changes: object) -> Joined:
     """Pictures with probabilities that tell the classes apart, not perfectly."""
     rng = np.random.default_rng(7)
     items = []
@@ -22,30 +22,30 @@ def scores_set(count: int = 40, *, shift: float = 0.3, **changes: object) -> Sco
         score = float(np.clip(rng.normal(0.5 + shift * (label - 0.5), 0.2), 0, 1).round(6))
         name = f"{kind}/{number:03d}.jpg"
         verdict = "fake" if score >= 0.5 else "real"
-        items.append(Scored(name, label, kind, name, fake_probability=score, verdict=verdict))
+        items.append(Item(name, label, kind, name, fake_probability=score, verdict=verdict))
     return as_set(items, task="scores", threshold=0.5, model="lite", **changes)
 
 
-def judgement_set() -> ScoredSet:
+def judgement_set() -> Joined:
     """Texts: one right, one wrong, one unread, one missing."""
     items = [
-        Scored("5_000.jpg", 0, "real", "5_000.jpg", answer="It is real.", verdict="real"),
-        Scored("5_003.jpg", 0, "real", "5_003.jpg", answer="It is <b>fake</b>.", verdict="fake"),
-        Scored("0_1_2.jpg", 1, "Deepfakes", "0_1_2.jpg", answer="I cannot tell."),
-        Scored("1_1_2.jpg", 1, "Face2Face", "1_1_2.jpg"),
+        Item("5_000.jpg", 0, "real", "5_000.jpg", answer="It is real.", verdict="real"),
+        Item("5_003.jpg", 0, "real", "5_003.jpg", answer="It is <b>fake</b>.", verdict="fake"),
+        Item("0_1_2.jpg", 1, "Deepfakes", "0_1_2.jpg", answer="I cannot tell."),
+        Item("1_1_2.jpg", 1, "Face2Face", "1_1_2.jpg"),
     ]
     return as_set(items, task="judgement", missing=("1_1_2.jpg",))
 
 
-def explanation_set() -> ScoredSet:
+def explanation_set() -> Joined:
     items = [
-        Scored("k_0", 1, "fake", "k", answer="The eyes look odd.", question="This is fake. Why?"),
-        Scored("k_1", 1, "fake", "k", answer="  ", question="This is fake. Why?"),
+        Item("k_0", 1, "fake", "k", answer="The eyes look odd.", question="This is fake. Why?"),
+        Item("k_1", 1, "fake", "k", answer="  ", question="This is fake. Why?"),
     ]
     return as_set(items, task="explanation", references={"k_0": ("The eyes.",), "k_1": ("Skin.",)})
 
 
-def as_set(items: list[Scored], **changes: object) -> ScoredSet:
+def as_set(items: list[Item], **changes: object) -> Joined:
     fields = {
         "dataset": "images",
         "threshold": None,
@@ -55,7 +55,7 @@ def as_set(items: list[Scored], **changes: object) -> ScoredSet:
         "split": "test",
         "notes": ("A note with <brackets>.",),
     }
-    return ScoredSet(items=tuple(items), **{**fields, **changes})  # type: ignore[arg-type]
+    return Joined(items=tuple(items), **{**fields, **changes})  # type: ignore[arg-type]
 
 
 def some_measures(**figures: Figure) -> Measures:

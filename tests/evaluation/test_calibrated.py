@@ -13,10 +13,10 @@ import pytest
 from m2f2cli.checkpoints import store
 from m2f2cli.data.samples import read_samples
 from m2f2cli.errors import CheckpointError, InputError, UsageError
-from m2f2cli.evaluation.calibrated import calibrate
+from m2f2cli.evaluation.calibrate import calibrate
 from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.runs import score_set, truth_of
-from m2f2cli.evaluation.scored import ScoredSet, join
+from m2f2cli.evaluation.truth import Joined, join
 from m2f2cli.inference.detect import DetectOptions, detect
 from tests.inference.conftest import noise_picture
 
@@ -44,7 +44,7 @@ def folder(tiny_detector_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scored(data: Path, tiny_detector_folder: Path, tmp_path_factory) -> ScoredSet:
+def scored(data: Path, tiny_detector_folder: Path, tmp_path_factory) -> Joined:
     file = tmp_path_factory.mktemp("scores") / "records.jsonl"
     samples = read_samples(data)
     score_set(samples, model=str(tiny_detector_folder), output=file)
@@ -122,7 +122,7 @@ def test_calibrating_again_starts_from_the_stored_temperature(folder, data, scor
     order = sorted(scored.items, key=lambda item: item.fake_probability)
     labels = {item.name: int(n >= 25) ^ int(n % 6 == 0) for n, item in enumerate(order)}
 
-    def told(answers: ScoredSet) -> ScoredSet:
+    def told(answers: Joined) -> Joined:
         """Labels that the scores tell, though not always."""
         items = tuple(replace(item, label=labels[item.name]) for item in answers.items)
         return replace(answers, items=items)

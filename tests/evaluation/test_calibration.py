@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.evaluation.calibration import (
+from m2f2cli.evaluation.calibrate import (
     FEWEST,
     TEMPERATURES,
     _excluded,

@@ -9,7 +9,7 @@ from m2f2cli.errors import InputError
 from m2f2cli.evaluation import standard
 from m2f2cli.evaluation.compare import compare_reports
 from m2f2cli.evaluation.report import build_report, write_report
-from m2f2cli.evaluation.scored import ScoredSet, fingerprint
+from m2f2cli.evaluation.truth import Joined, fingerprint
 from m2f2cli.metrics import roc_auc
 from tests.evaluation.reports import explanation_set, judgement_set, scores_set
 
@@ -20,7 +20,7 @@ def saved(folder, scored, protocol="standard"):
     return folder
 
 
-def better(scored: ScoredSet, by: float = 0.1) -> ScoredSet:
+def better(scored: Joined, by: float = 0.1) -> Joined:
     """The same items with scores nearer to the truth."""
     items = []
     for item in scored.items:

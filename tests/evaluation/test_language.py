@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import stat
 import sys
+from pathlib import Path
 
 import numpy as np
+import pycocoevalcap
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from m2f2cli.errors import MissingExtraError
-from m2f2cli.evaluation import java
-from m2f2cli.evaluation.language import score_texts
+from m2f2cli.evaluation.language import java_score, score_texts
 
 REFERENCES = {
     "a": ("the nose is overly smooth", "the nose lacks detail"),
@@ -96,20 +98,25 @@ for row in sys.stdin:
 """
 SPICE = """
 rows = json.load(open(sys.argv[4]))
+assert os.path.dirname(sys.argv[4]) != os.getcwd()  # nothing is written beside the program
 scores = [{"image_id": r["image_id"], "scores": {"All": {"f": 0.5}}} for r in rows]
-json.dump(scores, open(sys.argv[6], "w"))
+json.dump(scores, open(sys.argv[sys.argv.index('-out') + 1], "w"))
 """
 
 
 def test_without_java_both_are_skipped(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    for run in (java.meteor, java.spice):
-        assert run(REFERENCES, ANSWERS) == (None, "skipped: there is no program 'java'")
+    for program in ("meteor", "spice"):
+        skipped = java_score(program, REFERENCES, ANSWERS)
+        assert skipped == (None, "skipped: there is no program 'java'")
 
 
 def test_meteor_speaks_its_protocol(tmp_path, monkeypatch):
     install_java(tmp_path, monkeypatch, METEOR)
-    assert java.meteor(REFERENCES, {**ANSWERS, "a": "two\nlines ||| and bars"}) == (0.25, None)
+    assert java_score("meteor", REFERENCES, {**ANSWERS, "a": "two\nlines ||| and bars"}) == (
+        0.25,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +131,8 @@ def test_meteor_speaks_its_protocol(tmp_path, monkeypatch):
 )
 def test_a_java_that_fails_is_a_reason(tmp_path, monkeypatch, body, reason):
     install_java(tmp_path, monkeypatch, body)
-    value, said = java.meteor(REFERENCES, ANSWERS, timeout=0.5)
+    timeout = 0.5 if "sleep" in body else 30
+    value, said = java_score("meteor", REFERENCES, ANSWERS, timeout=timeout)
     assert value is None
     assert re.search(reason, said)
 
@@ -132,23 +140,35 @@ def test_a_java_that_fails_is_a_reason(tmp_path, monkeypatch, body, reason):
 def test_a_java_that_ends_while_it_is_asked_is_a_reason(tmp_path, monkeypatch):
     body = "sys.stdin.readline(); os.close(0); print('1', flush=True); time.sleep(60)"
     install_java(tmp_path, monkeypatch, body)
-    value, said = java.meteor({"a": ["one"], "b": ["two"]}, {"a": "one", "b": "two"}, timeout=20)
+    value, said = java_score(
+        "meteor", {"a": ["one"], "b": ["two"]}, {"a": "one", "b": "two"}, timeout=20
+    )
     assert value is None
     assert re.search(r"ended early \(no message\)", said)
 
 
 def test_spice_needs_models_that_are_never_fetched(tmp_path, monkeypatch):
     install_java(tmp_path, monkeypatch, SPICE)
-    value, reason = java.spice(REFERENCES, ANSWERS)
+    value, reason = java_score("spice", REFERENCES, ANSWERS)
     assert value is None
     assert "Stanford CoreNLP" in reason
-    monkeypatch.setattr(java, "_CORENLP", "*.jar")
-    assert java.spice(REFERENCES, ANSWERS) == (0.5, None)
+    package = tmp_path / "pycocoevalcap"
+    shutil.copytree(Path(pycocoevalcap.__path__[0]) / "spice", package / "spice")
+    (package / "__init__.py").touch()
+    (package / "spice" / "lib" / "stanford-corenlp-3.6.0.jar").touch()
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("pycocoevalcap")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert java_score("spice", REFERENCES, ANSWERS) == (0.5, None)
+    assert not (package / "spice" / "tmp").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java")
 def test_real_meteor():
-    value, reason = java.meteor(REFERENCES, {key: texts[0] for key, texts in REFERENCES.items()})
+    value, reason = java_score(
+        "meteor", REFERENCES, {key: texts[0] for key, texts in REFERENCES.items()}
+    )
     assert reason is None
     assert value > 0.9

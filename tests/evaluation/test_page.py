@@ -13,10 +13,9 @@ import pytest
 from PIL import Image
 
 from m2f2cli.evaluation import plots
-from m2f2cli.evaluation.mistakes import find_mistakes
 from m2f2cli.evaluation.page import render_page
-from m2f2cli.evaluation.report import build_report
-from m2f2cli.evaluation.scored import Scored
+from m2f2cli.evaluation.report import build_report, find_mistakes
+from m2f2cli.evaluation.truth import Item
 from tests.evaluation.reports import (
     as_set,
     explanation_set,
@@ -115,11 +114,11 @@ def test_a_page_of_texts_lists_wrong_unread_and_missing_answers():
 def test_mistakes_come_most_confident_first_with_small_pictures(tmp_path):
     wide = picture(tmp_path / "wide.png")
     items = [
-        Scored("a", 0, "real", "a", fake_probability=0.7, file=wide),
-        Scored("b", 1, "FaceSwap", "b", fake_probability=0.01, file=tmp_path / "gone.png"),
-        Scored("c", 1, "FaceSwap", "c", fake_probability=0.9, file=wide),
-        Scored("d", 1, "FaceSwap", "d", fake_probability=0.45, in_domain=False),
-        Scored("e", 1, "FaceSwap", "e", status="truncated"),
+        Item("a", 0, "real", "a", fake_probability=0.7, file=wide),
+        Item("b", 1, "FaceSwap", "b", fake_probability=0.01, file=tmp_path / "gone.png"),
+        Item("c", 1, "FaceSwap", "c", fake_probability=0.9, file=wide),
+        Item("d", 1, "FaceSwap", "d", fake_probability=0.45, in_domain=False),
+        Item("e", 1, "FaceSwap", "e", status="truncated"),
     ]
     scored = as_set(items, task="scores", threshold=0.6)
     assert [m.item.name for m in find_mistakes(scored)] == ["b", "a", "d", "e"]
@@ -148,8 +147,8 @@ def test_no_mistakes_are_said():
 
 def test_strings_from_files_stay_strings():
     evil = '<script>alert(1)</script>"><img src=x onerror=y>\u202e\x07'
-    item = Scored(evil, 0, "real", evil, answer=evil, verdict="fake", fake_probability=0.9)
-    fake = Scored("b", 1, evil, "b", fake_probability=0.1)
+    item = Item(evil, 0, "real", evil, answer=evil, verdict="fake", fake_probability=0.9)
+    fake = Item("b", 1, evil, "b", fake_probability=0.1)
     scored = replace(scores_set(), items=(item, fake), notes=(evil,), model=evil, missing=(evil,))
     measures = some_measures()
     measures = replace(measures, per_kind={evil: measures.per_kind["Deepfakes"]})

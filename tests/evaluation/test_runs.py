@@ -22,7 +22,7 @@ from m2f2cli.evaluation.runs import (
     score_set,
     truth_of,
 )
-from m2f2cli.evaluation.scored import join
+from m2f2cli.evaluation.truth import join
 from m2f2cli.inference.detect import DetectOptions, detect
 from m2f2cli.inference.job import Tally
 from m2f2cli.options.train_detector import TrainDetectorOptions

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from m2f2cli.errors import UsageError
 from m2f2cli.evaluation import standard
-from m2f2cli.evaluation.scored import Figure, Scored, ScoredSet, fingerprint
+from m2f2cli.evaluation.truth import Figure, Item, Joined, fingerprint
 from m2f2cli.metrics import (
     average_precision,
     calibration_error,
@@ -23,14 +23,12 @@ from m2f2cli.metrics import (
 
 def scored(items, *, task="scores", threshold=0.5, **more):
     items = tuple(items)
-    return ScoredSet(
-        "images", task, items, threshold, None, None, fingerprint(items), "test", **more
-    )
+    return Joined("images", task, items, threshold, None, None, fingerprint(items), "test", **more)
 
 
 def picture(number, label, score, *, kind=None, group=None, **more):
     name = f"{number}.jpg"
-    return Scored(name, label, kind or ("fake" if label else "real"), group or name, score, **more)
+    return Item(name, label, kind or ("fake" if label else "real"), group or name, score, **more)
 
 
 def videos(seed=0, count=12, frames=6):
@@ -207,7 +205,7 @@ def explanations(texts):
     references = {
         f"p{n}_{k}": ("the nose is smooth", "no detail") for n in range(4) for k in (0, 1)
     }
-    items = [Scored(key, 1, "fake", key[:2], answer=texts.get(key)) for key in references]
+    items = [Item(key, 1, "fake", key[:2], answer=texts.get(key)) for key in references]
     missing = tuple(key for key in references if key not in texts)
     return scored(items, task="explanation", references=references, missing=missing)
 
@@ -267,7 +265,7 @@ import sys
 from pathlib import Path
 from m2f2cli.evaluation import paper, standard, truth
 from m2f2cli.evaluation.predictions import read_predictions
-from m2f2cli.evaluation.scored import join
+from m2f2cli.evaluation.truth import join
 found = read_predictions(Path({str(csv)!r}))
 standard.measure(join(truth.frames_truth(found), found), resamples=5)
 paper.measure(found)

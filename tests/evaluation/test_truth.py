@@ -12,8 +12,15 @@ from PIL import Image
 
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.predictions import Prediction, Predictions, read_predictions
-from m2f2cli.evaluation.scored import Scored, Truth, fingerprint, join
-from m2f2cli.evaluation.truth import ddvqa_truth, file_truth, frames_truth
+from m2f2cli.evaluation.truth import (
+    Item,
+    Truth,
+    ddvqa_truth,
+    file_truth,
+    fingerprint,
+    frames_truth,
+    join,
+)
 
 
 def lines(path, *rows):
@@ -177,7 +184,7 @@ def test_frames_bring_their_own_truth(tmp_path):
 
 TRUTH = Truth(
     "ddvqa",
-    (Scored("5_1.jpg", 0, "real", "5_1.jpg"), Scored("0_2.jpg", 1, "Deepfakes", "0_2.jpg")),
+    (Item("5_1.jpg", 0, "real", "5_1.jpg"), Item("0_2.jpg", 1, "Deepfakes", "0_2.jpg")),
     "test",
 )
 

@@ -133,7 +133,7 @@ def test_a_tokeniser_without_its_special_tokens_is_refused(tmp_path):
 
 
 def test_missing_and_damaged_tokenisers_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="has no tokeniser"):
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
         load_tokenizer(tmp_path)
     folder = spoilt(tmp_path)
     for text, sentence in (("{}", "no vocabulary"), ('{"model": ', "not readable JSON")):

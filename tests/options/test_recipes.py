@@ -15,12 +15,12 @@ from m2f2cli.options.train_detector import TrainDetectorOptions
 PLACES = {"data": "faces", "output": "out"}
 # The published stage 1, as far as it is settings.
 PUBLISHED = {
-    "compression": "c40", "frames-per-video": 1, "optimiser": "adam", "learning-rate": 1e-3,
+    "compression": "c40", "frames-per-video": 1, "optimizer": "adam", "learning-rate": 1e-3,
     "weight-decay": 1e-6, "vision-alpha-lr": 1e-3, "text-alpha-lr": 3e-3, "batch-size": 80,
-    "accumulate": 1, "epochs": 200, "schedule": "plateau", "plateau-factor": 0.4,
+    "gradient-accumulation-steps": 1, "epochs": 200, "schedule": "plateau", "plateau-factor": 0.4,
     "plateau-patience": 6, "plateau-cooldown": 5, "blur": 0.1, "blur-sigma": [0.0, 3.0],
     "jpeg": 0.1, "jpeg-quality": [30, 100], "flip": 0.5, "noise": 0.0, "train": "published",
-    "balance": False, "clip": "openai/clip-vit-large-patch14-336", "normalisation": "clip",
+    "balance": False, "clip": "openai/clip-vit-large-patch14-336", "normalization": "clip",
 }  # fmt: skip
 SHAPES = {
     "published": {"backbone": "densenet121", "hidden-size": 1024, "prompt-tokens": 7,
@@ -56,15 +56,15 @@ def test_every_recipe_is_valid_and_means_the_same_everywhere(capsys, name):
 
 def test_flags_then_environment_then_file_then_recipe_then_default(capsys, monkeypatch, tmp_path):
     recipe = read_recipe("small-data")
-    assert (recipe["epochs"], recipe["batch_size"], recipe["ema"]) == (16, 32, 0.98)
+    assert (recipe["epochs"], recipe["batch_size"], recipe["ema_decay"]) == (16, 32, 0.98)
     file = tmp_path / "own.yaml"
-    file.write_text("recipe: small-data\nepochs: 1\nbatch-size: 2\nema: 0.5\n")
+    file.write_text("recipe: small-data\nepochs: 1\nbatch-size: 2\nema-decay: 0.5\n")
     monkeypatch.setenv("M2F2_EPOCHS", "11")
     monkeypatch.setenv("M2F2_BATCH_SIZE", "12")
     arguments = ("--config", str(file), "--epochs", "21")
     for order in (arguments, ("--recipe", "small-data", *arguments)):
         shown = printed(capsys, *order)
-        assert (shown["epochs"], shown["batch-size"], shown["ema"]) == (21, 12, 0.5)
+        assert (shown["epochs"], shown["batch-size"], shown["ema-decay"]) == (21, 12, 0.5)
         assert shown["mixup"] == recipe["mixup"] == 0.1  # only the recipe says so
         assert shown["plateau-patience"] == 6  # nobody says so
     shown = printed(capsys, *arguments, "--recipe", "robust")  # a flag names another recipe

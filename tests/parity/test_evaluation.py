@@ -12,8 +12,7 @@ import pytest
 from m2f2cli.errors import InputError
 from m2f2cli.evaluation import paper, standard
 from m2f2cli.evaluation.predictions import read_predictions
-from m2f2cli.evaluation.scored import join
-from m2f2cli.evaluation.truth import ddvqa_truth, file_truth, frames_truth
+from m2f2cli.evaluation.truth import ddvqa_truth, file_truth, frames_truth, join
 
 GOLDEN = Path(__file__).parent / "golden" / "eval"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())

@@ -72,7 +72,7 @@ def stage_options(stage: str, root: Path, output: Path, **changes: Any) -> Any:
         "save-steps": 2,
     }
     if stage == "lora":
-        small |= {"rank": 4, "alpha": 8, "projector-lr": 1e-2}
+        small |= {"lora-r": 4, "lora-alpha": 8, "projector-lr": 1e-2}
     return KINDS[stage].from_flat(small | {k.replace("_", "-"): v for k, v in changes.items()})
 
 

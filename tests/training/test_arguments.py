@@ -29,7 +29,7 @@ def root(tmp_path_factory):
 
 @pytest.mark.parametrize("asked", ["cosine", "linear", "constant"])
 def test_the_schedule_of_a_stage(root, tmp_path, asked):
-    settings = {"schedule": asked, "warmup": 0.5, "learning_rate": 1e-2, "epochs": 4}
+    settings = {"schedule": asked, "warmup_ratio": 0.5, "learning_rate": 1e-2, "epochs": 4}
     found = rates(explainer.prepare(stage_options("align", root, tmp_path / "delta", **settings)))
     top = found.index(1.0)
     assert found[0] == 0
@@ -46,6 +46,6 @@ def test_the_schedule_of_a_stage(root, tmp_path, asked):
 @pytest.mark.parametrize("asked", ["cosine", "constant", "plateau"])
 def test_the_schedule_of_a_detector(options, asked):
     warmup = 0.0 if asked == "plateau" else 0.5
-    found = rates(detector.prepare(options(schedule=asked, warmup=warmup, epochs=4)))
+    found = rates(detector.prepare(options(schedule=asked, warmup_ratio=warmup, epochs=4)))
     assert (found[0] == 0) == bool(warmup)
     assert (found[-1] < 0.5) == (asked == "cosine")

@@ -139,7 +139,7 @@ def test_init_starts_from_a_detector_and_names_its_parent(options, tmp_path):
     flat = options(output=tmp_path / "second", epochs=1).to_flat()
     kept = {k: v for k, v in flat.items() if k.replace("-", "_") not in plain}
     second = train_detector(
-        TrainDetectorOptions.from_flat(kept | {"init": str(first), "train": "prompt"})
+        TrainDetectorOptions.from_flat(kept | {"model": str(first), "train": "prompt"})
     )
     assert store.read_stage(second)["parent"] == parent.fingerprint
     child = load_detector(str(second))

@@ -23,7 +23,7 @@ STAGES = ("align", "lora")
 SETTINGS = {
     "epochs": 2,
     "batch_size": 3,
-    "accumulate": 2,
+    "gradient_accumulation_steps": 2,
     "validation_share": 0.3,
     "answer_tokens": 4,
     "learning_rate": 3e-3,

@@ -25,7 +25,7 @@ STAGES = ("align", "lora")
 STATEFUL = {
     "epochs": 3,
     "save_steps": 1,
-    "accumulate": 2,
+    "gradient_accumulation_steps": 2,
     "batch_size": 2,
     "weight_decay": 0.1,
     "validation_share": 0.3,

@@ -186,7 +186,7 @@ def test_how_memory_is_saved_changes_nothing_that_is_learnt(stage, root, tmp_pat
     whole = train(stage_options(stage, root, tmp_path / "whole", **plain))
     twice = plain | {"gradient_checkpointing": True}
     assert apart(whole, train(stage_options(stage, root, tmp_path / "cp", **twice))) < 1e-6
-    parts = plain | {"batch_size": 2, "accumulate": 2}
+    parts = plain | {"batch_size": 2, "gradient_accumulation_steps": 2}
     assert apart(whole, train(stage_options(stage, root, tmp_path / "acc", **parts))) < 5e-4
 
 
@@ -204,13 +204,13 @@ def test_four_bits_hold_the_language_models_layers_only(tmp_path, monkeypatch):
     for name in ("hidden_size", "intermediate_size"):  # bitsandbytes packs 64 values together
         monkeypatch.setitem(explainers.TEXT, name, 128)
     root = write_all(tmp_path / "root")
-    run = prepare(stage_options("lora", root, tmp_path / "qlora", load_in="4bit", epochs=2))
+    run = prepare(stage_options("lora", root, tmp_path / "qlora", quantize="4bit", epochs=2))
     packed = [n for n, w in run.model.named_parameters() if w.dtype == torch.uint8]
     assert len(packed) == 14
     assert all(".layers." in name and "language_model." in name for name in packed)
     folder = run.run()
     assert set(weights(folder)) == expected_names("lora", run.model)
-    assert store.read_stage(folder)["options"]["load-in"] == "4bit"
+    assert store.read_stage(folder)["options"]["quantize"] == "4bit"
     plain, _ = load_explainer(str(root / "explainer"), device="cpu")
     PeftModel.from_pretrained(plain, str(folder))
 
@@ -374,4 +374,7 @@ def test_wrong_starts_are_refused(root, tmp_path, tiny_detector_folder, monkeypa
     with pytest.raises(ConfigError, match="a single step"):
         prepare(stage_options("align", root, tmp_path / "e", batch_size=24))
     assert not list(tmp_path.iterdir())
-    assert prepare(stage_options("align", root, tmp_path / "f", batch_size=24, warmup=0)).steps == 1
+    assert (
+        prepare(stage_options("align", root, tmp_path / "f", batch_size=24, warmup_ratio=0)).steps
+        == 1
+    )

@@ -22,8 +22,20 @@ SCENARIOS = {
     # of an epoch has three pictures: two here, one there.
     "equal": {"freeze_batch_norm": True, "epochs": 2, "limit": 18},
     # BatchNorm sees three pictures instead of six.
-    "balanced": {"balance": True, "epochs": 2, "ema": 0.5, "mixup": 0.2, "accumulate": 2},
-    "resumed": {"balance": True, "epochs": 2, "ema": 0.5, "mixup": 0.2, "accumulate": 2},
+    "balanced": {
+        "balance": True,
+        "epochs": 2,
+        "ema_decay": 0.5,
+        "mixup": 0.2,
+        "gradient_accumulation_steps": 2,
+    },
+    "resumed": {
+        "balance": True,
+        "epochs": 2,
+        "ema_decay": 0.5,
+        "mixup": 0.2,
+        "gradient_accumulation_steps": 2,
+    },
 }
 
 
@@ -88,11 +100,14 @@ def test_every_item_is_seen_exactly_once_an_epoch(together, tmp_path, name):
     settings, seen, _ = together
     run = prepare(alone(settings[name], tmp_path / "alone"))
     assert len(run.dataset) % 6 == 3 * (name == "equal")
-    length, epochs = len(run.dataset), settings[name].optimiser.epochs
+    length, epochs = len(run.dataset), settings[name].optimizer.epochs
     both = [[i for batch in rank["seen"] for i in batch] for rank in seen[name]]
     assert not set(both[0]) & set(both[1])
     assert sorted(both[0] + both[1]) == list(range(epochs * length))
-    assert abs(len(both[0]) - len(both[1])) <= epochs * settings[name].optimiser.accumulate
+    assert (
+        abs(len(both[0]) - len(both[1]))
+        <= epochs * settings[name].optimizer.gradient_accumulation_steps
+    )
     measured = len(run.measured)
     assert measured <= sum(rank["measured"] for rank in seen[name]) / epochs <= measured + 3
 
@@ -145,7 +160,7 @@ def test_only_the_first_process_writes(together):
 
 
 def test_torchrun(options, tmp_path):
-    wanted = options(epochs=2, batch_size=3, ema=0.9)
+    wanted = options(epochs=2, batch_size=3, ema_decay=0.9)
     (tmp_path / "settings.yaml").write_text(wanted.to_yaml())
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["-m", "m2f2cli", "train-detector", "--config", str(tmp_path / "settings.yaml")]

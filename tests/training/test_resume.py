@@ -18,7 +18,7 @@ from m2f2cli.training.detector import prepare, state_folder, train_detector
 STATEFUL = {
     "epochs": 3,
     "save_steps": 1,
-    "ema": 0.9,
+    "ema_decay": 0.9,
     "mixup": 0.3,
     "dropout": 0.2,
     "label_smoothing": 0.05,
@@ -50,7 +50,15 @@ def weights(folder):
     ("schedule", "steps"),
     [
         ({"schedule": "plateau", "plateau_patience": 0, "plateau_cooldown": 0}, (1, 4)),
-        ({"schedule": "cosine", "warmup": 0.2, "accumulate": 2, "save_steps": 2}, (3,)),
+        (
+            {
+                "schedule": "cosine",
+                "warmup_ratio": 0.2,
+                "gradient_accumulation_steps": 2,
+                "save_steps": 2,
+            },
+            (3,),
+        ),
     ],
 )
 def test_interrupted_and_resumed_run_ends_bit_equal(options, tmp_path, schedule, steps):

@@ -68,7 +68,7 @@ def test_frozen_batch_norm_keeps_statistics_but_trains(options):
 def test_groups_cover_every_trainable_parameter_once(options):
     objective = prepare(options(layer_decay=0.8, decay_all=False, weight_decay=0.1)).model
     named = objective.named_weights()
-    groups = optimiser_groups(named, objective.detector.backbone, objective.options.optimiser)
+    groups = optimiser_groups(named, objective.detector.backbone, objective.options.optimizer)
     names = [name for group in groups for name in group["names"]]
     assert len(names) == len(set(names))
     assert set(names) == {name for name, p in named.items() if p.requires_grad}

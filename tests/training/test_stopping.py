@@ -10,7 +10,8 @@ from tests.training.test_resume import Crash, weights
 
 # Nothing moves, so no epoch is better than the first.
 STILL = {"learning_rate": 0.0, "prompt_lr": 0.0, "vision_alpha_lr": 0.0, "text_alpha_lr": 0.0,
-         "freeze_batch_norm": True, "epochs": 9, "early_stop": 2, "save_steps": 1}  # fmt: skip
+         "freeze_batch_norm": True, "epochs": 9, "early_stopping_patience": 2,
+         "save_steps": 1}  # fmt: skip
 
 
 def test_a_run_that_gets_no_better_stops_and_says_so(options):
@@ -25,7 +26,9 @@ def test_a_run_that_gets_no_better_stops_and_says_so(options):
 
 
 def test_a_run_that_gets_better_goes_on(options):
-    folder = train_detector(options(epochs=4, early_stop=3, select="loss", learning_rate=1e-3))
+    folder = train_detector(
+        options(epochs=4, early_stopping_patience=3, select="loss", learning_rate=1e-3)
+    )
     metrics = store.read_stage(folder)["metrics"]
     assert len(metrics["epochs"]) == 4
     assert "stopped_after" not in metrics
@@ -57,8 +60,8 @@ def test_a_stopped_run_that_could_not_write_trains_no_further(options, monkeypat
 
 
 def test_there_must_be_a_figure_to_watch(options):
-    with pytest.raises(ConfigError, match=r"--early-stop .* --select last"):
-        options(early_stop=1, select="last")
+    with pytest.raises(ConfigError, match=r"--early-stopping-patience .* --select last"):
+        options(early_stopping_patience=1, select="last")
 
 
 @pytest.mark.slow
@@ -66,7 +69,9 @@ def test_two_small_batches_make_one_step_of_a_large_one(options, tmp_path):
     given = {"freeze_batch_norm": True, "epochs": 2, "limit": 7}  # 14 pictures: 6, 6 and 2
     given |= {"weight_decay": 0.0, "validation_share": 0.25, "seed": 2}
     one = train_detector(options(**given, batch_size=6, output=tmp_path / "one"))
-    two = train_detector(options(**given, batch_size=3, accumulate=2, output=tmp_path / "two"))
+    two = train_detector(
+        options(**given, batch_size=3, gradient_accumulation_steps=2, output=tmp_path / "two")
+    )
     other = train_detector(options(**given, batch_size=3, output=tmp_path / "other"))
     first, second, third = (load_file(f / "model.safetensors") for f in (one, two, other))
     names = [name for name, tensor in first.items() if tensor.is_floating_point()]

@@ -22,7 +22,7 @@ def test_it_learns_and_writes_a_detector(options):
     lines: list[str] = []
     steps: list[tuple[int, str]] = []
     folder = train_detector(
-        options(epochs=8, learning_rate=3e-3, ema=0.5, flip=0.0),
+        options(epochs=8, learning_rate=3e-3, ema_decay=0.5, flip=0.0),
         notify=lines.append,
         advance=lambda done, words: steps.append((done, words)),
     )
@@ -49,7 +49,7 @@ def test_it_learns_and_writes_a_detector(options):
 
 
 def test_the_written_detector_scores_as_measured(options):
-    run = prepare(options(epochs=3, learning_rate=3e-3, ema=0.8, select="loss"))
+    run = prepare(options(epochs=3, learning_rate=3e-3, ema_decay=0.8, select="loss"))
     folder = run.run()
     chosen = store.read_stage(folder)["metrics"]["selected"]
     detector = load_detector(str(folder), device="cpu", dtype="float32")
@@ -78,7 +78,7 @@ def test_the_best_epoch_is_kept_not_the_last(options):
 
 @pytest.mark.slow
 def test_learning_rates_follow_the_schedule(options):
-    cosine = train_detector(options(epochs=3, schedule="cosine", warmup=0.2))
+    cosine = train_detector(options(epochs=3, schedule="cosine", warmup_ratio=0.2))
     rates = [r["learning_rate"] for r in store.read_stage(cosine)["metrics"]["epochs"]]
     assert rates[0] > rates[1] > rates[2]
     plateau = train_detector(
@@ -103,7 +103,7 @@ def test_all_terms_and_precisions_together(options, precision, tmp_path):
         options(
             precision=precision, epochs=1, mixup=0.4, dropout=0.3, kind_weight=0.5, map_weight=0.2,
             self_blend=0.3, pseudo_h264=0.5, soft_labels=teacher, label_smoothing=0.05,
-            clip_gradient=1.0, optimiser="adamw", balance=True, bridge=True, ema=0.9,
+            max_grad_norm=1.0, optimizer="adamw", balance=True, bridge=True, ema_decay=0.9,
         )
     )  # fmt: skip
     detector = load_detector(str(folder))
@@ -179,7 +179,7 @@ def test_curves_are_written_beside_the_output(options):
 
 
 def test_the_average_is_measured_and_kept(options):
-    run = prepare(options(epochs=2, ema=0.9, learning_rate=1e-2))
+    run = prepare(options(epochs=2, ema_decay=0.9, learning_rate=1e-2))
     run.run()
     objective: Objective = run.model
     kept, live = objective.result(), objective.detector.state_dict()

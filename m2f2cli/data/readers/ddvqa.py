@@ -9,24 +9,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from m2f2cli.data.readers.folder import list_pictures, people_in
-from m2f2cli.data.samples import REAL, Sample, SampleSet
+from m2f2cli.data.naming import DDVQA_CROPS, DDVQA_NAME, REAL, kind_of, list_pictures, people_in
+from m2f2cli.data.samples import Sample, SampleSet
 from m2f2cli.errors import InputError
 
-MANIPULATIONS = {
-    "0": "Deepfakes",
-    "1": "Face2Face",
-    "2": "FaceShifter",
-    "3": "FaceSwap",
-    "5": REAL,
-    "6": "NeuralTextures",
-}
 REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
 # Flaws that annotators name, and the words that tell.
 FLAWS = {
@@ -41,29 +34,11 @@ FLAWS = {
     "mismatch": "mismatch",
 }
 
-_NAME = re.compile(r"([01236])_\d{3}_\d{3}|5_\d{3}")
 _ASKED = re.compile(
     r"Does the image looks real/fake\?"
     rf"|Do(?:es)? the person's (?P<region>{'|'.join(REGIONS)}) look real/fake\?"
 )
 _OPENING = re.compile(r"(?:The image looks|The person's \w+ looks?) (?P<verdict>real|fake)\.\s*")
-_CROPS = Path("images", "c40")
-
-
-def looks_like_ddvqa(root: Path) -> bool:
-    """Whether a folder is a DD-VQA data set, or directly holds crops named as its crops are."""
-    if (root / _CROPS / "train").is_dir():
-        return True
-    if (root / "real").is_dir() or (root / "fake").is_dir():
-        return False
-    first = next((path for path in list_pictures(root) if path.parent == root), None)
-    return first is not None and _NAME.fullmatch(first.stem) is not None
-
-
-def kind_of(name: str) -> str | None:
-    """What a crop's file name says: ``real`` or a manipulation; None for any other name."""
-    stem = Path(name).stem
-    return MANIPULATIONS[stem[0]] if _NAME.fullmatch(stem) else None
 
 
 def read_ddvqa(root: Path) -> SampleSet:
@@ -75,7 +50,8 @@ def read_ddvqa(root: Path) -> SampleSet:
     Raises:
         InputError: There are no crops, or one is not named as DD-VQA names them.
     """
-    folder = root / _CROPS / "train" if (root / _CROPS / "train").is_dir() else root
+    crops = root / DDVQA_CROPS / "train"
+    folder = crops if crops.is_dir() else root
     samples = []
     for path in list_pictures(folder):
         kind = kind_of(path.name)
@@ -104,6 +80,23 @@ class Answer:
     text: str
 
 
+def _annotation_files(folder: Path) -> list[Path]:
+    files = sorted(folder.rglob("*.json"))
+    if not files:
+        raise InputError(f"There are no annotation files (*.json) in '{folder}'.", "empty")
+    return files
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"'{file}' is not a DD-VQA annotation file: {type(error).__name__} {error}."
+        ) from error
+
+
 def read_annotations(folder: Path) -> dict[str, tuple[Answer, ...]]:
     """Read every answer about every picture, in the order of the files.
 
@@ -117,23 +110,15 @@ def read_annotations(folder: Path) -> dict[str, tuple[Answer, ...]]:
     Raises:
         InputError: There are no annotation files, one is malformed, or two speak of one picture.
     """
-    files = sorted(folder.rglob("*.json"))
-    if not files:
-        raise InputError(f"There are no annotation files (*.json) in '{folder}'.", "empty")
     found: dict[str, tuple[Answer, ...]] = {}
-    for file in files:
-        try:
-            annotations = json.loads(file.read_text(encoding="utf-8"))
-            for stem, questions in annotations.items():
-                if not _NAME.fullmatch(stem):
+    for file in _annotation_files(folder):
+        with _reading(file):
+            for stem, questions in json.loads(file.read_text(encoding="utf-8")).items():
+                if not DDVQA_NAME.fullmatch(stem):
                     raise ValueError(f"'{stem}' is not named like a DD-VQA crop")
                 if stem in found:
                     raise ValueError(f"'{stem}' is annotated twice")
                 found[stem] = tuple(_answers(stem, questions))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"'{file}' is not a DD-VQA annotation file: {type(error).__name__} {error}."
-            ) from error
     return found
 
 
@@ -171,19 +156,12 @@ def read_judgements(folder: Path, stems: Iterable[str]) -> dict[str, np.ndarray]
         InputError: There are no annotation files, or one is malformed.
     """
     wanted = set(stems)
-    files = sorted(folder.rglob("*.json"))
-    if not files:
-        raise InputError(f"There are no annotation files (*.json) in '{folder}'.", "empty")
     judged = {}
-    for file in files:
-        try:
+    for file in _annotation_files(folder):
+        with _reading(file):
             annotations = json.loads(file.read_text(encoding="utf-8"))
             for stem in wanted & annotations.keys():
                 judged[stem] = _judge(annotations[stem])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"'{file}' is not a DD-VQA annotation file: {type(error).__name__} {error}."
-            ) from error
     return judged
 
 

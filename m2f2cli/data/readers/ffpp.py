@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from m2f2cli.data.clips import ClipShape, FrameReader
-from m2f2cli.data.readers.folder import people_in
-from m2f2cli.data.samples import REAL
+from m2f2cli.data.naming import REAL, people_in
 from m2f2cli.data.video import evenly
 from m2f2cli.errors import ConfigError, InputError
 
@@ -92,14 +90,6 @@ class FfppSet:
 
     def __len__(self) -> int:
         return len(self.clips)
-
-    def counts(self) -> dict[str, int]:
-        """Videos of each kind, ``real`` first."""
-        return dict(Counter(clip.kind for clip in self.clips))
-
-    def people(self) -> set[str]:
-        """Every identity that occurs."""
-        return {person for clip in self.clips for person in clip.identities}
 
 
 def read_ffpp(

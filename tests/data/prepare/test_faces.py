@@ -17,9 +17,8 @@ from PIL import Image
 
 from m2f2cli.data.clip_writer import ClipWriter
 from m2f2cli.data.clips import FrameReader
-from m2f2cli.data.prepare import cutting, faces
-from m2f2cli.data.prepare.faces import FacesJob, FacesOptions
-from m2f2cli.data.prepare.workers import locked, worker_pool
+from m2f2cli.data.prepare import faces, tracking
+from m2f2cli.data.prepare.faces import FacesJob, FacesOptions, locked, worker_pool
 from m2f2cli.errors import CheckpointError, ConfigError, InputError, M2F2Error, UsageError
 from tests.data.prepare.videos import PHOTO, Scene
 
@@ -60,7 +59,7 @@ def test_crops_follow_the_face(scene, tmp_path):
     with FrameReader() as reader:
         file = tmp_path / "out" / "clip.h5"
         notes = reader.notes(file, "clip.mp4")
-        crops = reader.clip(file, "clip.mp4")
+        crops = np.stack([reader.frame(file, "clip.mp4", n) for n in range(25)])
     assert crops.shape == (25, 48, 48, 3)
     assert list(notes.frames) == list(range(1, 50, 2))
     assert tuple(notes.picture) == (240, 180)
@@ -180,7 +179,7 @@ def test_going_on_adds_what_is_new_and_repeats_what_changed(scene, tmp_path, mon
     prepare(folder, tmp_path / "out")
     scene.record(folder / "b.mp4", 12)
     worked: list[str] = []
-    cut = cutting.cut_faces
+    cut = tracking.cut_faces
     monkeypatch.setattr(
         faces, "cut_faces", lambda video, *rest: worked.append(video.key) or cut(video, *rest)
     )

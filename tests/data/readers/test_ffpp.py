@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -30,6 +31,14 @@ def fill(path, keys, frames=4):
     writer.finish()
 
 
+def kinds_of(found):
+    return dict(Counter(clip.kind for clip in found.clips))
+
+
+def people_of(found):
+    return {person for clip in found.clips for person in clip.identities}
+
+
 @pytest.fixture
 def root(tmp_path):
     for name in (ORIGINAL, *MANIPULATIONS):
@@ -49,12 +58,12 @@ def root(tmp_path):
 
 def test_a_split_has_its_originals_and_both_directions(root):
     found = read_ffpp(root, compression="c40")
-    assert found.counts() == {"real": 2, **dict.fromkeys(MANIPULATIONS, 2)}
+    assert kinds_of(found) == {"real": 2, **dict.fromkeys(MANIPULATIONS, 2)}
     assert [clip.key for clip in found.clips[:4]] == ["000", "003", "000_003", "003_000"]
     assert [clip.label for clip in found.clips[:4]] == [0, 0, 1, 1]
     assert found.clips[1].identities == ("003",)
     assert found.clips[3].identities == ("003", "000")
-    assert found.people() == {"000", "003"}
+    assert people_of(found) == {"000", "003"}
     assert {clip.frames for clip in found.clips} == {4}
     names = [clip.frame_name(index) for clip in found.clips for index in clip.spread()]
     assert len(set(names)) == len(names) == 10 * 4
@@ -62,15 +71,15 @@ def test_a_split_has_its_originals_and_both_directions(root):
 
 
 def test_official_splits_share_no_identity(root):
-    people = [read_ffpp(root, compression="c40", split=s).people() for s in ("train", "val")]
+    people = [people_of(read_ffpp(root, compression="c40", split=s)) for s in ("train", "val")]
     assert not set.intersection(*people)
     assert read_ffpp(root, compression="c40", split="val").split == "validation"
-    assert len(read_ffpp(root, compression="c40", split="all").people()) == 6
+    assert len(people_of(read_ffpp(root, compression="c40", split="all"))) == 6
 
 
 def test_manipulations_are_chosen(root):
     found = read_ffpp(root, compression="c40", manipulations=["FaceSwap"], split="test")
-    assert found.counts() == {"real": 2, "FaceSwap": 2}
+    assert kinds_of(found) == {"real": 2, "FaceSwap": 2}
     with pytest.raises(InputError, match=r"no file 'FF\+\+_FaceShifter_c40\.h5'") as error:
         read_ffpp(root, compression="c40", manipulations=["FaceShifter"])
     assert "FF++_FaceSwap_c40.h5" in error.value.hint

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2f2cli.data.readers.folder import people_in, read_people
+from m2f2cli.data.naming import people_in, read_people
 from m2f2cli.data.samples import Sample, SampleSet, identity_groups, read_samples, split_by_identity
 from m2f2cli.errors import ConfigError, InputError
 
