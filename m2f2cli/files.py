@@ -1,10 +1,15 @@
-"""Files and folders that appear whole or not at all: temporary sibling, fsync, rename."""
+"""Files and folders that appear whole or not at all: temporary sibling, fsync, rename.
+
+Also what they are filled with: JSON, and large files that several threads write at once.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
+import mmap
 import os
 import re
 import secrets
@@ -12,12 +17,18 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from m2f2cli.errors import CheckpointError
 
 MARK = "stage.json"
+_PAGE = 4096
+_BUFFER = 1 << 20
+_WORTH_RESERVING = 1 << 24
 _PARTIAL = re.compile(r"^\..+\.(\d+)-[0-9a-f]{8}\.partial$")
 
 
@@ -165,7 +176,11 @@ def _put_in_place(partial: Path, path: Path) -> None:
     elif not _exchange(partial, path):
         old = _partial_name(path)
         os.rename(path, old)
-        os.rename(partial, path)
+        try:
+            os.rename(partial, path)
+        except OSError:
+            os.rename(old, path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -203,3 +218,134 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"'{path}' holds no JSON object.")
     return value
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class ParallelFile:
+    """A file of known size that threads fill side by side, each its own parts.
+
+    Whole pages go to the disk directly where the file system can do that (``O_DIRECT``): copying
+    them through the system's page cache can cost more time than hashing them. A context manager:
+    when it is left without an exception, everything is in the file.
+
+    Args:
+        path: The file to make.
+        size: Its bytes. A large file's room is reserved at once: faster, and a full disk shows
+            before anything is written.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        # Pieces of pages: written last, since one page must not be written both ways at once.
+        self.edges: list[tuple[int, bytes]] = []
+        with path.open("wb") as file:
+            file.truncate(size)
+            if size >= _WORTH_RESERVING and hasattr(os, "posix_fallocate"):
+                try:
+                    os.posix_fallocate(file.fileno(), 0, size)
+                except OSError as error:
+                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                        raise
+
+    def __enter__(self) -> ParallelFile:
+        """Begin."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Write the pieces of pages."""
+        if kind is None:
+            with self.path.open("r+b") as file:
+                for place, data in self.edges:
+                    file.seek(place)
+                    file.write(data)
+
+    def part(self, begin: int) -> FilePart:
+        """A part of the file that one thread writes from front to back; a context manager.
+
+        Args:
+            begin: Its first byte. No other part may hold a byte of it.
+        """
+        return FilePart(self, begin)
+
+
+class FilePart:
+    """See ``ParallelFile.part``."""
+
+    def __init__(self, whole: ParallelFile, begin: int) -> None:
+        self._whole = whole
+        self._direct = getattr(os, "O_DIRECT", 0)
+        self._file = self._open()
+        # The buffer lies on whole pages, in memory as in the file; from first to end it is filled.
+        self._first = self._end = begin % _PAGE
+        self._start = begin - self._first
+        self._buffer = np.frombuffer(mmap.mmap(-1, _BUFFER), np.uint8)
+
+    def __enter__(self) -> FilePart:
+        """Begin."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Write what is left."""
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            self._file.close()
+
+    def write(self, data: np.ndarray) -> None:
+        """Write flat uint8 values behind those before."""
+        while len(data):
+            taken = data[: _BUFFER - self._end]
+            self._buffer[self._end : self._end + len(taken)] = taken
+            self._end += len(taken)
+            data = data[len(taken) :]
+            if self._end == _BUFFER:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Write the whole pages of the buffer; begin again behind it."""
+        low = min(-(-self._first // _PAGE) * _PAGE, self._end)
+        high = max(self._end // _PAGE * _PAGE, low)
+        for first, end in ((self._first, low), (high, self._end)):
+            if first < end:
+                edge = self._buffer[first:end].tobytes()
+                self._whole.edges.append((self._start + first, edge))
+        while low < high:
+            low += self._write_pages(self._start + low, self._buffer[low:high])
+        self._start += _BUFFER
+        self._first = self._end = 0
+
+    def _write_pages(self, place: int, data: np.ndarray) -> int:
+        try:
+            self._file.seek(place)
+            return self._file.write(data.data)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._direct:
+                raise
+        self._file.close()
+        self._direct = 0
+        self._file = self._open()
+        return 0
+
+    def _open(self) -> FileIO:
+        """Open the file for direct writing where its file system has that."""
+        try:
+            return FileIO(
+                self._whole.path, "r+", opener=lambda p, flags: os.open(p, flags | self._direct)
+            )
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._direct:
+                raise
+        self._direct = 0
+        return self._open()

@@ -27,17 +27,17 @@ class Curve(NamedTuple):
 
     Attributes:
         scores: (U,) the distinct scores, falling.
-        hits: (..., U) forged pictures with at least that score.
-        alarms: (..., U) real pictures with at least that score.
+        true_positives: (..., U) forged pictures with at least that score.
+        false_positives: (..., U) real pictures with at least that score.
     """
 
     scores: np.ndarray
-    hits: np.ndarray
-    alarms: np.ndarray
+    true_positives: np.ndarray
+    false_positives: np.ndarray
 
     def rates(self) -> tuple[np.ndarray, np.ndarray]:
         """False and true positive rate, each (..., U + 1), starting at (0, 0)."""
-        return _from_zero(_shares(self.alarms)), _from_zero(_shares(self.hits))
+        return _from_zero(_shares(self.false_positives)), _from_zero(_shares(self.true_positives))
 
 
 class Ranking:
@@ -72,9 +72,9 @@ class Ranking:
             nothing = np.zeros((*weights.shape[:-1], 1))
             return Curve(np.zeros(1), nothing, nothing)
         counted = np.take(weights, self._columns, axis=-1).astype(np.float64, copy=False)
-        hits = np.cumsum(counted * self._fake, axis=-1)[..., self._last]
-        alarms = np.cumsum(counted * self._real, axis=-1)[..., self._last]
-        return Curve(self._scores, hits, alarms)
+        true_positives = np.cumsum(counted * self._fake, axis=-1)[..., self._last]
+        false_positives = np.cumsum(counted * self._real, axis=-1)[..., self._last]
+        return Curve(self._scores, true_positives, false_positives)
 
 
 def area(curve: Curve) -> np.ndarray:
@@ -85,9 +85,9 @@ def area(curve: Curve) -> np.ndarray:
 
 def precision_area(curve: Curve) -> np.ndarray:
     """Average precision: mean precision over the forged pictures, without interpolation."""
-    called = curve.hits + curve.alarms
-    precision = np.divide(curve.hits, called, out=np.zeros_like(called), where=called > 0)
-    return np.sum(np.diff(_from_zero(_shares(curve.hits)), axis=-1) * precision, axis=-1)
+    called = curve.true_positives + curve.false_positives
+    precision = np.divide(curve.true_positives, called, out=np.zeros_like(called), where=called > 0)
+    return np.sum(np.diff(_from_zero(_shares(curve.true_positives)), axis=-1) * precision, axis=-1)
 
 
 def equal_error_rate(curve: Curve) -> np.ndarray:
@@ -107,55 +107,60 @@ def equal_error_rate(curve: Curve) -> np.ndarray:
     return np.where(np.isnan(gap[..., -1]), np.nan, rate)
 
 
-def detection_rate(curve: Curve, false_alarms: float) -> np.ndarray:
-    """The largest true positive rate whose false positive rate is at most ``false_alarms``.
+def detection_rate(curve: Curve, false_positive_rate: float) -> np.ndarray:
+    """The largest true positive rate whose false positive rate is at most ``false_positive_rate``.
 
     Only thresholds that exist are looked at: nothing is interpolated, and pictures of one score
     are called fake together or not at all.
     """
     fpr, tpr = curve.rates()
     # A share such as 3 / 300 must not miss 0.01 by its last bit.
-    reached = np.where(fpr <= false_alarms + 1e-12, tpr, 0.0).max(axis=-1)
+    reached = np.where(fpr <= false_positive_rate + 1e-12, tpr, 0.0).max(axis=-1)
     undefined = np.isnan(fpr[..., -1]) | np.isnan(tpr[..., -1])
     return np.where(undefined, np.nan, reached)
 
 
 class Confusion(NamedTuple):
-    """How many pictures were called what; ``hits`` are forged ones called fake.
+    """How many pictures were called what; ``true_positives`` are forged ones called fake.
 
     Each is a number or an array of one shape. A ratio whose denominator is 0 is NaN.
     """
 
-    hits: np.ndarray
-    alarms: np.ndarray
-    misses: np.ndarray
-    passes: np.ndarray
+    true_positives: np.ndarray
+    false_positives: np.ndarray
+    false_negatives: np.ndarray
+    true_negatives: np.ndarray
 
     @property
     def accuracy(self) -> np.ndarray:
         """Share of pictures called rightly."""
-        right = self.hits + self.passes
-        return _ratio(right, right + self.alarms + self.misses)
+        right = self.true_positives + self.true_negatives
+        return _ratio(right, right + self.false_positives + self.false_negatives)
 
     @property
     def balanced_accuracy(self) -> np.ndarray:
         """Mean of the shares called rightly among forged and among real pictures."""
-        return (self.recall + _ratio(self.passes, self.passes + self.alarms)) / 2
+        return (
+            self.recall + _ratio(self.true_negatives, self.true_negatives + self.false_positives)
+        ) / 2
 
     @property
     def precision(self) -> np.ndarray:
         """Share of forged pictures among those called fake."""
-        return _ratio(self.hits, self.hits + self.alarms)
+        return _ratio(self.true_positives, self.true_positives + self.false_positives)
 
     @property
     def recall(self) -> np.ndarray:
         """Share of forged pictures called fake."""
-        return _ratio(self.hits, self.hits + self.misses)
+        return _ratio(self.true_positives, self.true_positives + self.false_negatives)
 
     @property
     def f1(self) -> np.ndarray:
         """Harmonic mean of precision and recall; NaN if nothing is forged nor called so."""
-        return _ratio(2 * self.hits, 2 * self.hits + self.alarms + self.misses)
+        return _ratio(
+            2 * self.true_positives,
+            2 * self.true_positives + self.false_positives + self.false_negatives,
+        )
 
 
 def confusion(labels: np.ndarray, called_fake: np.ndarray) -> Confusion:

@@ -89,11 +89,11 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def write_detector(folder: Path) -> Path:
     """A checkpoint folder of a tiny detector with random weights."""
-    from m2f2cli.checkpoints import store
+    from m2f2cli.checkpoints import io
     from m2f2cli.models.detector import Detector, DetectorConfig
 
     model = randomise(Detector(DetectorConfig(**tiny_fields())))
-    store.write_checkpoint(
+    io.write_checkpoint(
         folder, config=model.config.to_dict(), tensors=model.state_dict(), stage={"stage": "test"}
     )
     return folder

@@ -230,6 +230,6 @@ def runs_here(command: Command, *, patiently: bool = False) -> bool:
     trains = words[0] in ("train-detector", "align", "lora") and "--print-config" not in words
     if command.launched or words[0] == "demo" or (trains and "--model lite" not in " ".join(words)):
         return False
-    if (trains or "--robustness" in words) and not patiently:
+    if (trains or words[0] == "robustness") and not patiently:
         return False
     return all(Path(name).exists() for name in needs(words))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -55,3 +57,15 @@ def test_the_attention_of_a_configuration():
         assert compat.attention_of(attention.config) == name
     chosen = CLIPVisionConfig(attn_implementation="eager")
     assert compat.attention_of(chosen) == "eager"
+
+
+def test_leaving_runs_exit_hooks_and_flushes():
+    code = (
+        "import atexit\n"
+        "from m2f2cli.compat import leave\n"
+        "atexit.register(print, 'hook')\n"
+        "print('said')\n"
+        "leave(7)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (7, "said\nhook\n"), done.stderr

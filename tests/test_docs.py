@@ -99,6 +99,7 @@ def test_flags_in_the_documents_exist():
     # Of torchrun and of the deepspeed launcher (--no_local_rank).
     foreign = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
     foreign |= {"--hostfile", "--module", "--no"}
+    foreign |= {"--dist", "--tags"}  # of pytest-xdist and git
     # Of examples/moderation/moderate.py.
     foreign |= {"--records", "--summary"}
     for page in PAGES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def part_of(path: Path) -> str:
     return first.removesuffix(".py")
 
 
-def imports(path: Path, *, top_level: bool) -> set[str]:
+def imports(path: Path, *, top_level: bool, members: bool = False) -> set[str]:
     tree = ast.parse(path.read_text())
     typing_only = {
         id(node)
@@ -53,8 +54,8 @@ def imports(path: Path, *, top_level: bool) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
-            if node.module == "m2f2cli":
-                found |= {f"m2f2cli.{alias.name}" for alias in node.names}
+            if node.module == "m2f2cli" or members:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
@@ -83,6 +84,51 @@ def test_functions_fit_a_screen(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= 80, f"{node.name} has {length} lines"
+
+
+def test_no_circle_of_imports():
+    names = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in FILES}
+    graph = {}
+    for name, path in names.items():
+        found = imports(path, top_level=False, members=True) & names.keys()
+        graph[name] = found - {name}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+# PyTorch's packed kernels for CPUs are offered by private operators alone.
+KERNELS = {"convolutions", "packing"}
+
+
+def private_names(path: Path) -> set[str]:
+    """Private names of other libraries that a file uses: ``torch._x``, ``torch.ops.mkldnn._x``."""
+    tree = ast.parse(path.read_text())
+    outside: set[str] = set()
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        if modules and modules[0].split(".")[0] != "m2f2cli" and modules[0] != "__future__":
+            outside |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+            found |= {m for m in modules if any(is_private(part) for part in m.split("."))}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            chain = ast.unparse(node)
+            if chain.split(".")[0] in outside:
+                found.add(chain)
+    return found - {"os._exit"}  # documented, for all its underscore
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_private_names_of_libraries_are_in_compat_alone(path):
+    if path.stem not in {"compat", *KERNELS}:
+        assert private_names(path) == set()
 
 
 def test_no_drawers():

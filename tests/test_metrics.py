@@ -139,7 +139,7 @@ def test_confusion_by_hand(data, threshold):
     assert found.recall == pytest.approx(recalls[1])
     if called.any():
         assert found.precision == pytest.approx(labels[called].mean())
-        if found.hits:
+        if found.true_positives:
             harmonic = 2 / (1 / found.precision + 1 / found.recall)
             assert found.f1 == pytest.approx(harmonic)
     else:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.cli import app
 from m2f2cli.data.conversations import read_conversations
 from m2f2cli.data.prepare.explanations import PLACEHOLDERS
@@ -114,7 +114,7 @@ def test_the_whole_chain(chain, capsys):
 def check_family(chain: Path) -> None:
     """Every result names what it was made of by its fingerprint."""
     marks = {
-        name: store.fingerprint(chain / name, verify=True)
+        name: io.fingerprint(chain / name, verify=True)
         for name in ("base", "detector", "explainer-0", "explainer-1", "last")
     }
     assert len(set(marks.values())) == 5
@@ -148,7 +148,7 @@ def check_explained(chain: Path) -> None:
     assert len(records) == 12
     for record in records:
         assert record["status"] == "ok"
-        assert record["model_fingerprint"] == store.fingerprint(chain / "last")
+        assert record["model_fingerprint"] == io.fingerprint(chain / "last")
         ((reason,),) = (face["reasons"] for face in record["explanations"])
         assert reason["region"] == "skin"
         assert reason["text"].startswith("The skin")
@@ -169,7 +169,7 @@ def check_measured(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((chain / "report" / "report.json").read_text())
     assert report["counts"]["items"] == report["counts"]["answered"] == 12
-    assert report["model"]["fingerprint"] == store.fingerprint(chain / "last")
+    assert report["model"]["fingerprint"] == io.fingerprint(chain / "last")
     records = rows(chain / "why.jsonl")
     right = [
         (record["fake_probability"] >= record["threshold"]) == (truth(record) == "fake")

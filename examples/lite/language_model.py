@@ -21,7 +21,7 @@ import sentencepiece
 import torch
 from torch import nn
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints.io import read_config
 from m2f2cli.models.conversation import DDVQA, VICUNA_V1, Turn, encode_with_labels
 from m2f2cli.models.tokenizer import load_tokenizer
 from m2f2cli.runtime import cure_torchvision, seed_everything
@@ -146,7 +146,7 @@ def main(texts: Path, detector: str, output: Path) -> None:
     print(f"{len(rows)} exercises, {lengths.mean():.0f} tokens on average, {lengths.max()} at most")
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} words")
     train(model, exercises, output)
-    vision = store.read_config(resolve_checkpoint(detector))["clip"]["vision"]["hidden_size"]
+    vision = read_config(resolve_checkpoint(detector))["clip"]["vision"]["hidden_size"]
     write_llava(model, vision, output)
 
 

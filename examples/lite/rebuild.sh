@@ -12,5 +12,5 @@ m2f2 train-detector --config "$here/train.yaml" --data "ddvqa:$data" \
   --annotations "$data/annotations/train" --backbone-weights "$weights" \
   --clip "$output.tower" --output "$output" --resume
 rm -rf "$output.calibrated"
-m2f2 evaluate images "ddvqa:$data" --model "$output" --split validation \
-  --calibrate --target-fpr 0.2 --calibrated "$output.calibrated"
+m2f2 calibrate images "ddvqa:$data" --model "$output" --split validation \
+  --target-fpr 0.2 --calibrated "$output.calibrated"

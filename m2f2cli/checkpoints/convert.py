@@ -18,20 +18,24 @@ from typing import Any
 import torch
 
 from m2f2cli import files
-from m2f2cli.checkpoints import configs, delta, import_delta, keymaps, store
-from m2f2cli.checkpoints.folders import Weights, describe_file, home_of, open_weights
-from m2f2cli.checkpoints.keymaps import Entry
-from m2f2cli.checkpoints.load import check_model, load_detector, load_explainer
-from m2f2cli.checkpoints.streams import (
-    Stream,
-    as_stream,
-    from_stored,
+from m2f2cli.checkpoints import configs, delta, import_delta, io, keymaps
+from m2f2cli.checkpoints.io import (
+    LazyTensor,
+    Weights,
+    as_lazy,
+    describe_file,
+    digest_of,
     from_tensor,
+    home_of,
     largest_difference,
+    open_weight_file,
+    open_weights,
     watched,
 )
-from m2f2cli.checkpoints.tensorfile import digest_of, open_tensor_file
+from m2f2cli.checkpoints.keymaps import Entry
+from m2f2cli.checkpoints.load import check_model, load_detector, load_explainer
 from m2f2cli.errors import CheckpointError, UsageError
+from m2f2cli.files import json_bytes
 from m2f2cli.models.clip import blocks_needed
 from m2f2cli.models.tokenizer import load_tokenizer
 
@@ -80,7 +84,7 @@ class Conversion:
     source: Weights
     kind: str
     config: dict[str, Any]
-    tensors: dict[str, Stream]
+    tensors: dict[str, LazyTensor]
     entries: dict[str, list[Entry]]
     sources: list[dict[str, Any]]
     files: dict[str, bytes] = field(default_factory=dict)
@@ -117,7 +121,7 @@ class Conversion:
                     overwrite=overwrite,
                 )
             else:
-                mark = store.write_checkpoint(
+                mark = io.write_checkpoint(
                     output,
                     config=self.config,
                     tensors=tensors,
@@ -291,8 +295,8 @@ def _detector(source: Weights, tower: Weights | None, clip_config: Path | None) 
     entries = keymaps.look_up(plain, rows, what=what, prefix=prefix)
     entries += [Entry(prefix + key, None, keymaps.BRIDGE, folded=True) for key in folded]
     read = [entry.key for entry in entries if entry.action != "dropped"]
-    store.check_finite({key: source.tensors[key] for key in read}, what=what)
-    tensors = {e.to: from_stored(source.tensors[e.key]) for e in entries if e.to is not None}
+    io.check_finite({key: source.tensors[key] for key in read}, what=what)
+    tensors = {e.to: source.tensors[e.key] for e in entries if e.to is not None}
     head, folded_head = _published_head(state, folded=is_a)
     tensors |= {f"head.{part}": from_tensor(tensor) for part, tensor in folded_head.items()}
     config, by_file = _with_tower(source, entries, tensors, tower, clip_config, backbone=backbone)
@@ -354,7 +358,7 @@ def _published_head(
 def _explainer(source: Weights, tower: Weights | None, clip_config: Path | None) -> Conversion:
     what, rows = f"'{source.path}'", keymaps.PUBLISHED
     entries = keymaps.look_up(source.tensors, rows, what=what)
-    tensors = {e.to: from_stored(source.tensors[e.key]) for e in entries if e.to is not None}
+    tensors = {e.to: source.tensors[e.key] for e in entries if e.to is not None}
     text = configs.llama_config(source.config, tensors, what=what)
     detector, by_file = _with_tower(
         source, entries, tensors, tower, clip_config, part=keymaps.DETECTOR_PART
@@ -407,7 +411,7 @@ _CONVERTERS: dict[str, Callable[[Weights, Weights | None, Path | None], Conversi
 def _with_tower(
     source: Weights,
     entries: list[Entry],
-    tensors: dict[str, Stream],
+    tensors: dict[str, LazyTensor],
     tower: Weights | None,
     clip_config: Path | None,
     *,
@@ -459,8 +463,8 @@ def _with_tower(
 
 def _bring_tower(
     source: Weights,
-    own: Mapping[str, Stream],
-    tensors: dict[str, Stream],
+    own: Mapping[str, LazyTensor],
+    tensors: dict[str, LazyTensor],
     tower: Weights,
     part: str,
 ) -> list[Entry]:
@@ -469,7 +473,7 @@ def _bring_tower(
     inside = [key for key in tower.tensors if key.startswith(prefix)]
     found = keymaps.look_up(inside, keymaps.VISION_TOWER, what=f"'{tower.path}'", prefix=prefix)
     entries = [replace(e, to=part + e.to) if e.to is not None else e for e in found]
-    brought = {e.to: from_stored(tower.tensors[e.key]) for e in entries if e.to is not None}
+    brought = {e.to: tower.tensors[e.key] for e in entries if e.to is not None}
     for name, stream in own.items():
         twin = brought.get(name)
         if twin is None or twin.shape != stream.shape or largest_difference(twin, stream):
@@ -518,7 +522,7 @@ def _tower_source(tower: Weights | None) -> list[dict[str, Any]]:
 def source_fingerprint(
     source: Weights,
     names: Mapping[str, str],
-    written: Mapping[str, Stream],
+    written: Mapping[str, LazyTensor],
     digests: Mapping[str, str],
 ) -> str:
     """A source's fingerprint, without reading again what was written as it was.
@@ -530,14 +534,14 @@ def source_fingerprint(
         digests: Their digests.
 
     Returns:
-        What ``store.fingerprint`` gives for it.
+        What ``io.fingerprint`` gives for it.
     """
     found = {}
     for key, stored in source.tensors.items():
         name = names.get(key, "")
         same = name in digests and written[name].dtype == stored.dtype
         found[key] = digests[name] if same else digest_of(stored)
-    return store.combine(source.config, found)
+    return io.combine(source.config, found)
 
 
 def tokenizer_files(folder: Path, text_config: Mapping[str, Any]) -> dict[str, bytes]:
@@ -570,7 +574,7 @@ def tokenizer_files(folder: Path, text_config: Mapping[str, Any]) -> dict[str, b
 def preprocessor_file(detector: Mapping[str, Any]) -> bytes:
     """The content of ``preprocessor_config.json`` for a detector's configuration."""
     size, mean, std = (detector[name] for name in ("image_size", "image_mean", "image_std"))
-    return store.json_bytes(store.preprocessor_config(size, mean, std))
+    return json_bytes(io.preprocessor_config(size, mean, std))
 
 
 def versions() -> dict[str, str]:
@@ -630,9 +634,9 @@ def verify_import(folder: Path, made: Conversion) -> Verification:
     """
     parts = [folder / name for name in (delta.TENSORS, delta.ADAPTER)]
     part = next((path for path in parts if path.is_file()), None)
-    found = open_tensor_file(part) if part else store.open_tensors(folder)
-    store.check_names_and_shapes(found, made.tensors, what=f"'{folder}'")
-    worst = max(largest_difference(as_stream(found[k]), t) for k, t in made.tensors.items())
+    found = open_weight_file(part).tensors if part else io.open_tensors(folder)
+    io.check_names_and_shapes(found, made.tensors, what=f"'{folder}'")
+    worst = max(largest_difference(as_lazy(found[k]), t) for k, t in made.tensors.items())
     if worst:
         raise CheckpointError(
             f"'{folder}' does not hold what was written: a value differs by {worst}.",

@@ -13,11 +13,15 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m2f2cli.checkpoints import store
-from m2f2cli.checkpoints.streams import Stream, as_stream, finite, from_stored
-from m2f2cli.checkpoints.tensorfile import digests_of, write_tensor_file
+from m2f2cli.checkpoints import io
+from m2f2cli.checkpoints.io import (
+    LazyTensor,
+    as_lazy,
+    digests_of,
+    write_tensor_file,
+)
 from m2f2cli.errors import CheckpointError
-from m2f2cli.files import MARK, atomic_folder
+from m2f2cli.files import MARK, atomic_folder, json_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +34,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 def write_delta(
     folder: Path,
     *,
-    tensors: Mapping[str, torch.Tensor] | Mapping[str, Stream],
+    tensors: Mapping[str, torch.Tensor] | Mapping[str, LazyTensor],
     stage: Mapping[str, Any] | Callable[[Mapping[str, str]], Mapping[str, Any]],
     adapter: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -54,14 +58,14 @@ def write_delta(
         CheckpointError: The folder exists, a tensor holds NaN or infinity, or the disk refuses;
             whatever was there before is still there.
     """
-    checked = {key: finite(as_stream(t), what=f"The tensor '{key}'") for key, t in tensors.items()}
+    checked = {key: as_lazy(t).finite(what=f"The tensor '{key}'") for key, t in tensors.items()}
     with atomic_folder(folder, overwrite) as partial:
         digests = write_tensor_file(partial / (TENSORS if adapter is None else ADAPTER), checked)
         if adapter is not None:
-            (partial / ADAPTER_CONFIG).write_bytes(store.json_bytes(adapter))
-        mark = store.combine(adapter or {}, digests)
+            (partial / ADAPTER_CONFIG).write_bytes(json_bytes(adapter))
+        mark = io.combine(adapter or {}, digests)
         said = stage(digests) if callable(stage) else stage
-        (partial / MARK).write_bytes(store.json_bytes({**said, "fingerprint": mark}))
+        (partial / MARK).write_bytes(json_bytes({**said, "fingerprint": mark}))
     return mark
 
 
@@ -101,25 +105,23 @@ def diff(base: Path, changed: Path, output: Path, *, overwrite: bool = False) ->
         CheckpointError: The two differ in configuration, names, shapes or types, or in nothing; a
             value is not finite, or the disk refuses.
     """
-    mine, theirs = store.open_tensors(base), store.open_tensors(changed)
+    mine, theirs = io.open_tensors(base), io.open_tensors(changed)
     what = f"'{changed}' beside '{base}'"
-    store.check_names_and_shapes(theirs, mine, what=what)
+    io.check_names_and_shapes(theirs, mine, what=what)
     retyped = [key for key in mine if mine[key].dtype != theirs[key].dtype]
-    if retyped or store.combine(store.read_config(base), {}) != store.combine(
-        store.read_config(changed), {}
-    ):
-        why = f"types of {store.name_some(retyped)}" if retyped else "settings in config.json"
+    if retyped or io.combine(io.read_config(base), {}) != io.combine(io.read_config(changed), {}):
+        why = f"types of {io.name_some(retyped)}" if retyped else "settings in config.json"
         raise CheckpointError(
             f"{what} differs in more than values: {why}.",
             "A delta holds values only; both must be of one model, in the same types.",
         )
     before, after = digests_of(mine), digests_of(theirs)
-    moved = {key: from_stored(theirs[key]) for key in mine if before[key] != after[key]}
+    moved = {key: theirs[key] for key in mine if before[key] != after[key]}
     if not moved:
         raise CheckpointError(f"{what} is the same model: there is no difference to write.")
     stage = {
         "stage": "diff",
-        "parent": store.fingerprint(base),
-        "changed": store.fingerprint(changed),
+        "parent": io.fingerprint(base),
+        "changed": io.fingerprint(changed),
     }
     return write_delta(output, tensors=moved, stage=stage, overwrite=overwrite)

@@ -11,11 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m2f2cli.checkpoints import import_delta, keymaps, store
+from m2f2cli.checkpoints import import_delta, io, keymaps
 from m2f2cli.checkpoints.delta import TENSORS
-from m2f2cli.checkpoints.folders import Weights, describe_file, home_of, open_weights
-from m2f2cli.checkpoints.streams import Stream, as_stream
-from m2f2cli.checkpoints.tensorfile import StoredTensor, digests_of
+from m2f2cli.checkpoints.io import (
+    LazyTensor,
+    Weights,
+    as_lazy,
+    describe_file,
+    digests_of,
+    home_of,
+    open_weights,
+)
 from m2f2cli.errors import CheckpointError
 
 _PREFIX = keymaps.DELTA_PREFIX
@@ -47,8 +53,8 @@ class Pair(NamedTuple):
         scale: alpha / r.
     """
 
-    down: Stream
-    up: Stream
+    down: LazyTensor
+    up: LazyTensor
     scale: float
 
 
@@ -73,7 +79,7 @@ class Delta:
     kind: str
     fingerprint: str | None
     parent: str | None
-    whole: dict[str, Stream] = field(default_factory=dict)
+    whole: dict[str, LazyTensor] = field(default_factory=dict)
     pairs: dict[str, Pair] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     dropped: dict[str, str] = field(default_factory=dict)
@@ -97,7 +103,7 @@ def open_delta(path: Path) -> Delta:
     found = open_weights(home_of(path))
     what = f"'{found.path}'"
     if found.kind == keymaps.DELTA:
-        whole = {key: as_stream(stored) for key, stored in found.tensors.items()}
+        whole = {key: as_lazy(stored) for key, stored in found.tensors.items()}
         return Delta(found.path, found.kind, *_marks(found), whole=whole)
     if found.kind not in _PUBLISHED:
         raise CheckpointError(f"{what} is no delta but: {found.kind}.", _hint(found))
@@ -128,10 +134,10 @@ def open_delta(path: Path) -> Delta:
 
 def _marks(found: Weights) -> tuple[str, str | None]:
     """Own fingerprint, computed and compared with stage.json's, and the parent's."""
-    stage = store.read_stage(found.folder)
+    stage = io.read_stage(found.folder)
     parent = stage.get("parent")
     config = {} if found.kind == keymaps.DELTA else found.config
-    mark = store.combine(config, digests_of(found.tensors))
+    mark = io.combine(config, digests_of(found.tensors))
     if stage.get("fingerprint", mark) != mark:
         raise CheckpointError(
             f"'{found.path}' was changed after it was written: tensors are missing, added or of "
@@ -150,16 +156,18 @@ def _hint(found: Weights) -> str:
 
 
 def _adapter(
-    tensors: Mapping[str, Stream] | Mapping[str, StoredTensor], config: Mapping[str, Any], what: str
-) -> tuple[dict[str, Stream], dict[str, Pair], dict[str, str]]:
+    tensors: Mapping[str, LazyTensor],
+    config: Mapping[str, Any],
+    what: str,
+) -> tuple[dict[str, LazyTensor], dict[str, Pair], dict[str, str]]:
     """The tensors of an adapter over our names: trained whole, and in pairs that are not zero."""
-    sides: dict[str, dict[str, Stream]] = {}
-    whole: dict[str, Stream] = {}
+    sides: dict[str, dict[str, LazyTensor]] = {}
+    whole: dict[str, LazyTensor] = {}
     for key, tensor in tensors.items():
         if match := _LORA.fullmatch(key):
-            sides.setdefault(match["module"], {})[match["side"]] = as_stream(tensor)
+            sides.setdefault(match["module"], {})[match["side"]] = as_lazy(tensor)
         elif key.startswith(_PREFIX) and ".lora_" not in key:
-            whole[key.removeprefix(_PREFIX)] = as_stream(tensor)
+            whole[key.removeprefix(_PREFIX)] = as_lazy(tensor)
         else:
             raise CheckpointError(
                 f"The adapter in {what} holds '{key}', which is no part of plain LoRA.",
@@ -178,7 +186,7 @@ def _adapter(
 
 
 def _check_pair(
-    module: str, pair: Mapping[str, Stream], config: Mapping[str, Any], what: str
+    module: str, pair: Mapping[str, LazyTensor], config: Mapping[str, Any], what: str
 ) -> None:
     if len(pair) != 2:
         raise CheckpointError(

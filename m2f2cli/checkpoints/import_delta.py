@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from m2f2cli.checkpoints import keymaps, streams
-from m2f2cli.checkpoints.folders import Weights
+from m2f2cli.checkpoints import keymaps
+from m2f2cli.checkpoints.io import LazyTensor, Weights
 from m2f2cli.checkpoints.keymaps import Entry
-from m2f2cli.checkpoints.streams import Stream
-from m2f2cli.checkpoints.tensorfile import StoredTensor
 from m2f2cli.errors import CheckpointError
 
 PROJECTORS = "non_lora_trainables.bin"
@@ -34,7 +32,7 @@ _EMPTY = ("rank_pattern", "alpha_pattern", "layer_replication", "megatron_config
 
 def read_published(
     source: Weights,
-) -> tuple[dict[str, Any], dict[str, Stream], list[Entry]]:
+) -> tuple[dict[str, Any], dict[str, LazyTensor], list[Entry]]:
     """Put a published delta in our terms.
 
     Args:
@@ -53,11 +51,11 @@ def read_published(
 
 
 def _projectors(
-    found: Mapping[str, StoredTensor], *, what: str
-) -> tuple[dict[str, Stream], list[Entry]]:
+    found: Mapping[str, LazyTensor], *, what: str
+) -> tuple[dict[str, LazyTensor], list[Entry]]:
     """Trained projectors by our names, whole ones only."""
     entries = keymaps.look_up(found, keymaps.PUBLISHED, what=what, prefix=_PREFIX)
-    tensors = {e.to: streams.from_stored(found[e.key]) for e in entries if e.to is not None}
+    tensors = {e.to: found[e.key] for e in entries if e.to is not None}
     for module in _MODULES:
         names = [f"{module}.{n}.{part}" for n in (0, 2) for part in ("weight", "bias")]
         absent = [name for name in names if name not in tensors]
@@ -74,12 +72,12 @@ def _projectors(
     return tensors, entries
 
 
-def _adapter(source: Weights) -> tuple[dict[str, Any], dict[str, Stream], list[Entry]]:
+def _adapter(source: Weights) -> tuple[dict[str, Any], dict[str, LazyTensor], list[Entry]]:
     what = f"'{source.path}'"
     config = dict(source.config)
     _refuse_other_adapters(config, what)
     pairs, projectors = _split(source, what)
-    tensors: dict[str, Stream] = {}
+    tensors: dict[str, LazyTensor] = {}
     entries: list[Entry] = []
     targets = []
     top = max((int(n) for module in pairs for n in _BLOCK.findall(module)), default=-1)
@@ -88,13 +86,13 @@ def _adapter(source: Weights) -> tuple[dict[str, Any], dict[str, Stream], list[E
         ours = keymaps.module_of(module.removeprefix(_PREFIX))
         block = _BLOCK.search(module)
         why = _ABOVE if ours is None or (block and int(block.group(1)) == top) else ""
-        why = FROZEN if is_zero(streams.from_stored(source.tensors[sides["B"]])) else why
+        why = FROZEN if is_zero(source.tensors[sides["B"]]) else why
         for side, key in sorted(sides.items()):
             if why:
                 entries.append(Entry(key, None, why))
                 continue
             name = f"{_PREFIX}{ours}.lora_{side}.weight"
-            tensors[name] = streams.from_stored(source.tensors[key])
+            tensors[name] = source.tensors[key]
             entries.append(Entry(key, name))
         if not why and ours is not None:
             targets.append(ours)
@@ -112,10 +110,10 @@ def _adapter(source: Weights) -> tuple[dict[str, Any], dict[str, Stream], list[E
     return config, tensors, entries
 
 
-def _split(source: Weights, what: str) -> tuple[dict[str, dict[str, str]], dict[str, StoredTensor]]:
+def _split(source: Weights, what: str) -> tuple[dict[str, dict[str, str]], dict[str, LazyTensor]]:
     """The adapter's keys by module and side, and the projectors trained beside it."""
     pairs: dict[str, dict[str, str]] = {}
-    rest: dict[str, StoredTensor] = {}
+    rest: dict[str, LazyTensor] = {}
     for key, stored in source.tensors.items():
         if match := _LORA.fullmatch(key):
             pairs.setdefault(match["module"], {})[match["side"]] = key
@@ -160,7 +158,7 @@ def _check_pair(
         )
 
 
-def is_zero(stream: Stream) -> bool:
+def is_zero(stream: LazyTensor) -> bool:
     """Whether every value is zero. Read only as far as the first part that is not."""
     parts = (part for block in stream.blocks() for part in block.split(_PART))
     return not any(bool(part.any()) for part in parts)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from m2f2cli import files
-from m2f2cli.checkpoints import configs, keymaps, store
+from m2f2cli.checkpoints import configs, io, keymaps
 from m2f2cli.checkpoints.convert import (
     Progress,
     no_progress,
@@ -24,18 +24,16 @@ from m2f2cli.checkpoints.convert import (
     tokenizer_files,
     versions,
 )
-from m2f2cli.checkpoints.folders import Weights, open_weights
 from m2f2cli.checkpoints.hub import resolve_checkpoint
-from m2f2cli.checkpoints.load import check_model
-from m2f2cli.checkpoints.streams import (
-    Stream,
-    cast,
-    finite,
-    from_stored,
+from m2f2cli.checkpoints.io import (
+    LazyTensor,
+    Weights,
     from_tensor,
     largest_difference,
+    open_weights,
     watched,
 )
+from m2f2cli.checkpoints.load import check_model
 from m2f2cli.errors import CheckpointError
 from m2f2cli.options.fields import Checked, option
 
@@ -138,7 +136,7 @@ class NewExplainer:
     detector: Weights
     options: InitLlavaOptions
     config: dict[str, Any]
-    tensors: dict[str, Stream]
+    tensors: dict[str, LazyTensor]
     names: dict[str, str]
     tower: TowerComparison
     tokenizer: dict[str, bytes]
@@ -151,7 +149,7 @@ class NewExplainer:
 
     def parts(self) -> list[tuple[str, int, int, str]]:
         """Rows (part, tensors, parameters, types)."""
-        groups: dict[str, list[Stream]] = {}
+        groups: dict[str, list[LazyTensor]] = {}
         for name, stream in self.tensors.items():
             part = "detector.clip" if name.startswith(keymaps.TOWER_PART) else name.split(".")[0]
             groups.setdefault(part, []).append(stream)
@@ -180,7 +178,7 @@ class NewExplainer:
         """
         preprocessor = preprocessor_file(self.config["detector_config"])
         with progress("Writing", len(self.tensors)) as advance:
-            mark = store.write_checkpoint(
+            mark = io.write_checkpoint(
                 output,
                 config=self.config,
                 tensors=watched(self.tensors, advance),
@@ -203,7 +201,7 @@ class NewExplainer:
     def _stage(self, digests: Mapping[str, str]) -> dict[str, Any]:
         marks = {
             "llava": source_fingerprint(self.base, self.names, self.tensors, digests),
-            "detector": store.fingerprint(self.detector.path),
+            "detector": io.fingerprint(self.detector.path),
         }
         return {
             "stage": "init-llava",
@@ -276,15 +274,12 @@ def plan_explainer(
             _HINTS.get(base.kind, "Give a folder of LLaVA-1.5, in either of its layouts."),
         )
     entries = keymaps.look_up(base.tensors, rows[base.kind], what=what)
-    theirs = {e.to: from_stored(base.tensors[e.key]) for e in entries if e.to is not None}
+    theirs = {e.to: base.tensors[e.key] for e in entries if e.to is not None}
     text = configs.llama_config(base.config, theirs, what=what)
     tokenizer = tokenizer_files(base.folder, text)
     _check_fit(base, theirs, judge)
     tower = _compare_towers(base, theirs, judge, options.tower)
-    tensors = {
-        f"{keymaps.DETECTOR_PART}{key}": from_stored(stored)
-        for key, stored in judge.tensors.items()
-    }
+    tensors = {f"{keymaps.DETECTOR_PART}{key}": stored for key, stored in judge.tensors.items()}
     wanted = theirs[_WORDS].dtype if options.dtype == "auto" else options.dtype
     taken = set()
     for name, stream in theirs.items():
@@ -320,11 +315,11 @@ def _open_detector(name: str) -> Weights:
     return found
 
 
-def _rounded(stream: Stream, dtype: str, what: str) -> Stream:
-    return cast(finite(stream, what=what), dtype, what=what)
+def _rounded(stream: LazyTensor, dtype: str, what: str) -> LazyTensor:
+    return stream.finite(what=what).cast(dtype, what=what)
 
 
-def _new_projector(width: int, dtype: str, seed: int) -> dict[str, Stream]:
+def _new_projector(width: int, dtype: str, seed: int) -> dict[str, LazyTensor]:
     """The forgery projector before training: weights N(0, 0.1), biases 0, as published.
 
     Args:
@@ -342,7 +337,7 @@ def _new_projector(width: int, dtype: str, seed: int) -> dict[str, Stream]:
     return made
 
 
-def _types(group: list[Stream]) -> str:
+def _types(group: list[LazyTensor]) -> str:
     sizes: dict[str, int] = {}
     for stream in group:
         sizes[stream.dtype] = sizes.get(stream.dtype, 0) + stream.size
@@ -352,7 +347,7 @@ def _types(group: list[Stream]) -> str:
 # --- the CLIP towers ----------------------------------------------------------------------------
 
 
-def _check_fit(base: Weights, tensors: Mapping[str, Stream], detector: Weights) -> None:
+def _check_fit(base: Weights, tensors: Mapping[str, LazyTensor], detector: Weights) -> None:
     """Refuse a detector whose tower is of another size than the base was trained with."""
     ours, theirs = detector.config["clip"]["vision"], base.config.get("vision_config", {})
     named = _TOWERS.get(str(base.config.get("mm_vision_tower")), (None, None))
@@ -382,11 +377,11 @@ def _check_fit(base: Weights, tensors: Mapping[str, Stream], detector: Weights) 
 
 
 def _compare_towers(
-    base: Weights, tensors: Mapping[str, Stream], detector: Weights, wanted: str
+    base: Weights, tensors: Mapping[str, LazyTensor], detector: Weights, wanted: str
 ) -> TowerComparison:
     """Compare the CLIP towers of a base and a detector, as far as the detector's goes."""
     mine = {
-        key.removeprefix(_CLIP): from_stored(stored)
+        key.removeprefix(_CLIP): stored
         for key, stored in detector.tensors.items()
         if key.startswith(_CLIP)
     }
@@ -401,7 +396,7 @@ def _compare_towers(
             )
         return found
     common = {key: stream for key, stream in theirs.items() if key in mine}
-    store.check_names_and_shapes(
+    io.check_names_and_shapes(
         common, mine, what=f"The CLIP tower of '{base.path}' beside the detector's"
     )
     vision, ours = base.config.get("vision_config", {}), detector.config["clip"]["vision"]
@@ -413,8 +408,8 @@ def _compare_towers(
     return TowerComparison("differs", worst, fields, wanted)
 
 
-def _rounded_difference(first: Stream, second: Stream) -> float:
+def _rounded_difference(first: LazyTensor, second: LazyTensor) -> float:
     """The largest difference of two tensors, both rounded to the coarser of their types."""
     pair = (first, second)
     coarse = max((s.dtype for s in pair), key=lambda name: torch.finfo(getattr(torch, name)).eps)
-    return largest_difference(*(cast(stream, coarse, what="A CLIP tower") for stream in pair))
+    return largest_difference(*(stream.cast(coarse, what="A CLIP tower") for stream in pair))

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from m2f2cli.checkpoints import keymaps, store
-from m2f2cli.checkpoints.folders import folder_config, layout_of, sha256_of
+from m2f2cli.checkpoints import io, keymaps
 from m2f2cli.checkpoints.hub import BUNDLED, resolve_checkpoint
-from m2f2cli.checkpoints.pickles import load_tensors_file
-from m2f2cli.checkpoints.tensorfile import StoredTensor
+from m2f2cli.checkpoints.io import LazyTensor, folder_config, layout_of, open_weight_file
 from m2f2cli.errors import CheckpointError, M2F2Error
+from m2f2cli.files import sha256_of
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _OURS = (keymaps.DETECTOR, keymaps.OUR_EXPLAINER)
@@ -46,7 +45,7 @@ class Description:
     path: Path
     kind: str
     files: dict[str, int]
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, LazyTensor]
     config: dict[str, Any] = field(default_factory=dict)
     stage: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
@@ -110,9 +109,9 @@ def inspect_checkpoint(name: str, *, verify: bool = False) -> Description:
         raise CheckpointError(f"There is nothing at '{path}'.", "Check the path.")
     found = _describe_folder(path) if path.is_dir() else _describe_file(path)
     if verify:
-        store.check_finite(found.tensors, what=f"'{path}'")
+        io.check_finite(found.tensors, what=f"'{path}'")
         if found.kind in _OURS and path.is_dir():
-            store.fingerprint(path, verify=True)
+            io.fingerprint(path, verify=True)
     if found.kind not in _OURS or not found.config or not found.tensors:
         return found
     from m2f2cli.checkpoints.load import check_model
@@ -126,7 +125,7 @@ def inspect_checkpoint(name: str, *, verify: bool = False) -> Description:
 
 
 def _describe_file(path: Path) -> Description:
-    file = load_tensors_file(path)
+    file = open_weight_file(path)
     tensors = file.tensors
     kind = keymaps.kind_of(tensors)
     notes = [f"{file.layout} layout"]
@@ -150,26 +149,26 @@ def _describe_file(path: Path) -> Description:
 
 def _describe_folder(path: Path) -> Description:
     layout = layout_of(path)
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     missing = [f"the shard {name}" for name in layout.absent]
     foreign: set[str] = set()
     for name in layout.files:
         try:
-            file = load_tensors_file(path / name)
+            file = open_weight_file(path / name)
             tensors |= file.tensors
         except CheckpointError as error:
             missing.append(error.message.rstrip("."))
             continue
         foreign |= set(file.foreign)
     if strays := layout.strays(tensors):
-        missing.append(f"{len(strays)} tensors of {layout.index}: {store.name_some(strays)}")
+        missing.append(f"{len(strays)} tensors of {layout.index}: {io.name_some(strays)}")
     shared = {}
     try:
-        shared = store.shared_tensors(path)
+        shared = io.shared_tensors(path)
     except CheckpointError as error:
         missing.append(error.message.rstrip("."))
     tensors |= shared
-    config, stage = folder_config(path), store.read_stage(path)
+    config, stage = folder_config(path), io.read_stage(path)
     kind = keymaps.kind_of_folder(config, stage, tensors, layout.files)
     missing += _missing_files(path, kind, layout.files) + keymaps.missing_parts(kind, tensors)
     mark = stage.get("fingerprint")
@@ -203,7 +202,7 @@ def _missing_files(path: Path, kind: str, files: tuple[str, ...]) -> list[str]:
     return missing if files else [*missing, "any weights"]
 
 
-def _notes(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> list[str]:
+def _notes(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> list[str]:
     """What a reader asks of an explainer or an adapter: sizes, template, base."""
     notes = []
     blocks = {int(n) for key in tensors for n in _LAYER.findall(key)}
@@ -227,9 +226,9 @@ def _notes(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> li
     return notes
 
 
-def _sources(shared: Mapping[str, StoredTensor]) -> list[str]:
+def _sources(shared: Mapping[str, LazyTensor]) -> list[str]:
     """Where the tensors lie that a folder takes from others."""
-    places = Counter(t.place.path.parent.resolve() for t in shared.values() if t.place)
+    places = Counter(t.path.parent.resolve() for t in shared.values() if t.path)
     return [f"{count} of its tensors lie in '{place}'" for place, count in places.items()]
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.utils import logging
 
-from m2f2cli.checkpoints import keymaps, store
+from m2f2cli.checkpoints import io, keymaps
 from m2f2cli.checkpoints.hub import find_explainer, resolve_checkpoint
 from m2f2cli.errors import CheckpointError, MissingExtraError, UsageError
 from m2f2cli.models.detector import Detector, DetectorConfig
@@ -46,7 +46,7 @@ def load_detector(name: str = "lite", *, device: str = "auto", dtype: str = "aut
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     folder = resolve_checkpoint(name)
-    fields = store.read_config(folder)
+    fields = io.read_config(folder)
     found = fields.get("model_type")
     if found != DetectorConfig.model_type:
         asks = f"Ask it with: m2f2 explain PATH --model {name}"
@@ -54,15 +54,15 @@ def load_detector(name: str = "lite", *, device: str = "auto", dtype: str = "aut
             f"'{folder}' holds a model of type '{found}', not a detector.",
             asks if found == "m2f2_explainer" else f"See what it is with: m2f2 info {folder}",
         )
-    tensors = store.read_tensors(folder, finite=True)
+    tensors = io.read_tensors(folder, finite=True)
     model = build_empty(DetectorConfig.from_dict(fields))
-    store.check_names_and_shapes(tensors, model.state_dict(), what=f"The detector '{folder}'")
+    io.check_names_and_shapes(tensors, model.state_dict(), what=f"The detector '{folder}'")
     cast = {k: t.to(where, kind if t.is_floating_point() else t.dtype) for k, t in tensors.items()}
     model.load_state_dict(cast, assign=True)
     model.requires_grad_(False)
     # Convolutions are about half again as fast on this layout; the numbers stay.
     model.backbone.to(memory_format=torch.channels_last)
-    model.fingerprint = store.fingerprint(folder)
+    model.fingerprint = io.fingerprint(folder)
     return model.eval()
 
 
@@ -102,11 +102,11 @@ def load_explainer(
     folder = find_explainer(name)
     config = read_explainer_config(folder)
     _check_explainer(folder, config)
-    shares = (folder / store.SHARED).is_file()  # transformers reads one folder only
+    shares = (folder / io.SHARED).is_file()  # transformers reads one folder only
     with _no_progress_bars():
         model: Explainer = Explainer.from_pretrained(
             None if shares else folder,
-            state_dict=store.read_tensors(folder) if shares else None,
+            state_dict=io.read_tensors(folder) if shares else None,
             config=config,
             dtype=kind,
             device_map=device_map or {"": where},
@@ -115,9 +115,9 @@ def load_explainer(
             local_files_only=True,
         )
     _restore_unsaved(model.detector)
-    store.check_finite(model.state_dict(), what=f"'{folder}'")
+    io.check_finite(model.state_dict(), what=f"'{folder}'")
     model.requires_grad_(False)
-    model.fingerprint = store.fingerprint(folder)
+    model.fingerprint = io.fingerprint(folder)
     return model.eval(), folder
 
 
@@ -127,7 +127,7 @@ def is_explainer(name: str) -> bool:
     Raises:
         CheckpointError: Nothing goes by it.
     """
-    kind = store.read_config(find_explainer(name)).get("model_type")
+    kind = io.read_config(find_explainer(name)).get("model_type")
     return bool(kind == ExplainerConfig.model_type)
 
 
@@ -137,7 +137,7 @@ def read_explainer_config(folder: Path) -> ExplainerConfig:
     Raises:
         CheckpointError: It is none, or holds something else.
     """
-    fields = store.read_config(folder)
+    fields = io.read_config(folder)
     found = fields.get("model_type")
     if found == ExplainerConfig.model_type:
         return ExplainerConfig.from_dict(fields)
@@ -191,12 +191,12 @@ def check_model(
     if rows is not None:
         expected = keymaps.to_published(expected, rows)
         tensors = keymaps.to_published(tensors, rows)
-    store.check_names_and_shapes(tensors, expected, what=what)
+    io.check_names_and_shapes(tensors, expected, what=what)
 
 
 def _check_explainer(folder: Path, config: ExplainerConfig) -> None:
     """Compare a folder's tensors with the model its configuration describes, without reading."""
-    found = store.open_tensors(folder)
+    found = io.open_tensors(folder)
     expected = build_empty(config).state_dict()
     first = "mm_projector.0.weight"
     if first in found and found[first].shape[-1:] != expected[first].shape[-1:]:
@@ -206,7 +206,7 @@ def _check_explainer(folder: Path, config: ExplainerConfig) -> None:
             "Build the explainer again from a detector with the CLIP tower LLaVA was trained with.",
         )
     tied = {"language_model.lm_head.weight"} if config.text_config.tie_word_embeddings else set()
-    store.check_names_and_shapes(found, expected, what=f"The explainer '{folder}'", optional=tied)
+    io.check_names_and_shapes(found, expected, what=f"The explainer '{folder}'", optional=tied)
 
 
 def quantization_config(quantize: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:

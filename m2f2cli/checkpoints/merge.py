@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m2f2cli import files as atomic
-from m2f2cli.checkpoints import merge_plan, store
+from m2f2cli.checkpoints import io, merge_plan
 from m2f2cli.checkpoints.delta_reading import Delta, open_delta
-from m2f2cli.checkpoints.folders import INDICES
-from m2f2cli.checkpoints.streams import Stream
-from m2f2cli.checkpoints.tensorfile import digest_of
+from m2f2cli.checkpoints.io import INDICES, LazyTensor, digest_of
 from m2f2cli.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -95,7 +93,7 @@ class Merge:
             raise UsageError(f"Unknown type '{dtype}'.", f"Use one of: {', '.join(DTYPES)}.")
         self.output, self.dtype, self.force, self.overwrite = output, dtype, force, overwrite
         self.base = merge_plan.open_base(base)
-        self.parent = store.fingerprint(base)
+        self.parent = io.fingerprint(base)
         self.deltas = [open_delta(path) for path in deltas]
         self._forced: list[str] = []
         self._check_parent(self.deltas[0], self.parent)
@@ -172,7 +170,7 @@ class Merge:
             said.update(self._stage())
             return said
 
-        mark = store.write_checkpoint(
+        mark = io.write_checkpoint(
             self.output,
             config=config,
             tensors={name: _watched(row, advance) for name, row in self.rows.items()},
@@ -197,7 +195,7 @@ class Merge:
         """The ``stage.json`` that an earlier run of this very merge left in the output."""
         if not (self.output / atomic.MARK).is_file():
             return None
-        found = store.read_stage(self.output)
+        found = io.read_stage(self.output)
         mine = self._stage()
         same = all(found.get(key) == mine[key] for key in ("stage", "parent", "deltas", "dtype"))
         return found if same and isinstance(found.get("fingerprint"), str) else None
@@ -212,7 +210,7 @@ class Merge:
         if delta.frozen:
             self._refuse(
                 f"The delta '{delta.path}' updates {len(delta.frozen)} modules that every stage "
-                f"keeps frozen: {store.name_some(delta.frozen)}",
+                f"keeps frozen: {io.name_some(delta.frozen)}",
                 "It is damaged or was trained otherwise; --force merges them all the same.",
             )
 
@@ -234,10 +232,10 @@ class Merge:
                 else digest_of(row.result)
                 for name, row in before.items()
             }
-            self._check_parent(delta, store.combine(self.base.config, marks))
+            self._check_parent(delta, io.combine(self.base.config, marks))
 
 
-def _watched(row: merge_plan.Row, advance: Progress) -> Stream:
+def _watched(row: merge_plan.Row, advance: Progress) -> LazyTensor:
     def blocks() -> Iterator[torch.Tensor]:
         for block in row.result.blocks():
             yield block

@@ -10,11 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m2f2cli.checkpoints import keymaps, store, streams
+from m2f2cli.checkpoints import io, keymaps
 from m2f2cli.checkpoints.delta_reading import Delta, Pair
-from m2f2cli.checkpoints.filling import workers
-from m2f2cli.checkpoints.folders import Weights, open_weights
-from m2f2cli.checkpoints.streams import Stream
+from m2f2cli.checkpoints.io import LazyTensor, Weights, open_weights, workers
 from m2f2cli.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -48,9 +46,9 @@ class Row:
 
     name: str
     action: str
-    before: Stream
-    result: Stream
-    changes: tuple[Stream | Pair, ...] = ()
+    before: LazyTensor
+    result: LazyTensor
+    changes: tuple[LazyTensor | Pair, ...] = ()
 
 
 def open_base(path: Path) -> Weights:
@@ -81,8 +79,8 @@ def plan_rows(base: Weights, deltas: Sequence[Delta], dtype: str = AUTO) -> dict
         _check_fit(base, delta)
     rows = {}
     for name, stored in base.tensors.items():
-        before = streams.from_stored(stored)
-        changes: list[Stream | Pair] = []
+        before = stored
+        changes: list[LazyTensor | Pair] = []
         for delta in deltas:
             changes += [source[name] for source in (delta.whole, delta.pairs) if name in source]
         wanted = _wanted(name, before, dtype)
@@ -91,7 +89,7 @@ def plan_rows(base: Weights, deltas: Sequence[Delta], dtype: str = AUTO) -> dict
     return rows
 
 
-def _wanted(name: str, before: Stream, dtype: str) -> str:
+def _wanted(name: str, before: LazyTensor, dtype: str) -> str:
     import torch
 
     keeps = dtype == AUTO or name.startswith(keymaps.DETECTOR_PART)
@@ -99,7 +97,7 @@ def _wanted(name: str, before: Stream, dtype: str) -> str:
     return before.dtype if keeps or not floating else dtype
 
 
-def _action(before: Stream, changes: Sequence[Stream | Pair], wanted: str) -> str:
+def _action(before: LazyTensor, changes: Sequence[LazyTensor | Pair], wanted: str) -> str:
     if pairs_of(changes):
         return _FOLDED
     if changes:
@@ -107,7 +105,9 @@ def _action(before: Stream, changes: Sequence[Stream | Pair], wanted: str) -> st
     return COPIED if before.dtype == wanted else _CAST
 
 
-def merged(before: Stream, changes: Sequence[Stream | Pair], dtype: str, *, what: str) -> Stream:
+def merged(
+    before: LazyTensor, changes: Sequence[LazyTensor | Pair], dtype: str, *, what: str
+) -> LazyTensor:
     """A tensor after its changes, rounded once.
 
     Args:
@@ -122,21 +122,21 @@ def merged(before: Stream, changes: Sequence[Stream | Pair], dtype: str, *, what
     start, pairs = start_of(before, changes), pairs_of(changes)
     if pairs:
         start = _folded(start, pairs, keep=dtype == "float32")
-    return streams.cast(start, dtype, what=what)
+    return start.cast(dtype, what=what)
 
 
-def start_of(before: Stream, changes: Sequence[Stream | Pair]) -> Stream:
+def start_of(before: LazyTensor, changes: Sequence[LazyTensor | Pair]) -> LazyTensor:
     """What pairs are added to: the last tensor that takes the base's place, or the base's."""
     return next((c for c in reversed(changes) if not isinstance(c, Pair)), before)
 
 
-def pairs_of(changes: Sequence[Stream | Pair]) -> list[Pair]:
+def pairs_of(changes: Sequence[LazyTensor | Pair]) -> list[Pair]:
     """The pairs that are added: those after the last tensor that takes the base's place."""
     last = max((n for n, c in enumerate(changes, start=1) if not isinstance(c, Pair)), default=0)
     return [change for change in changes[last:] if isinstance(change, Pair)]
 
 
-def _folded(start: Stream, pairs: Sequence[Pair], *, keep: bool) -> Stream:
+def _folded(start: LazyTensor, pairs: Sequence[Pair], *, keep: bool) -> LazyTensor:
     """A matrix plus the products of its pairs, in float32.
 
     Args:
@@ -171,7 +171,7 @@ def _folded(start: Stream, pairs: Sequence[Pair], *, keep: bool) -> Stream:
     return replace(start, dtype="float32", blocks=blocks)
 
 
-def values(stream: Stream) -> torch.Tensor:
+def values(stream: LazyTensor) -> torch.Tensor:
     """A whole tensor in float32."""
     import torch
 
@@ -183,21 +183,21 @@ def _check_fit(base: Weights, delta: Delta) -> None:
     faults = []
     changed = {**{name: t.shape for name, t in delta.whole.items()}, **_shapes(delta.pairs)}
     if extra := [name for name in changed if name not in base.tensors]:
-        faults.append(f"{len(extra)} have no place in it: {store.name_some(extra)}")
+        faults.append(f"{len(extra)} have no place in it: {io.name_some(extra)}")
     wrong = [
         f"{name} is {list(shape)}, not {list(base.tensors[name].shape)}"
         for name, shape in changed.items()
         if name in base.tensors and tuple(shape) != tuple(base.tensors[name].shape)
     ]
     if wrong:
-        faults.append(f"{len(wrong)} of the wrong shape: {store.name_some(wrong)}")
+        faults.append(f"{len(wrong)} of the wrong shape: {io.name_some(wrong)}")
     retyped = [
         name
         for name, tensor in delta.whole.items()
         if name in base.tensors and not _alike(tensor.dtype, base.tensors[name].dtype)
     ]
     if retyped:
-        faults.append(f"{len(retyped)} of another kind of number: {store.name_some(retyped)}")
+        faults.append(f"{len(retyped)} of another kind of number: {io.name_some(retyped)}")
     absent = [
         name
         for module in delta.modules
@@ -205,7 +205,7 @@ def _check_fit(base: Weights, delta: Delta) -> None:
         if name.startswith(f"{module}.") and name not in delta.whole
     ]
     if absent:
-        faults.append(f"{len(absent)} missing: {store.name_some(absent)}")
+        faults.append(f"{len(absent)} missing: {io.name_some(absent)}")
     if faults:
         raise CheckpointError(
             f"The delta '{delta.path}' does not fit '{base.path}': of its tensors "
@@ -252,4 +252,4 @@ def peak_memory(rows: Mapping[str, Row]) -> int:
         default=0,
     )
     # Factors are held in float32 beside what they are read from; a block also in float32.
-    return _PROCESS + workers() * (12 * largest + 8 * _BLOCKS * streams.BLOCK)
+    return _PROCESS + workers() * (12 * largest + 8 * _BLOCKS * io.BLOCK)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from m2f2cli.checkpoints import keymaps, merge_plan, store, streams
+from m2f2cli.checkpoints import io, keymaps, merge_plan
+from m2f2cli.checkpoints.io import LazyTensor
 from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.checkpoints.merge import Merge
 from m2f2cli.checkpoints.merge_plan import Row, values
-from m2f2cli.checkpoints.tensorfile import StoredTensor
 from m2f2cli.errors import CheckpointError
 from m2f2cli.models.explainer import Explainer
 
@@ -78,9 +78,9 @@ def prove(job: Merge, advance: Callable[..., None] = lambda steps=1, note="": No
         CheckpointError: A tensor is not what it must be, or the outputs differ by more than the
             rounding of the weights.
     """
-    found = store.open_tensors(job.output)
+    found = io.open_tensors(job.output)
     results = {name: row.result for name, row in job.rows.items()}
-    store.check_names_and_shapes(found, results, what=f"'{job.output}'")
+    io.check_names_and_shapes(found, results, what=f"'{job.output}'")
     changed = [row for row in job.rows.values() if row.changes]
     worst = 0.0
     for row in changed:
@@ -121,11 +121,11 @@ def _free_memory() -> int:
         return os.sysconf(names[0]) * os.sysconf(names[1]) // 2 if known else 0
 
 
-def _compare(row: Row, written: StoredTensor) -> float:
+def _compare(row: Row, written: LazyTensor) -> float:
     """Read a changed tensor back; gives the share of one rounding that its outputs are off."""
-    pairs, found = merge_plan.pairs_of(row.changes), streams.from_stored(written)
+    pairs, found = merge_plan.pairs_of(row.changes), written
     if not pairs:
-        if streams.largest_difference(found, row.result):
+        if io.largest_difference(found, row.result):
             raise _different(row)
         return 0.0
     generator = torch.Generator().manual_seed(0)
@@ -142,7 +142,7 @@ def _compare(row: Row, written: StoredTensor) -> float:
     return share
 
 
-def _apply(matrix: streams.Stream, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _apply(matrix: io.LazyTensor, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs times a matrix, and absolute inputs times the absolute matrix."""
     whole = values(matrix)
     pieces = [(inputs @ part.T, inputs.abs() @ part.abs().T) for part in whole.split(_ROWS)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import errno
 import inspect
 import os
@@ -17,8 +15,9 @@ import typer
 
 from m2f2cli import __version__
 from m2f2cli.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Output
+from m2f2cli.compat import leave
 from m2f2cli.errors import M2F2Error
-from m2f2cli.options.fields import renamed
+from m2f2cli.options.fields import MOVED, renamed
 from m2f2cli.runtime import debug
 
 
@@ -46,6 +45,12 @@ COMMANDS = (
     Entry("evaluate ddvqa", "m2f2cli.cli.evaluate:ddvqa", "Measure"),
     Entry("evaluate images", "m2f2cli.cli.evaluate:images", "Measure"),
     Entry("evaluate ffpp", "m2f2cli.cli.evaluate:ffpp", "Measure"),
+    Entry("calibrate ddvqa", "m2f2cli.cli.calibrate:ddvqa", "Measure"),
+    Entry("calibrate images", "m2f2cli.cli.calibrate:images", "Measure"),
+    Entry("calibrate ffpp", "m2f2cli.cli.calibrate:ffpp", "Measure"),
+    Entry("robustness ddvqa", "m2f2cli.cli.robustness:ddvqa", "Measure"),
+    Entry("robustness images", "m2f2cli.cli.robustness:images", "Measure"),
+    Entry("robustness ffpp", "m2f2cli.cli.robustness:ffpp", "Measure"),
     Entry("evaluate compare", "m2f2cli.cli.evaluate:compare", "Measure"),
     Entry("train-detector", "m2f2cli.cli.train:train_detector", "Train"),
     Entry("align", "m2f2cli.cli.stages:align", "Train"),
@@ -57,6 +62,8 @@ COMMANDS = (
 )
 # What the groups of commands are for.
 GROUPS: dict[str, str] = {
+    "calibrate": "Store a threshold in a detector's checkpoint.",
+    "robustness": "Measure a detector on corrupted pictures.",
     "evaluate": "Measure answers against the truth, report, gate and compare.",
     "prepare": "Make the files that training and evaluation read.",
 }
@@ -197,6 +204,8 @@ def _new_name(error: Any) -> str | None:
     context, old = getattr(error, "ctx", None), getattr(error, "option_name", None)
     if context is None or old is None:
         return None
+    if old.removeprefix("--") in MOVED:
+        return f"'{old}' is now '{MOVED[old.removeprefix('--')]}'."
     known = {name.removeprefix("--") for p in context.command.params for name in p.opts}
     new = renamed(old.removeprefix("--"), known)
     return f"'{old}' is now '--{new}'." if new else None
@@ -218,11 +227,5 @@ def main() -> None:
     code = run(sys.argv[1:])
     others = [t for t in threading.enumerate() if t is not threading.main_thread()]
     if "torch" in sys.modules and all(thread.daemon for thread in others):
-        # Taking torch and transformers apart costs a second that nobody needs: everything is
-        # written, so run the exit hooks, flush, and leave.
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
+        leave(code)
     sys.exit(code)

@@ -32,8 +32,7 @@ EXAMPLES = {
     "evaluate images": (
         "m2f2 evaluate images faces/ --report report/",
         "m2f2 evaluate images faces/ --predictions verdicts.jsonl --check expected.json --json",
-        "m2f2 evaluate images faces/ --model detector/ --split validation --calibrate",
-        "m2f2 evaluate images faces/ --robustness --report report/",
+        "m2f2 evaluate images faces/ --model detector/ --split validation",
     ),
     "evaluate ffpp": (
         "m2f2 evaluate ffpp ffpp_h5/ --compression c40 --model detector/ --report report/",
@@ -55,7 +54,7 @@ def ddvqa(**values: Any) -> None:
 
     Exit codes: 0 done, 3 some items have no answer, 4 a gate tripped.
     """
-    _evaluate(EvaluateDdvqaOptions, values)
+    run(EvaluateDdvqaOptions, values)
 
 
 def images(**values: Any) -> None:
@@ -66,7 +65,7 @@ def images(**values: Any) -> None:
 
     Exit codes: 0 done, 3 some items have no answer, 4 a gate tripped.
     """
-    _evaluate(EvaluateImagesOptions, values)
+    run(EvaluateImagesOptions, values)
 
 
 def ffpp(**values: Any) -> None:
@@ -77,7 +76,7 @@ def ffpp(**values: Any) -> None:
 
     Exit codes: 0 done, 3 some items have no answer, 4 a gate tripped.
     """
-    _evaluate(EvaluateFfppOptions, values)
+    run(EvaluateFfppOptions, values)
 
 
 def compare(
@@ -122,7 +121,8 @@ def compare(
         printer.note(note)
 
 
-def _evaluate(kind: type[EvaluateOptions], values: dict[str, Any]) -> None:
+def run(kind: type[EvaluateOptions], values: dict[str, Any]) -> None:
+    """Measure, print, and leave with the exit code of the gates."""
     from m2f2cli.evaluation.evaluate import Evaluator
     from m2f2cli.evaluation.gates import Gates
 
@@ -220,8 +220,20 @@ def _sure(row: Mapping[str, Any]) -> bool:
     return row["low"] is not None and not row["low"] <= 0 <= row["high"]
 
 
-def _as_command(body: Callable[..., None], options: type[EvaluateOptions]) -> None:
+# Options that a verb does not have.
+_CALIBRATION = ("target_fpr", "calibrated")
+_ABSENT = {
+    "evaluate": {*_CALIBRATION, "robustness_dir"},
+    "calibrate": {"robustness_dir"},
+    "robustness": {*_CALIBRATION, "predictions"},
+}
+
+
+def as_command(
+    body: Callable[..., None], options: type[EvaluateOptions], verb: str = "evaluate"
+) -> None:
     """Give a command its flags: those of its options, the gates, and how to print."""
+    absent = _ABSENT[verb] | {"calibrate", "robustness"}
     own = signature_of(options).parameters
     words = {
         EvaluateImagesOptions: "Folder with real/ and fake/, or of DD-VQA crops.",
@@ -239,6 +251,7 @@ def _as_command(body: Callable[..., None], options: type[EvaluateOptions]) -> No
     parameters = [
         p.replace(annotation=Annotated[Path | None, folder]) if name == "folder" else p
         for name, p in own.items()
+        if name not in absent
     ]
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=flag)
@@ -248,6 +261,6 @@ def _as_command(body: Callable[..., None], options: type[EvaluateOptions]) -> No
     body.__annotations__ = {p.name: p.annotation for p in parameters}
 
 
-_as_command(ddvqa, EvaluateDdvqaOptions)
-_as_command(images, EvaluateImagesOptions)
-_as_command(ffpp, EvaluateFfppOptions)
+as_command(ddvqa, EvaluateDdvqaOptions)
+as_command(images, EvaluateImagesOptions)
+as_command(ffpp, EvaluateFfppOptions)

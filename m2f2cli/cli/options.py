@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from m2f2cli.errors import ConfigError
-from m2f2cli.options.fields import renamed
+from m2f2cli.options.fields import MOVED, renamed
 
 
 def flag(name: str, help: str, **extra: Any) -> Any:
@@ -99,6 +99,8 @@ def unknown_key(key: str, known: list[str], where: str) -> ConfigError:
     """The error for a name nobody reads, with the nearest one that somebody does."""
     if new := renamed(key.replace("_", "-"), known):
         return ConfigError(f"{where} sets '{key}', which is now '{new}'.", f"Write '{new}'.")
+    if moved := MOVED.get(key.replace("_", "-")):
+        return ConfigError(f"{where} sets '{key}', which is now '{moved}'.")
     near = get_close_matches(key.replace("_", "-"), known, n=1)
     hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(known)}."
     return ConfigError(f"{where} sets '{key}', which this command does not know.", hint)

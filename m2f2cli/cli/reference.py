@@ -19,7 +19,8 @@ Every command and every flag, as `m2f2 COMMAND --help` shows them; written from 
 A flag can also be given in the environment, by the name under it, or as a line of a
 `--config FILE.yaml` (`batch-size: 8`). Flags win over the environment, the environment over the
 file, the file over the default. A flag without a value is switched on by naming it; in the
-environment and in a file its value is `true` or `false`.
+environment and in a file its value is `true` or `false`. What few people set is no part of the
+help page but listed here as a key, which goes into a `--config` file or after `--set`.
 """
 
 

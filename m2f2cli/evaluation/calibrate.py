@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from m2f2cli import __version__
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.errors import CheckpointError, InputError, UsageError
 from m2f2cli.evaluation.truth import Joined
-from m2f2cli.files import MARK, refuse_existing
+from m2f2cli.files import MARK, atomic_folder, json_bytes, refuse_existing
 from m2f2cli.metrics import Groups, Ranking, calibration_error
 
 TARGET_FPR, BAND_LEVEL = 0.05, 0.95
@@ -193,16 +193,16 @@ def wilson_interval(hits: int, total: int) -> tuple[float, float]:
     """The 95 % interval of Wilson (1927) for a share that ``hits`` of ``total`` estimate."""
     z = 1.959964
     share, extra = hits / total, z * z / total
-    centre = (share + extra / 2) / (1 + extra)
+    center = (share + extra / 2) / (1 + extra)
     half = z / (1 + extra) * math.sqrt(share * (1 - share) / total + extra / (4 * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def _excluded(real_scores: np.ndarray, weights: np.ndarray, target_fpr: float) -> np.ndarray:
     """The highest score that a threshold must lie above, for each row of weights (R, N): (R,)."""
     curve = Ranking(np.zeros(len(real_scores)), real_scores).curve(weights)
-    allowed = target_fpr * curve.alarms[:, -1:] + 1e-9
-    return curve.scores[np.argmax(curve.alarms > allowed, axis=1)]
+    allowed = target_fpr * curve.false_positives[:, -1:] + 1e-9
+    return curve.scores[np.argmax(curve.false_positives > allowed, axis=1)]
 
 
 def _band(
@@ -320,10 +320,10 @@ def calibrate(
     if scored.task != "scores":
         raise UsageError("Only a detector's probabilities can be calibrated, not texts.")
     folder = resolve_checkpoint(model)
-    config = store.read_config(folder)
+    config = io.read_config(folder)
     if config.get("model_type") != _MODEL_TYPE:
         raise CheckpointError(f"'{folder}' is no detector.", f"m2f2 info '{folder}'")
-    before = store.fingerprint(folder, verify=True)
+    before = io.fingerprint(folder, verify=True)
     if scored.model_fingerprint != before:
         raise InputError(
             f"The scores were made by another model than '{model}' is now.",
@@ -374,21 +374,21 @@ def write(
     Raises:
         CheckpointError: It cannot be written; what was there before is still there.
     """
-    config = store.read_config(folder) | {
+    config = io.read_config(folder) | {
         "score_temperature": calibration.temperature,
         "threshold": calibration.threshold,
         "uncertain": list(calibration.uncertain) if calibration.uncertain else None,
     }
-    stage = store.read_stage(folder) | {"calibration": {**asdict(calibration), **provenance}}
+    stage = io.read_stage(folder) | {"calibration": {**asdict(calibration), **provenance}}
     stage.pop("fingerprint", None)
-    with store.atomic_folder(target, overwrite) as partial:
+    with atomic_folder(target, overwrite) as partial:
         for file in sorted(folder.rglob("*")):
             if file.is_file() and file.name != MARK:
                 (partial / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, partial / file.relative_to(folder))
-        (partial / "config.json").write_bytes(store.json_bytes(config))
-        mark = store.fingerprint(partial)
-        (partial / MARK).write_bytes(store.json_bytes({**stage, "fingerprint": mark}))
+        (partial / "config.json").write_bytes(json_bytes(config))
+        mark = io.fingerprint(partial)
+        (partial / MARK).write_bytes(json_bytes({**stage, "fingerprint": mark}))
     return mark
 
 

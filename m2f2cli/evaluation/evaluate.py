@@ -30,7 +30,7 @@ class Evaluation(NamedTuple):
         report: Of ``report.build_report``.
         scored: The joined items.
         calibration: What was learnt and stored, in words; empty unless asked for.
-        sweep: The figures of spoilt pictures; None unless asked for.
+        sweep: The figures of corrupted pictures; None unless asked for.
     """
 
     report: dict[str, Any]
@@ -139,7 +139,7 @@ class Evaluator:
         if folder is not None and self._render is not None:
             reports.write_report(folder, report, scored, self._render(report, scored))
         learnt = self._calibrate(scored) if self.options.calibration.calibrate else ()
-        swept = self._spoil(advance) if self.options.robustness.robustness else None
+        swept = self._run_sweep(advance) if self.options.robustness.robustness else None
         return Evaluation(report, scored, learnt, swept)
 
     def _kept(self) -> Path | None:
@@ -196,7 +196,7 @@ class Evaluator:
         )
         return found.sentences()
 
-    def _spoil(self, advance: Advance | None) -> Sweep:
+    def _run_sweep(self, advance: Advance | None) -> Sweep:
         from m2f2cli.evaluation.robustness import sweep
 
         folder = self.options.robustness.robustness_dir

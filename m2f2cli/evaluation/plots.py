@@ -22,7 +22,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from m2f2cli.evaluation.robustness import Row
 
-REAL_COLOUR, FAKE_COLOUR, INK = "#2563a8", "#c2410c", "#444444"
+REAL_COLOR, FAKE_COLOR, INK = "#2563a8", "#c2410c", "#444444"
 SCORE_BINS = 25
 _STYLE: dict[str, Any] = {
     "font.size": 9.0,
@@ -49,7 +49,7 @@ def roc(labels: np.ndarray, scores: np.ndarray, threshold: float | None) -> Figu
     curve = metrics.Ranking(labels, scores).curve()
     axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, linestyle=":")
     axes.plot(
-        *curve.rates(), color=FAKE_COLOUR, linewidth=1.8, label=f"AUC {metrics.area(curve):.3f}"
+        *curve.rates(), color=FAKE_COLOR, linewidth=1.8, label=f"AUC {metrics.area(curve):.3f}"
     )
     if threshold is not None:
         at = (scores[labels == 0] >= threshold).mean(), (scores[labels == 1] >= threshold).mean()
@@ -75,12 +75,12 @@ def histograms(labels: np.ndarray, scores: np.ndarray, threshold: float | None) 
     """
     figure, axes = _canvas()
     edges = np.linspace(0.0, 1.0, SCORE_BINS + 1)
-    for label, word, colour in ((0, "real", REAL_COLOUR), (1, "fake", FAKE_COLOUR)):
+    for label, word, color in ((0, "real", REAL_COLOR), (1, "fake", FAKE_COLOR)):
         own = scores[labels == label]
         if len(own):
             shares = np.histogram(own, edges)[0] / len(own)
-            axes.stairs(shares, edges, fill=True, color=colour, alpha=0.35)
-            axes.stairs(shares, edges, color=colour, label=f"{word} ({len(own):,})")
+            axes.stairs(shares, edges, fill=True, color=color, alpha=0.35)
+            axes.stairs(shares, edges, color=color, label=f"{word} ({len(own):,})")
     if threshold is not None:
         axes.axvline(
             threshold, color=INK, linewidth=1, linestyle="--", label=f"threshold {threshold:.3g}"
@@ -102,8 +102,8 @@ def reliability(labels: np.ndarray, scores: np.ndarray) -> Figure:
     found = metrics.reliability(labels, scores)
     used = found.counts > 0
     counts, means, shares = found.counts[used], found.probability[used], found.frequency[used]
-    axes.plot(means, shares, color=FAKE_COLOUR, linewidth=1.2)
-    axes.scatter(means, shares, s=12 + 160 * counts / counts.max(), color=FAKE_COLOUR, alpha=0.6)
+    axes.plot(means, shares, color=FAKE_COLOR, linewidth=1.2)
+    axes.scatter(means, shares, s=12 + 160 * counts / counts.max(), color=FAKE_COLOR, alpha=0.6)
     for x, y, count in zip(means, shares, counts, strict=True):
         above = y < 0.9
         axes.annotate(
@@ -136,11 +136,11 @@ def bars(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Figure:
     figure, axes = _canvas(height=1.1 + 0.42 * len(rows))
     thickness = 0.8 / len(names)
     places = np.arange(len(rows))
-    for number, (name, colour) in enumerate(zip(names, (FAKE_COLOUR, REAL_COLOUR), strict=False)):
+    for number, (name, color) in enumerate(zip(names, (FAKE_COLOR, REAL_COLOR), strict=False)):
         shift = (number - (len(names) - 1) / 2) * thickness
         for place, found in zip(places, rows.values(), strict=True):
-            _bar(axes, found.get(name) or {}, place + shift, thickness=thickness, colour=colour)
-        axes.barh([np.nan], [np.nan], color=colour, alpha=0.75, label=name.replace("_", " "))
+            _bar(axes, found.get(name) or {}, place + shift, thickness=thickness, color=color)
+        axes.barh([np.nan], [np.nan], color=color, alpha=0.75, label=name.replace("_", " "))
     axes.set_yticks(places, [_short(kind) for kind in rows])
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.14), xticks=np.linspace(0, 1, 6), ylim=(len(rows) - 0.5, -0.5))
@@ -149,12 +149,12 @@ def bars(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Figure:
 
 
 def _bar(
-    axes: Axes, found: Mapping[str, Any], place: float, *, thickness: float, colour: str
+    axes: Axes, found: Mapping[str, Any], place: float, *, thickness: float, color: str
 ) -> None:
     value, low, high = (found.get(key) for key in ("value", "low", "high"))
     if value is None:
         return
-    axes.barh([place], [value], height=thickness * 0.9, color=colour, alpha=0.75)
+    axes.barh([place], [value], height=thickness * 0.9, color=color, alpha=0.75)
     if low is not None and high is not None:
         axes.plot([low, high], [place, place], color="#111111", linewidth=1.2, marker="|")
     axes.annotate(
@@ -198,14 +198,14 @@ def sweep_curves(rows: Sequence[Row], form: str = "svg") -> bytes:
         rows: Of a sweep, untouched pictures first.
         form: ``svg`` or ``png``.
     """
-    clean, spoilt = rows[0], rows[1:]
-    names = list(dict.fromkeys(row.corruption for row in spoilt))
+    clean, corrupted = rows[0], rows[1:]
+    names = list(dict.fromkeys(row.corruption for row in corrupted))
     across = max(1, min(_COLUMNS, len(names)))
     down = max(1, -(-len(names) // across))
     figure = Figure(figsize=(2.5 * across, 2.1 * down + 0.5), layout="constrained")
     panels = list(figure.subplots(down, across, sharey=True, squeeze=False).flat)
     for panel, name in zip(panels, names, strict=False):
-        _panel(panel, name, [clean, *(row for row in spoilt if row.corruption == name)])
+        _panel(panel, name, [clean, *(row for row in corrupted if row.corruption == name)])
     for panel in panels[len(names) :]:
         panel.set_axis_off()
     if names:
@@ -221,12 +221,12 @@ def _panel(panel: Axes, name: str, rows: Sequence[Row]) -> None:
     if bounds:
         steps, low, high = zip(*bounds, strict=True)
         panel.fill_between(
-            steps, low, high, color=FAKE_COLOUR, alpha=0.18, linewidth=0, label="its interval"
+            steps, low, high, color=FAKE_COLOR, alpha=0.18, linewidth=0, label="its interval"
         )
     panel.plot(
         [step for step, _, _ in known],
         [value for _, value, _ in known],
-        color=FAKE_COLOUR, marker="o", markersize=3, label="AUC",
+        color=FAKE_COLOR, marker="o", markersize=3, label="AUC",
     )  # fmt: skip
     inside = [(row.severity, row.in_domain) for row in rows if row.in_domain is not None]
     if inside:

@@ -1,6 +1,6 @@
 """How a detector's figures fall as pictures get worse: every corruption at every severity.
 
-Pictures are decoded once, spoilt in memory and judged as ``m2f2 detect`` judges them. Each
+Pictures are decoded once, corrupted in memory and judged as ``m2f2 detect`` judges them. Each
 condition has its own file of records, so a killed sweep goes on where it stopped.
 """
 
@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from m2f2cli.checkpoints.store import json_bytes
+from m2f2cli.checkpoints.io import json_bytes
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.corruptions import CORRUPTIONS, SEVERITIES, find_corruption
 from m2f2cli.data.images import Picture
@@ -62,8 +62,10 @@ class SweepOptions:
 
     def conditions(self) -> list[Condition]:
         """Untouched pictures first, then each corruption from mild to severe."""
-        spoilt = [(find_corruption(name).name, s) for name in self.corruptions for s in SEVERITIES]
-        return [CLEAN, *dict.fromkeys(spoilt)]
+        corrupted = [
+            (find_corruption(name).name, s) for name in self.corruptions for s in SEVERITIES
+        ]
+        return [CLEAN, *dict.fromkeys(corrupted)]
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def sweep(
         check_same_data(logs[CLEAN], pictures)
         work = [
             (condition, source)
-            for condition, source in _spoilt(pictures, conditions)
+            for condition, source in _corrupted(pictures, conditions)
             if source.path not in logs[condition].done
         ]
         if not work:
@@ -220,7 +222,7 @@ def count_records(
     return len(options.conditions()) * count_items(samples, detect)
 
 
-def _spoilt(
+def _corrupted(
     pictures: Sequence[Source], conditions: Sequence[Condition]
 ) -> Iterator[tuple[Condition, Source]]:
     """Every picture under every condition, a few at a time so that each is decoded once."""
@@ -229,7 +231,7 @@ def _spoilt(
     def decoded(number: int) -> Picture:
         return pictures[number].picture()
 
-    def spoil(number: int, condition: Condition) -> Picture:
+    def corrupt(number: int, condition: Condition) -> Picture:
         picture = decoded(number)
         if condition == CLEAN:
             return picture
@@ -242,7 +244,7 @@ def _spoilt(
             for number in range(start, min(start + _CHUNK, len(pictures))):
                 yield (
                     condition,
-                    replace(pictures[number], read=partial(spoil, number, condition)),
+                    replace(pictures[number], read=partial(corrupt, number, condition)),
                 )
 
 

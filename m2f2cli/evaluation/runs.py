@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.images import Picture, read_picture
 from m2f2cli.data.readers.ffpp import FfppSet
@@ -169,7 +169,7 @@ def read_split(
         raise UsageError(
             f"--split {split} needs the model whose training made the cut.", "Add --model DIR."
         )
-    stage = store.read_stage(model)
+    stage = io.read_stage(model)
     options = _cut_of(stage, model, split)
     people = identities or (Path(options["identities"]) if options.get("identities") else None)
     whole = read_samples(data, people)

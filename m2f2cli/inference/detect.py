@@ -156,6 +156,9 @@ def rule_of(model: Judge, options: DetectOptions) -> Rule:
     return options.rule(config.threshold, config.uncertain, limit)
 
 
+_WAITING = 2  # batches' worth of items that wait for a batch to fill
+
+
 @dataclass
 class _Item:
     """A prepared source whose crops are being scored."""
@@ -193,6 +196,9 @@ class _Run:
                     self.batch[crop.digest] = crop
                     if len(self.batch) >= self.batch_size:
                         self._flush()
+        # Items without new crops must not pile up behind a batch that they never fill.
+        if len(self.items) > _WAITING * self.batch_size:
+            self._flush()
         yield from self._completed()
 
     def finish(self) -> Iterator[Detection]:

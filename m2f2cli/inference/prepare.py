@@ -150,6 +150,9 @@ def prepare(source: Source, *, faces: str, frames: int, recipe: Future[Recipe]) 
         found = Prepared(source, "ok", None, picture.sha256, picture.size, (view,), picture.note)
     except InputError as error:
         return Prepared(source, error.status, error.message)
+    except UnicodeDecodeError:  # PyAV, at texts inside a video that are not UTF-8
+        message = f"'{source.path}' holds texts that are not UTF-8, so it cannot be decoded."
+        return Prepared(source, "unreadable", message)
     return _without_face(found, "the picture")
 
 

@@ -174,6 +174,7 @@ class RecordFile:
             M2F2Error: It cannot be written whole; the file then ends with the record before it.
         """
         self.bind(record.settings)
+        self._check_present()
         line = to_line(record.to_dict())
         try:
             written = os.write(self._handle, line)
@@ -186,10 +187,24 @@ class RecordFile:
         self._size += len(line)
         self.done[record.path] = (record.status, record.verdict)
 
+    def _check_present(self) -> None:
+        """Refuse to write into a file that was removed, whose records nobody would find.
+
+        Raises:
+            M2F2Error: It was.
+        """
+        if os.fstat(self._handle).st_nlink == 0:
+            raise M2F2Error(
+                f"'{self.path}' was removed during the run.",
+                "Run the same command again and leave the file where it is.",
+            )
+
     def close(self) -> None:
         """Flush to the disk and close; a new file that was never bound is removed."""
         try:
             os.fsync(self._handle)
+            if self._bound:
+                self._check_present()
             if self._is_new and not self._bound:
                 self.path.unlink(missing_ok=True)
         except OSError as error:

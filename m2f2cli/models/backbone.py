@@ -51,12 +51,13 @@ class Backbone(nn.Module):
                 f"timm has no backbone named '{name}'.",
                 f"Near names: {', '.join(near)}." if near else "See timm.list_models().",
             )
-        self.net = timm.create_model(name, pretrained=False, num_classes=0, **(kwargs or {}))
-        features = getattr(self.net, "features", None)
+        net: Any = timm.create_model(name, pretrained=False, num_classes=0, **(kwargs or {}))
+        self.net: Any = net
+        features = getattr(net, "features", None)
         if features is not None and hasattr(features, "norm5"):
             features.norm5.act = nn.Identity()
-        self.channels: int = getattr(self.net, "head_hidden_size", self.net.num_features)
-        channels = [stage["num_chs"] for stage in self.net.feature_info]
+        self.channels: int = getattr(net, "head_hidden_size", net.num_features)
+        channels = [stage["num_chs"] for stage in net.feature_info]
         if any(not -len(channels) <= stage < len(channels) for stage in stages):
             raise ConfigError(
                 f"Backbone '{name}' has {len(channels)} feature stages, not {list(stages)}."

@@ -194,7 +194,7 @@ class EvaluateOptions(OptionGroups):
         wants_sweep = self.robustness.robustness
         if wants_sweep and not (self.robustness.robustness_dir or self.results.report):
             raise UsageError(
-                "--robustness needs a folder for its records.",
+                "m2f2 robustness needs a folder for its records.",
                 "Add --robustness-dir DIR or --report DIR.",
             )
 

@@ -43,6 +43,15 @@ RENAMED = {
     "warmup": "warmup-ratio",
 }
 
+# Options that became verbs or options of these.
+MOVED = {
+    "calibrate": "m2f2 calibrate",
+    "calibrated": "m2f2 calibrate --calibrated",
+    "target-fpr": "m2f2 calibrate --target-fpr",
+    "robustness": "m2f2 robustness",
+    "robustness-dir": "m2f2 robustness --robustness-dir",
+}
+
 
 def renamed(old: str, known: Container[str]) -> str | None:
     """The present name of an option that was called ``old``, if ``known`` has it and not ``old``.

@@ -95,7 +95,7 @@ def sentences(record: Detection, face: FaceScore | None = None) -> list[str]:
     if about.in_domain is False:
         said.append(
             f"{'Most of these frames are' if video else 'This face is'} unlike the pictures the "
-            "model has learnt from (sharper, blurred or compressed in another way), so the "
+            "model has learned from (sharper, blurred or compressed in another way), so the "
             "probability means little here and the model does not decide."
         )
     elif about.verdict == "uncertain":

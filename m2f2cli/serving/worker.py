@@ -261,7 +261,7 @@ def _check_length(file: Path, name: str) -> None:
 
 
 def _called(judged: Judged, path: str, name: str) -> Judged:
-    """The same about a file under its owner's name: where it lay here is nobody's business."""
+    """The same about a file under its owner's name: nobody is told where it lay here."""
     record = judged.record
     message = record.message and record.message.replace(path, name)
     return replace(judged, record=replace(record, path=name, message=message))

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from m2f2cli.checkpoints.io import check_names_and_shapes, open_weight_file
 from m2f2cli.checkpoints.keymaps import to_timm
 from m2f2cli.checkpoints.load import load_detector
-from m2f2cli.checkpoints.pickles import load_tensors_file
-from m2f2cli.checkpoints.store import check_names_and_shapes
 from m2f2cli.errors import CheckpointError, ConfigError
 from m2f2cli.models.backbone import Backbone
 from m2f2cli.models.clip import blocks_needed, load_clip
@@ -143,7 +142,7 @@ def load_backbone(backbone: Backbone, name: str, source: str) -> None:
     classifier = net.default_cfg.get("classifier") or ()
     classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     wanted = net.state_dict()
-    stored = to_timm(load_tensors_file(path).tensors, list(wanted), classifier)
+    stored = to_timm(open_weight_file(path).tensors, list(wanted), classifier)
     counters = {k: t for k, t in wanted.items() if k.endswith("num_batches_tracked")}
     tensors = counters | {key: tensor.load() for key, tensor in stored.items()}
     check_names_and_shapes(tensors, wanted, what=f"'{path}'")

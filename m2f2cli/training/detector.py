@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.data.readers.ddvqa import FLAWS, REGIONS
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import M2F2Error
+from m2f2cli.files import json_bytes
 from m2f2cli.metrics import average_precision, roc_auc
 from m2f2cli.options.train_detector import INCIDENTAL, OptimizerOptions, TrainDetectorOptions
 from m2f2cli.runtime import process_count, seed_everything
@@ -282,11 +283,9 @@ class DetectorTrainer(Trainer):
                 f"Stopped after epoch {epochs[-1]['epoch']}: no better "
                 f"{steps.select} for {steps.early_stopping_patience} epochs."
             )
-        processor = store.preprocessor_config(
-            config.image_size, config.image_mean, config.image_std
-        )
+        processor = io.preprocessor_config(config.image_size, config.image_mean, config.image_std)
         kind = getattr(torch, run.save_dtype)
-        store.write_checkpoint(
+        io.write_checkpoint(
             run.output,
             config=json.loads(json.dumps(written)),
             tensors={
@@ -294,7 +293,7 @@ class DetectorTrainer(Trainer):
                 for name, tensor in self.model.result().items()
             },
             stage=self.record | {"metrics": metrics},
-            extra_files={"preprocessor_config.json": store.json_bytes(processor)},
+            extra_files={"preprocessor_config.json": json_bytes(processor)},
             overwrite=run.overwrite,
         )
         self.notify(

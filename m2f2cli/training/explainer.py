@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from m2f2cli.checkpoints.delta import write_delta
+from m2f2cli.checkpoints.io import check_names_and_shapes
 from m2f2cli.checkpoints.load import load_explainer
-from m2f2cli.checkpoints.store import check_names_and_shapes
 from m2f2cli.data.conversations import Conversation, Pictures
 from m2f2cli.data.judgement import parse
 from m2f2cli.data.transforms import explainer_views

@@ -15,6 +15,7 @@ from m2f2cli.training.stages import freeze, group_of
 
 # Turns a cosine similarity into the logit of "forged here": ±1 becomes ±10.
 _MAP_SHARPNESS = 10.0
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Objective(nn.Module):
@@ -64,7 +65,7 @@ class Objective(nn.Module):
         """Set the mode; whatever is frozen keeps its BatchNorm statistics."""
         super().train(mode)
         for module in self.detector.backbone.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, BATCH_NORMS):
                 trainable = any(p.requires_grad for p in module.parameters())
                 if self.options.model.freeze_batch_norm or not trainable:
                     module.eval()
@@ -199,7 +200,7 @@ def _moving(detector: Detector) -> Mapping[str, torch.Tensor]:
     """Trainable parameters, and the statistics of BatchNorm layers that have such parameters."""
     moving: dict[str, Any] = {n: p for n, p in detector.named_parameters() if p.requires_grad}
     for prefix, module in detector.backbone.named_modules(prefix="backbone"):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{prefix}.weight" in moving:
+        if isinstance(module, BATCH_NORMS) and f"{prefix}.weight" in moving:
             moving[f"{prefix}.running_mean"] = module.running_mean
             moving[f"{prefix}.running_var"] = module.running_var
     return moving

@@ -13,9 +13,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.errors import ConfigError, UsageError
-from m2f2cli.files import refuse_existing
+from m2f2cli.files import atomic_write, json_bytes, refuse_existing
 from m2f2cli.options.fields import OptionGroups
 from m2f2cli.runtime import first_process, process_count
 
@@ -82,7 +82,7 @@ def finished(options: Any, incidental: Collection[str]) -> bool:
     run = options.run
     if not (run.resume and (run.output / "stage.json").exists()):
         return False
-    noted = store.read_stage(run.output).get("options", {})
+    noted = io.read_stage(run.output).get("options", {})
     same_options(noted, options, incidental, where=run.output)
     return True
 
@@ -135,7 +135,7 @@ def claim_output(options: Any, incidental: Collection[str]) -> None:
         if options.run.overwrite and folder.exists():
             shutil.rmtree(folder)
         noting = options.to_flat() | {PROCESSES: process_count(), _FORMAT: _VERSION}
-        store.atomic_write(folder / _OPTIONS, store.json_bytes(noting))
+        atomic_write(folder / _OPTIONS, json_bytes(noting))
 
 
 def same_options(

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from m2f2cli.checkpoints.tensorfile import write_tensor_file
+from m2f2cli.checkpoints.io import write_tensor_file
 from m2f2cli.errors import CheckpointError, InputError
 from m2f2cli.options.train_detector import OptimizerOptions
 from m2f2cli.options.train_explainer import StepOptions

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
+from m2f2cli.files import json_bytes
 from m2f2cli.models.detector import Detector, DetectorConfig
 from tests.checkpoints import llavas
 from tests.conftest import TINY_CLIP, randomise
@@ -34,13 +35,13 @@ def detector(folder: Path) -> Path:
         hidden_size=64,
     )
     model = randomise(Detector(config))
-    processor = store.preprocessor_config(336, config.image_mean, config.image_std)
-    store.write_checkpoint(
+    processor = io.preprocessor_config(336, config.image_mean, config.image_std)
+    io.write_checkpoint(
         folder,
         config=config.to_dict(),
         tensors=model.state_dict(),
         stage={"stage": "bench"},
-        extra_files={"preprocessor_config.json": store.json_bytes(processor)},
+        extra_files={"preprocessor_config.json": json_bytes(processor)},
     )
     return folder
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2f2cli.checkpoints import delta, store
+from m2f2cli.checkpoints import delta, io
 from m2f2cli.checkpoints.load import build_empty
 from m2f2cli.models.explainer import ExplainerConfig
 from tests.bench.test_init_llava import measured
@@ -57,7 +57,7 @@ def base(folder: Path, layers: int) -> Path:
         for key, tensor in build_empty(config).state_dict().items()
     }
     fields = json.loads(config.to_json_string(use_diff=False))
-    store.write_checkpoint(folder, config=fields, tensors=tensors, stage={"stage": "bench"})
+    io.write_checkpoint(folder, config=fields, tensors=tensors, stage={"stage": "bench"})
     return folder
 
 
@@ -66,7 +66,7 @@ def adapter(folder: Path, parent: Path) -> Path:
     prefix = "base_model.model."
     noise = (0.02 * torch.randn(RANK * INNER)).bfloat16()
     tensors = {}
-    for key, stored in store.open_tensors(parent).items():
+    for key, stored in io.open_tensors(parent).items():
         module = key.removesuffix(".weight")
         if key.startswith("language_model.") and module.endswith(LINEAR):
             outputs, inputs = stored.shape
@@ -83,7 +83,7 @@ def adapter(folder: Path, parent: Path) -> Path:
         "target_modules": rf"language_model\..*\.({'|'.join(LINEAR)})",
         "modules_to_save": ["mm_projector", "forgery_projector"],
     }
-    stage = {"stage": "lora", "parent": store.fingerprint(parent)}
+    stage = {"stage": "lora", "parent": io.fingerprint(parent)}
     delta.write_delta(folder, tensors=tensors, stage=stage, adapter=config)
     return folder
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from tests.checkpoints import published
 
 WORDS, WIDTH, INNER, LAYERS, HEADS = 64, 16, 24, 2, 4
@@ -245,4 +245,4 @@ def header(path: Path) -> dict[str, Any]:
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    return store.read_tensors(folder, finite=True)
+    return io.read_tensors(folder, finite=True)

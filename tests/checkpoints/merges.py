@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from m2f2cli.checkpoints import delta, store
+from m2f2cli.checkpoints import delta, io
 from tests.models import explainers
 
 PREFIX = "base_model.model."
@@ -50,11 +50,11 @@ def stage_2(folder: Path, parent: Path, seed: int = 1, **changes: Any) -> Path:
     """A delta of ours that holds the forgery projector."""
     tensors = {
         key: noise(tensor, seed).to(tensor.dtype)
-        for key, tensor in store.read_tensors(parent).items()
+        for key, tensor in io.read_tensors(parent).items()
         if key.startswith("forgery_projector.")
     }
     tensors = {key: t for key, t in {**tensors, **changes}.items() if t is not None}
-    stage = {"stage": "align", "parent": store.fingerprint(parent)}
+    stage = {"stage": "align", "parent": io.fingerprint(parent)}
     delta.write_delta(folder, tensors=tensors, stage=stage)
     return folder
 
@@ -62,7 +62,7 @@ def stage_2(folder: Path, parent: Path, seed: int = 1, **changes: Any) -> Path:
 def adapter(parent: Path, seed: int = 2) -> dict[str, torch.Tensor]:
     """Updates of q_proj and down_proj in every layer, and both projectors, by PEFT's names."""
     found = {}
-    for n, (key, tensor) in enumerate(sorted(store.read_tensors(parent).items())):
+    for n, (key, tensor) in enumerate(sorted(io.read_tensors(parent).items())):
         module = key.removesuffix(".weight")
         if key.startswith("language_model.") and module.endswith(("q_proj", "down_proj")):
             outputs, inputs = tensor.shape
@@ -77,7 +77,7 @@ def adapter(parent: Path, seed: int = 2) -> dict[str, torch.Tensor]:
 def stage_3(folder: Path, parent: Path, *, config: Any = None, **changes: Any) -> Path:
     """A PEFT adapter of ours; a tensor given as None is left out."""
     tensors = {key: t for key, t in {**adapter(parent), **changes}.items() if t is not None}
-    stage = {"stage": "lora", "parent": store.fingerprint(parent)}
+    stage = {"stage": "lora", "parent": io.fingerprint(parent)}
     delta.write_delta(folder, tensors=tensors, stage=stage, adapter=config or CONFIG)
     return folder
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2f2cli.checkpoints import delta, keymaps, store
+from m2f2cli.checkpoints import delta, io, keymaps
 from m2f2cli.checkpoints.delta_reading import open_delta
-from m2f2cli.checkpoints.tensorfile import write_tensor_file
+from m2f2cli.checkpoints.io import write_tensor_file
 from m2f2cli.errors import CheckpointError
 from tests.checkpoints import merges
 
@@ -23,10 +23,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def variant(folder: Path, base: Path, change) -> Path:
     """A checkpoint of the same model with other values."""
-    tensors = {key: tensor.clone() for key, tensor in store.read_tensors(base).items()}
+    tensors = {key: tensor.clone() for key, tensor in io.read_tensors(base).items()}
     change(tensors)
-    config = store.read_config(base)
-    store.write_checkpoint(folder, config=config, tensors=tensors, stage={"stage": "x"})
+    config = io.read_config(base)
+    io.write_checkpoint(folder, config=config, tensors=tensors, stage={"stage": "x"})
     return folder
 
 
@@ -34,8 +34,8 @@ def test_tensors_become_a_delta(base, tmp_path):
     folder = merges.stage_2(tmp_path / "d", base)
     found = open_delta(folder)
     assert found.kind == keymaps.DELTA
-    assert found.parent == store.fingerprint(base)
-    assert found.fingerprint == store.read_stage(folder)["fingerprint"]
+    assert found.parent == io.fingerprint(base)
+    assert found.fingerprint == io.read_stage(folder)["fingerprint"]
     assert set(found.whole) == set(load_file(folder / "delta.safetensors"))
     assert not found.pairs
 
@@ -57,7 +57,7 @@ def test_a_peft_configuration_becomes_plain_json():
 def test_an_adapter_is_read_by_our_names(base, tmp_path):
     found = open_delta(merges.stage_3(tmp_path / "d", base))
     assert found.kind == keymaps.PEFT
-    assert found.parent == store.fingerprint(base)
+    assert found.parent == io.fingerprint(base)
     assert len(found.pairs) == 4
     assert all(pair.scale == 2.0 for pair in found.pairs.values())
     assert len(found.whole) == 8
@@ -80,14 +80,14 @@ def test_updates_that_are_zero_are_left_out(base, tmp_path):
 
 def test_a_header_of_any_length_is_one_of_safetensors(tmp_path):
     """Its length's first byte may be that of a pickle."""
-    from m2f2cli.checkpoints.pickles import load_tensors_file
+    from m2f2cli.checkpoints.io import open_weight_file
 
     firsts = set()
     for size in range(40):
         path = tmp_path / f"{size}.safetensors"
         write_tensor_file(path, {"x" * 8 * size + "y": torch.ones(300)})
         firsts.add(path.read_bytes()[0])
-        assert load_tensors_file(path).layout == "safetensors"
+        assert open_weight_file(path).layout == "safetensors"
     assert 0x80 in firsts
 
 
@@ -137,9 +137,9 @@ def test_a_difference_holds_what_moved(base, tmp_path):
         "language_model.lm_head.weight",
         "forgery_projector.2.bias",
     }
-    stage = store.read_stage(tmp_path / "d")
-    assert stage["parent"] == store.fingerprint(base)
-    assert stage["changed"] == store.fingerprint(other)
+    stage = io.read_stage(tmp_path / "d")
+    assert stage["parent"] == io.fingerprint(base)
+    assert stage["changed"] == io.fingerprint(other)
 
 
 def retype(tensors):

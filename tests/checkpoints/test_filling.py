@@ -15,9 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2f2cli.checkpoints import filling
+from m2f2cli import files
+from m2f2cli.checkpoints import io
 
-PAGE, BUFFER = filling._PAGE, filling._BUFFER
+PAGE, BUFFER = 4096, 1 << 20
 EDGES = (0, 1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 5, BUFFER - 1, BUFFER, 2 * BUFFER + 77)
 
 
@@ -26,15 +27,15 @@ def fill(path: Path, sizes: list[int], step: int = 300_001) -> bytes:
     generator = torch.Generator().manual_seed(sum(sizes))
     data = torch.randint(0, 256, (sum(sizes),), dtype=torch.uint8, generator=generator)
     ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
-    with filling.FileOfPieces(path, len(data)) as file:
+    with files.ParallelFile(path, len(data)) as file:
 
         def write(end: int) -> None:
             begin = end - sizes[ends.index(end)]
-            with file.piece(begin) as piece:
-                for part in data[begin:end].split(step):
-                    piece.write(part)
+            with file.part(begin) as part:
+                for step_of in data[begin:end].split(step):
+                    part.write(step_of.numpy())
 
-        filling.spread(write, ends)
+        io.spread(write, ends)
     return data.numpy().tobytes()
 
 
@@ -53,7 +54,7 @@ class Refusing(FileIO):
     """Opens for direct writing, then refuses to."""
 
     def write(self, data):
-        if fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & filling._DIRECT:
+        if fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
         return super().write(data)
 
@@ -67,13 +68,13 @@ def test_a_file_system_without_direct_writes(tmp_path, monkeypatch, refused):
             raise OSError(errno.EINVAL, "Invalid argument")
         return whole(path, flags, *rest)
 
-    direct = filling._DIRECT
+    direct = os.O_DIRECT
     if refused == "never offered":
-        monkeypatch.setattr(filling, "_DIRECT", 0)
+        monkeypatch.delattr(os, "O_DIRECT")
     elif refused == "on opening":
         monkeypatch.setattr(os, "open", picky)
     else:
-        monkeypatch.setattr(filling, "FileIO", Refusing)
+        monkeypatch.setattr(files, "FileIO", Refusing)
     expected = fill(tmp_path / "x", [5, 3 * BUFFER + 7, 2 * PAGE])
     assert (tmp_path / "x").read_bytes() == expected
 
@@ -84,21 +85,21 @@ def test_a_disk_that_fails_says_so(tmp_path, monkeypatch, code):
         def write(self, data):
             raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(filling, "FileIO", Failing)
+    monkeypatch.setattr(files, "FileIO", Failing)
     with pytest.raises(OSError, match=os.strerror(code)):
         fill(tmp_path / "x", [3 * BUFFER])
 
 
 def test_work_is_spread_over_threads_that_use_one_core_each():
     before = torch.get_num_threads()
-    meet = threading.Barrier(filling.workers(), timeout=20)
+    meet = threading.Barrier(io.workers(), timeout=20)
 
     def job(number: int) -> tuple[int, int]:
         meet.wait()
         return number, torch.get_num_threads()
 
-    numbers = range(filling.workers())
-    assert filling.spread(job, numbers) == [(n, 1) for n in numbers]
+    numbers = range(io.workers())
+    assert io.spread(job, numbers) == [(n, 1) for n in numbers]
     assert torch.get_num_threads() == before
     seen = []
     later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
@@ -117,5 +118,5 @@ def test_the_first_failure_ends_the_rest():
         done.append(number)
 
     with pytest.raises(ValueError, match="zero"):
-        filling.spread(job, range(500))
+        io.spread(job, range(500))
     assert len(done) < 100

@@ -77,7 +77,7 @@ def test_a_backbone_with_unsaved_buffers(tmp_path):
     }
     config = tiny_config()
     config.detector_config = type(config.detector_config)(**tiny_fields(**fields))
-    from m2f2cli.checkpoints import store
+    from m2f2cli.checkpoints import io
     from m2f2cli.models.explainer import Explainer
     from tests.conftest import randomise
 
@@ -86,7 +86,7 @@ def test_a_backbone_with_unsaved_buffers(tmp_path):
     assert any(name.startswith("detector.backbone") for name in names)
     folder = tmp_path / "swin"
     plain = json.loads(config.to_json_string(use_diff=False))
-    store.write_checkpoint(folder, config=plain, tensors=model.state_dict(), stage={"stage": "t"})
+    io.write_checkpoint(folder, config=plain, tensors=model.state_dict(), stage={"stage": "t"})
     loaded, _ = load_explainer(str(folder), device="cpu")
     buffers = dict(loaded.named_buffers())
     assert all(torch.equal(buffers[n], b) for n, b in model.named_buffers())

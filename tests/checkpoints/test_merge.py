@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from m2f2cli.checkpoints import delta, merge_plan, store, streams
+from m2f2cli.checkpoints import delta, io, merge_plan
 from m2f2cli.checkpoints.delta_reading import Pair
+from m2f2cli.checkpoints.io import open_weight_file
 from m2f2cli.checkpoints.merge import Merge
-from m2f2cli.checkpoints.tensorfile import open_tensor_file
 from m2f2cli.errors import CheckpointError, UsageError
 from tests.checkpoints import merges
 
@@ -35,8 +35,8 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def merged(base: Path, deltas: list[Path], output: Path, **options) -> dict[str, torch.Tensor]:
     Merge(base, deltas, output, **options).write()
-    store.fingerprint(output, verify=True)
-    return store.read_tensors(output, finite=True)
+    io.fingerprint(output, verify=True)
+    return io.read_tensors(output, finite=True)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -44,9 +44,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_replaced_tensors_take_the_base_s_place_and_all_else_its_bytes(base, tmp_path):
-    before = store.read_tensors(base)
+    before = io.read_tensors(base)
     found = merged(base, [merges.stage_2(tmp_path / "d", base)], tmp_path / "out")
-    new = open_tensor_file(tmp_path / "d" / "delta.safetensors")
+    new = open_weight_file(tmp_path / "d" / "delta.safetensors").tensors
     assert set(found) == set(before)
     for key, tensor in before.items():
         wanted = new[key].load() if key in new else tensor
@@ -54,11 +54,11 @@ def test_replaced_tensors_take_the_base_s_place_and_all_else_its_bytes(base, tmp
         assert torch.equal(bits(found[key]), bits(wanted)), key
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
-    assert store.read_config(tmp_path / "out") == store.read_config(base)
+    assert io.read_config(tmp_path / "out") == io.read_config(base)
 
 
 def test_folded_matrices_are_rounded_once(base, tmp_path):
-    before = store.read_tensors(base)
+    before = io.read_tensors(base)
     found = merged(base, [merges.stage_3(tmp_path / "d", base)], tmp_path / "out")
     updates = merges.adapter(base)
     count = 0
@@ -83,7 +83,7 @@ def test_stages_in_order_and_in_one_go_are_the_same(base, tmp_path):
     two = merged(tmp_path / "one", [second], tmp_path / "two")
     both = merged(base, [first, second], tmp_path / "both")
     assert all(torch.equal(bits(both[k]), bits(t)) for k, t in two.items())
-    assert store.fingerprint(tmp_path / "both") == store.fingerprint(tmp_path / "two")
+    assert io.fingerprint(tmp_path / "both") == io.fingerprint(tmp_path / "two")
     assert not all(torch.equal(one[k], t) for k, t in two.items())
 
 
@@ -95,17 +95,17 @@ def test_a_later_delta_of_another_parent_is_found_while_writing(half, tmp_path):
         job.write()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d1", "d2"]
     made = Merge(half, [first, beside], tmp_path / "out", force=True).write()
-    assert len(store.read_stage(tmp_path / "out")["forced"]) == 1 == len(made.stage["forced"])
+    assert len(io.read_stage(tmp_path / "out")["forced"]) == 1 == len(made.stage["forced"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_type_for_all_but_the_detector(half, tmp_path, dtype):
-    before = store.read_tensors(half)
+    before = io.read_tensors(half)
     found = merged(half, [merges.stage_2(tmp_path / "d", half)], tmp_path / "out", dtype=dtype)
     for key, tensor in found.items():
         frozen = key.startswith("detector.")
         assert tensor.dtype == (before[key].dtype if frozen else getattr(torch, dtype))
-    assert store.read_config(tmp_path / "out")["dtype"] == dtype
+    assert io.read_config(tmp_path / "out")["dtype"] == dtype
     name = "language_model.lm_head.weight"
     assert torch.equal(found[name], before[name].to(getattr(torch, dtype)))
 
@@ -120,11 +120,11 @@ def test_values_out_of_range_of_the_type_are_refused(half, tmp_path):
 
 def test_stage_json_says_of_what(half, tmp_path):
     made = Merge(half, [merges.stage_3(tmp_path / "d", half)], tmp_path / "out").write()
-    stage = store.read_stage(tmp_path / "out")
-    mark = store.fingerprint(half)
+    stage = io.read_stage(tmp_path / "out")
+    mark = io.fingerprint(half)
     assert stage["stage"] == "merge"
     assert stage["parent"] == mark == stage["base"]["fingerprint"]
-    assert stage["deltas"][0]["fingerprint"] == store.read_stage(tmp_path / "d")["fingerprint"]
+    assert stage["deltas"][0]["fingerprint"] == io.read_stage(tmp_path / "d")["fingerprint"]
     assert stage["deltas"][0]["parent"] == mark
     assert stage["forced"] == []
     assert made.fingerprint == stage["fingerprint"]
@@ -138,7 +138,7 @@ def test_stage_json_says_of_what(half, tmp_path):
 def test_merging_a_difference_gives_the_other_back(half, tmp_path, data):
     """merge(base, diff(base, x)) = x, byte for byte, whatever moved."""
     here = tmp_path / str(next(COUNTER))
-    tensors = {k: t.clone() for k, t in store.read_tensors(half).items()}
+    tensors = {k: t.clone() for k, t in io.read_tensors(half).items()}
     names = data.draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, unique=True))
     seed = data.draw(st.integers(0, 2**20))
     for name in names:
@@ -146,12 +146,12 @@ def test_merging_a_difference_gives_the_other_back(half, tmp_path, data):
             tensors[name] = merges.noise(tensors[name], seed).to(tensors[name].dtype)
         else:
             tensors[name] = tensors[name] + 1
-    config = store.read_config(half)
-    mark = store.write_checkpoint(here / "x", config=config, tensors=tensors, stage={})
+    config = io.read_config(half)
+    mark = io.write_checkpoint(here / "x", config=config, tensors=tensors, stage={})
     delta.diff(half, here / "x", here / "d")
     found = merged(half, [here / "d"], here / "out")
     assert all(torch.equal(bits(found[k]), bits(t)) for k, t in tensors.items())
-    assert store.fingerprint(here / "out") == mark
+    assert io.fingerprint(here / "out") == mark
     shutil.rmtree(here)
 
 
@@ -171,8 +171,8 @@ def test_folding_does_not_depend_on_the_blocks(rows, columns, rank, count, block
 
     matrix = some(rows, columns)
     factors = [(some(rows, rank), some(rank, columns)) for _ in range(count)]
-    pairs = [Pair(streams.from_tensor(d), streams.from_tensor(u), 0.5) for u, d in factors]
-    pieces = streams.Stream((rows, columns), "float32", lambda: iter(matrix.view(-1).split(block)))
+    pairs = [Pair(io.from_tensor(d), io.from_tensor(u), 0.5) for u, d in factors]
+    pieces = io.LazyTensor((rows, columns), "float32", lambda: iter(matrix.view(-1).split(block)))
     found = merge_plan.values(merge_plan.merged(pieces, pairs, "float32", what="x"))
     wanted = matrix.double() + sum(0.5 * (u.double() @ d.double()) for u, d in factors)
     assert (found - wanted).abs().max() < 1e-4
@@ -219,7 +219,7 @@ def odd_key(base, folder):
 
 def frozen(base, folder):
     module = "detector.clip.vision.encoder.layers.0.self_attn.q_proj"
-    shape = store.open_tensors(base)[f"{module}.weight"].shape
+    shape = io.open_tensors(base)[f"{module}.weight"].shape
     a, b = torch.ones(merges.RANK, shape[1]), torch.ones(shape[0], merges.RANK)
     return merges.stage_3(
         folder, base, **{f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
@@ -296,7 +296,7 @@ def test_a_delta_of_another_base(half, tmp_path):
         Merge(half, [folder], tmp_path / "out")
     assert "--force" in str(caught.value.hint)
     Merge(half, [folder], tmp_path / "out", force=True).write()
-    assert "was trained on sha256:" in store.read_stage(tmp_path / "out")["forced"][0]
+    assert "was trained on sha256:" in io.read_stage(tmp_path / "out")["forced"][0]
 
 
 def test_a_second_run_finds_the_result(half, tmp_path):
@@ -327,7 +327,7 @@ def test_an_output_that_is_something_else(half, tmp_path, what):
         Merge(half, [folder], output)
     if what == "another merge":
         Merge(half, [folder], output, overwrite=True).write()
-        assert store.read_stage(output)["deltas"][0]["kind"] == "delta"
+        assert io.read_stage(output)["deltas"][0]["kind"] == "delta"
     else:
         with pytest.raises(CheckpointError):
             Merge(half, [folder], output, overwrite=True)

@@ -7,12 +7,10 @@ import json
 import pytest
 import torch
 
-from m2f2cli.checkpoints import store
-from m2f2cli.checkpoints.folders import open_weights
+from m2f2cli.checkpoints import io
 from m2f2cli.checkpoints.inspect import inspect_checkpoint
+from m2f2cli.checkpoints.io import open_weight_file, open_weights, share
 from m2f2cli.checkpoints.load import load_explainer
-from m2f2cli.checkpoints.sharing import share
-from m2f2cli.checkpoints.tensorfile import open_tensor_file
 from m2f2cli.errors import CheckpointError
 from tests.models.explainers import write_explainer
 
@@ -25,7 +23,7 @@ def pair(tmp_path):
     model = write_explainer(tmp_path / "whole")
     config = json.loads(model.config.detector_config.to_json_string(use_diff=False))
     tensors = model.detector.state_dict()
-    store.write_checkpoint(
+    io.write_checkpoint(
         tmp_path / "both" / "detector", config=config, tensors=tensors, stage={"stage": "test"}
     )
     small = tmp_path / "both" / "explainer"
@@ -35,14 +33,14 @@ def pair(tmp_path):
 
 def test_what_is_shared_is_stored_once_and_nothing_else_changes(pair):
     whole, small = pair
-    own = open_tensor_file(small / "model.safetensors")
+    own = open_weight_file(small / "model.safetensors").tensors
     assert own
     assert not any(key.startswith(BEGIN) for key in own)
-    before, after = store.read_tensors(whole), store.read_tensors(small)
+    before, after = io.read_tensors(whole), io.read_tensors(small)
     assert set(before) == set(after)
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert store.fingerprint(small) == store.fingerprint(small, verify=True)
-    assert store.fingerprint(small) == store.fingerprint(whole)
+    assert io.fingerprint(small) == io.fingerprint(small, verify=True)
+    assert io.fingerprint(small) == io.fingerprint(whole)
     assert set(open_weights(small).tensors) == set(before)
 
 
@@ -74,7 +72,7 @@ def test_alone_or_with_another_detector_it_is_refused(pair, tmp_path):
     assert any("not there" in words for words in found.missing)
     (tmp_path / "alone" / "shared.json").write_text('{"detector.": 3}')
     with pytest.raises(CheckpointError, match="does not say"):
-        store.open_tensors(tmp_path / "alone")
+        io.open_tensors(tmp_path / "alone")
 
 
 def test_only_what_is_the_same_can_be_shared(pair, tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from m2f2cli.checkpoints import pickles, store, streams, tensorfile
+from m2f2cli.checkpoints import io
 from m2f2cli.errors import CheckpointError
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "uint8", "bool")
@@ -24,14 +24,14 @@ def values(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     return noise.to(getattr(torch, dtype))
 
 
-def joined(stream: streams.Stream) -> torch.Tensor:
+def joined(stream: io.LazyTensor) -> torch.Tensor:
     blocks = list(stream.blocks())
     return torch.cat(blocks).reshape(stream.shape)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(streams, "BLOCK", 7)
+    monkeypatch.setattr(io, "BLOCK", 7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,34 +48,34 @@ def test_a_stream_from_a_file_holds_its_values(tmp_path, small_blocks, dtype, co
         save_file(tensors, path)
     else:
         torch.save(tensors, path, _use_new_zipfile_serialization=container == "zip")
-    found = pickles.load_tensors_file(path).tensors
+    found = io.open_weight_file(path).tensors
     for key, tensor in tensors.items():
-        stream = streams.from_stored(found[key])
-        assert found[key].place is not None
+        stream = found[key]
+        assert found[key].offset is not None or container == "legacy" or not tensor.numel()
         assert all(len(block) == 7 for block in list(stream.blocks())[:-1])
         if tensor.numel():
             assert torch.equal(joined(stream), tensor)
-        assert tensorfile.digest_of(stream) == tensorfile.digest_of(tensor)
+        assert io.digest_of(stream) == io.digest_of(tensor)
 
 
 def test_views_and_transposes_of_a_pickle_are_seen_as_they_are(tmp_path, small_blocks):
     base = torch.arange(40.0).reshape(5, 8)
     tensors = {"t": base.T, "rows": base[1:3], "columns": base[:, 2:4], "all": base}
     torch.save(tensors, tmp_path / "x")
-    found = pickles.load_tensors_file(tmp_path / "x").tensors
-    assert found["t"].place is None
-    assert found["columns"].place is None
-    assert found["rows"].place is not None
+    found = io.open_weight_file(tmp_path / "x").tensors
+    assert found["t"].offset is None
+    assert found["columns"].offset is None
+    assert found["rows"].offset is not None
     for key, tensor in tensors.items():
-        assert torch.equal(joined(streams.from_stored(found[key])), tensor)
+        assert torch.equal(joined(found[key]), tensor)
 
 
 def test_a_file_that_shrinks_is_one_sentence(tmp_path):
     save_file({"x": torch.ones(100)}, tmp_path / "x")
-    stored = tensorfile.open_tensor_file(tmp_path / "x")["x"]
+    stored = io.open_weight_file(tmp_path / "x").tensors["x"]
     os.truncate(tmp_path / "x", 120)
     with pytest.raises(CheckpointError, match="truncated"):
-        list(streams.from_stored(stored).blocks())
+        list(stored.blocks())
 
 
 @given(
@@ -88,26 +88,26 @@ def test_finite_means_what_torch_means(dtype, numbers, bad, place):
     if bad is not None:
         numbers[place % len(numbers)] = bad
     block = torch.tensor(numbers, dtype=torch.float64).to(getattr(torch, dtype))
-    assert streams.all_finite(block) == bool(torch.isfinite(block.double()).all())
+    assert io.all_finite(block) == bool(torch.isfinite(block.double()).all())
 
 
 def test_finite_takes_every_sign_and_the_largest_numbers():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         top = torch.finfo(dtype).max
-        assert streams.all_finite(torch.tensor([top, -top, 0.0, -0.0], dtype=dtype))
+        assert io.all_finite(torch.tensor([top, -top, 0.0, -0.0], dtype=dtype))
         for bad in (math.nan, -math.nan, math.inf, -math.inf):
-            assert not streams.all_finite(torch.tensor([-top, bad], dtype=dtype))
-            assert not streams.all_finite(torch.tensor([bad], dtype=dtype))
+            assert not io.all_finite(torch.tensor([-top, bad], dtype=dtype))
+            assert not io.all_finite(torch.tensor([bad], dtype=dtype))
 
 
 def test_a_cast_rounds_once_and_says_what_does_not_fit():
     tensor = values("float32", (50,))
-    rounded = streams.cast(streams.from_tensor(tensor), "bfloat16", what="'t'")
+    rounded = io.from_tensor(tensor).cast("bfloat16", what="'t'")
     assert rounded.dtype == "bfloat16"
     assert torch.equal(joined(rounded), tensor.bfloat16())
-    numbers = streams.cast(streams.from_tensor(torch.arange(3)), "float16", what="'t'")
+    numbers = io.from_tensor(torch.arange(3)).cast("float16", what="'t'")
     assert numbers.dtype == "int64"
-    large = streams.cast(streams.from_tensor(torch.tensor([1e6])), "float16", what="'t'")
+    large = io.from_tensor(torch.tensor([1e6])).cast("float16", what="'t'")
     with pytest.raises(CheckpointError, match="outside the range of float16"):
         list(large.blocks())
 
@@ -117,20 +117,20 @@ def test_the_largest_difference_is_found_wherever_it_is(small_blocks):
     for place in (0, 6, 7, 39):
         second = first.clone()
         second[place] += 0.5
-        pair = streams.from_tensor(first), streams.from_tensor(second)
-        assert streams.largest_difference(*pair) == pytest.approx(0.5, abs=1e-5)
-    assert streams.largest_difference(*2 * (streams.from_tensor(first),)) == 0
+        pair = io.from_tensor(first), io.from_tensor(second)
+        assert io.largest_difference(*pair) == pytest.approx(0.5, abs=1e-5)
+    assert io.largest_difference(*2 * (io.from_tensor(first),)) == 0
 
 
 def test_a_checkpoint_of_streams_is_that_of_their_tensors(tmp_path, small_tensors, small_blocks):
-    one = store.write_checkpoint(tmp_path / "a", config={}, tensors=small_tensors, stage={})
+    one = io.write_checkpoint(tmp_path / "a", config={}, tensors=small_tensors, stage={})
     read = []
-    streamed = streams.watched(
-        {k: streams.from_tensor(t) for k, t in small_tensors.items()},
+    streamed = io.watched(
+        {k: io.from_tensor(t) for k, t in small_tensors.items()},
         lambda steps, note: read.append(note),
     )
     told = {}
-    two = store.write_checkpoint(
+    two = io.write_checkpoint(
         tmp_path / "b",
         config={},
         tensors=streamed,
@@ -138,16 +138,16 @@ def test_a_checkpoint_of_streams_is_that_of_their_tensors(tmp_path, small_tensor
     )
     assert one == two
     assert sorted(read) == sorted(small_tensors)
-    assert told == {key: tensorfile.digest_of(t) for key, t in small_tensors.items()}
+    assert told == {key: io.digest_of(t) for key, t in small_tensors.items()}
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
-    assert store.read_stage(tmp_path / "b")["stage"] == "x"
+    assert io.read_stage(tmp_path / "b")["stage"] == "x"
 
 
 def test_nan_in_a_stream_leaves_nothing(tmp_path):
-    bad = streams.from_tensor(torch.tensor([1.0, math.nan]))
+    bad = io.from_tensor(torch.tensor([1.0, math.nan]))
     with pytest.raises(CheckpointError, match="'bad' holds NaN"):
-        store.write_checkpoint(tmp_path / "a", config={}, tensors={"bad": bad}, stage={})
+        io.write_checkpoint(tmp_path / "a", config={}, tensors={"bad": bad}, stage={})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -156,9 +156,9 @@ def test_room_is_taken_before_anything_is_written(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    large = streams.Stream((1 << 24,), "float32", lambda: pytest.fail("read"))
+    large = io.LazyTensor((1 << 24,), "float32", lambda: pytest.fail("read"))
     with pytest.raises(CheckpointError, match="No space left"):
-        store.write_checkpoint(tmp_path / "a", config={}, tensors={"x": large}, stage={})
+        io.write_checkpoint(tmp_path / "a", config={}, tensors={"x": large}, stage={})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -169,16 +169,16 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path):
     script = (
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
-        "from m2f2cli.checkpoints import store, streams, tensorfile\n"
+        "from m2f2cli.checkpoints import io\n"
         "def peak():\n"
         "    return int(next(l for l in open('/proc/self/status') if 'VmHWM' in l).split()[1])\n"
         "place = Path(sys.argv[1])\n"
-        "store.write_checkpoint(place / 'warm', config={}, stage={},\n"
+        "io.write_checkpoint(place / 'warm', config={}, stage={},\n"
         "                       tensors={'x': torch.ones(1)})\n"
         "before = peak()\n"
-        "found = tensorfile.open_tensor_file(place / 'x')\n"
-        "store.write_checkpoint(place / 'a', config={}, stage={},\n"
-        "    tensors={k: streams.from_stored(t) for k, t in found.items()})\n"
+        "found = io.open_weight_file(place / 'x').tensors\n"
+        "io.write_checkpoint(place / 'a', config={}, stage={},\n"
+        "    tensors={k: t for k, t in found.items()})\n"
         "sys.exit((peak() - before) // 1024)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)

@@ -109,9 +109,9 @@ def test_missing_answers_exit_3_unless_a_gate_trips(judged, capsys):
         (["images", "none"], 1, "no data folder 'none'"),
         (["ddvqa", "--predictions", "none.jsonl"], 1, "no file 'none.jsonl'"),
         (["ddvqa", "--predictions", "a", "--output", "b.jsonl"], 2, "--output is for a model"),
-        (["ddvqa", "--predictions", "a", "--robustness"], 2, "--robustness is for a model"),
-        (["images", "x", "--robustness"], 2, "--robustness needs a folder"),
-        (["images", "x", "--calibrated", "y"], 2, "--calibrated needs --calibrate"),
+        (["ddvqa", "--predictions", "a", "--robustness"], 2, "now 'm2f2 robustness'"),
+        (["images", "x", "--calibrate"], 2, "now 'm2f2 calibrate'"),
+        (["images", "x", "--calibrated", "y"], 2, "now 'm2f2 calibrate --calibrated'"),
         (["images", "x", "--output", "y.csv"], 2, "must end in .jsonl"),
         (["images", "x", "--protocol", "papre"], 2, "Did you mean 'paper'?"),
         (["images", "x", "--min-auc", "1.5"], 2, "--min-auc must lie between 0 and 1"),
@@ -206,8 +206,8 @@ def test_a_picture_that_cannot_be_read_exits_3(tiny_detector_folder, capsys, tmp
 def test_calibrating_stores_a_copy_and_never_on_a_test_set(
     pictures, tiny_detector_folder, capsys, tmp_path
 ):
-    command = ["evaluate", "images", str(pictures), "--model", str(tiny_detector_folder)]
-    command += ["--calibrate", "--calibrated", str(tmp_path / "c"), "--resamples", "0"]
+    command = ["calibrate", "images", str(pictures), "--model", str(tiny_detector_folder)]
+    command += ["--calibrated", str(tmp_path / "c"), "--resamples", "0"]
     assert app.run([*command, "--split", "test"]) == 2
     assert "A test set is not for calibration" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
@@ -221,8 +221,12 @@ def test_a_sweep_of_spoilt_pictures_goes_with_it(tiny_detector_folder, capsys, t
     for number in range(2):
         noise_picture(tmp_path / "d" / "real" / f"{number}.png", number)
         noise_picture(tmp_path / "d" / "fake" / f"{number}.png", number + 9)
-    command = ["evaluate", "images", str(tmp_path / "d"), "--model", str(tiny_detector_folder)]
-    command += ["--resamples", "0", "--robustness", "--robustness-dir", str(tmp_path / "s")]
+    command = ["robustness", "images", str(tmp_path / "d"), "--model", str(tiny_detector_folder)]
+    assert app.run(command) == 2
+    assert "m2f2 robustness needs a folder" in capsys.readouterr().err
+    assert app.run(["robustness", "ddvqa", "--predictions", "a"]) == 2
+    assert "--predictions" in capsys.readouterr().err
+    command += ["--resamples", "0", "--robustness-dir", str(tmp_path / "s")]
     assert app.run(command) == 0
     assert "Corruption" in capsys.readouterr().out
     assert (tmp_path / "s" / "robustness.json").is_file()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.checkpoints.convert import import_weights
 from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.cli.app import run
@@ -40,7 +40,7 @@ def same(files: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The fingerprint of detector B, imported from its plain file."""
     folder = tmp_path_factory.mktemp("same") / "b"
     made = import_weights([files / "b.pth"], folder, clip_config=files / "clip.json")
-    assert store.fingerprint(folder, verify=True) == made.fingerprint
+    assert io.fingerprint(folder, verify=True) == made.fingerprint
     return made.fingerprint
 
 
@@ -57,7 +57,7 @@ def do(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return store.read_tensors(folder, finite=True)
+    return io.read_tensors(folder, finite=True)
 
 
 def test_detector_b_becomes_a_checkpoint_that_loads(do, tmp_path, files):
@@ -81,7 +81,7 @@ def test_detector_b_becomes_a_checkpoint_that_loads(do, tmp_path, files):
     preprocessor = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert preprocessor["image_processor_type"] == "CLIPImageProcessor"
     assert preprocessor["crop_size"] == {"height": published.SIDE, "width": published.SIDE}
-    stage = store.read_stage(tmp_path / "out")
+    stage = io.read_stage(tmp_path / "out")
     assert stage["sources"][0]["file"] == "b.pth"
     assert len(stage["sources"][0]["sha256"]) == 64
     pixels = torch.randn(2, 3, published.SIDE, published.SIDE)
@@ -96,7 +96,7 @@ def test_detector_b_becomes_a_checkpoint_that_loads(do, tmp_path, files):
 def test_every_container_gives_the_same_detector(do, tmp_path, same, names):
     code, _, err = do(*names)
     assert code == 0, err
-    assert store.fingerprint(tmp_path / "out") == same
+    assert io.fingerprint(tmp_path / "out") == same
 
 
 def test_detector_a_loads_with_the_same_logits(do, tmp_path):
@@ -253,19 +253,19 @@ def test_unknown_and_truncated_files(do, tmp_path, files):
 
 def test_an_existing_checkpoint_is_kept(do, tmp_path):
     assert do("b.pth")[0] == 0
-    before = store.fingerprint(tmp_path / "out", verify=True)
+    before = io.fingerprint(tmp_path / "out", verify=True)
     code, _, err = do("a.pth")
     assert code == 1
     assert "--overwrite" in err
-    assert store.fingerprint(tmp_path / "out", verify=True) == before
+    assert io.fingerprint(tmp_path / "out", verify=True) == before
 
 
 def test_a_failed_import_keeps_the_old_checkpoint(do, tmp_path):
     assert do("b.pth")[0] == 0
-    before = store.fingerprint(tmp_path / "out", verify=True)
+    before = io.fingerprint(tmp_path / "out", verify=True)
     bad = save(changed(**{"vision_proj.1.bias": torch.full((12,), float("nan"))}), tmp_path)
     assert do(bad, extra=("--overwrite",))[0] == 1
-    assert store.fingerprint(tmp_path / "out", verify=True) == before
+    assert io.fingerprint(tmp_path / "out", verify=True) == before
 
 
 def test_a_detector_inside_a_larger_model(do, tmp_path):

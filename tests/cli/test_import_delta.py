@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.checkpoints.convert import import_weights
 from m2f2cli.cli.app import run
 from tests.checkpoints import llavas, published
@@ -116,7 +116,7 @@ def test_stage_2_becomes_a_delta(do, tmp_path, alone):
     theirs = projector("deepfake_projector", 2)
     wanted = {key.replace("deepfake", "forgery"): tensor for key, tensor in theirs.items()}
     same(load_file(tmp_path / "out" / "delta.safetensors"), wanted)
-    stage = store.read_stage(tmp_path / "out")
+    stage = io.read_stage(tmp_path / "out")
     assert stage["parent"] is None
     assert stage["fingerprint"].startswith("sha256:")
     assert run(["info", str(tmp_path / "out"), "--json"]) == 0

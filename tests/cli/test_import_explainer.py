@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2f2cli.checkpoints import keymaps, store
+from m2f2cli.checkpoints import io, keymaps
 from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.cli.app import run
 from tests.checkpoints import golden, llavas, published
@@ -68,7 +68,7 @@ def test_every_tensor_lands_bit_by_bit_and_the_model_runs(do, tmp_path):
     same(found, expected(llavas.explainer(), published.BLOCKS))
     assert f"{len(found)} tensors read back, largest difference 0.0" in out
     assert "all finite" in out
-    config = store.read_config(tmp_path / "out")
+    config = io.read_config(tmp_path / "out")
     text = config["text_config"]
     assert (text["num_key_value_heads"], text["head_dim"], text["rms_norm_eps"]) == (2, 4, 1e-5)
     assert text["rope_parameters"] == {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
@@ -81,10 +81,10 @@ def test_every_tensor_lands_bit_by_bit_and_the_model_runs(do, tmp_path):
 
 def test_the_source_is_named_by_its_fingerprint(do, tmp_path, folders):
     assert do("whole")[0] == 0
-    stage = store.read_stage(tmp_path / "out")
+    stage = io.read_stage(tmp_path / "out")
     assert stage["stage"] == "import"
-    assert stage["sources"][0]["fingerprint"] == store.fingerprint(folders / "whole")
-    assert store.fingerprint(tmp_path / "out", verify=True) == stage["fingerprint"]
+    assert stage["sources"][0]["fingerprint"] == io.fingerprint(folders / "whole")
+    assert io.fingerprint(tmp_path / "out", verify=True) == stage["fingerprint"]
 
 
 @pytest.mark.parametrize(
@@ -249,14 +249,14 @@ def test_things_that_are_no_import(do, tmp_path, folders):
 
 def test_an_existing_checkpoint_is_kept(do, tmp_path):
     assert do("whole")[0] == 0
-    before = store.fingerprint(tmp_path / "out", verify=True)
+    before = io.fingerprint(tmp_path / "out", verify=True)
     code, _, err = do("whole")
     assert code == 1
     assert "--overwrite" in err
     (tmp_path / "sub").mkdir()
     bad = changed(tmp_path / "sub", **{"model.norm.weight": NAN})
     assert do(bad, extra=("--overwrite",))[0] == 1
-    assert store.fingerprint(tmp_path / "out", verify=True) == before
+    assert io.fingerprint(tmp_path / "out", verify=True) == before
     assert do("whole", extra=("--overwrite",))[0] == 0
 
 
@@ -285,4 +285,4 @@ def test_the_golden_explainer_lands_bit_by_bit_and_loads_strictly(tmp_path, caps
     assert run(["import", str(folder), *arguments, "--quiet"]) == 0, capsys.readouterr().err
     same(llavas.stored(tmp_path / "out"), expected(golden.as_saved(), 3))
     model, _ = load_explainer(str(tmp_path / "out"), device="cpu")
-    assert model.fingerprint == store.fingerprint(tmp_path / "out", verify=True)
+    assert model.fingerprint == io.fingerprint(tmp_path / "out", verify=True)

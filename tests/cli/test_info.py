@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from m2f2cli import environment
-from m2f2cli.checkpoints import keymaps, store
+from m2f2cli.checkpoints import io, keymaps
 from m2f2cli.cli.app import run
 from tests.checkpoints import published
 
@@ -87,10 +87,10 @@ def test_a_broken_torch_is_reported(monkeypatch, info):
 def test_a_detector_folder(info, as_json, tiny_detector_folder):
     found = as_json(tiny_detector_folder, "--verify")
     assert found["kind"] == keymaps.DETECTOR
-    tensors = store.read_tensors(tiny_detector_folder)
+    tensors = io.read_tensors(tiny_detector_folder)
     assert found["tensors"] == len(tensors)
     assert found["parameters"] == sum(t.numel() for t in tensors.values())
-    assert found["fingerprint"] == store.fingerprint(tiny_detector_folder)
+    assert found["fingerprint"] == io.fingerprint(tiny_detector_folder)
     assert found["stage"]["stage"] == "test"
     assert found["shapes"]["head.weight"] == [list(tensors["head.weight"].shape), "float32"]
     code, out, _ = info(tiny_detector_folder)
@@ -106,11 +106,11 @@ def broken(tiny_detector_folder, tmp_path):
     """A copy of the tiny detector with changed tensors or without some files."""
 
     def make(change=lambda tensors: None, without: tuple[str, ...] = ()) -> Path:
-        tensors = store.read_tensors(tiny_detector_folder)
+        tensors = io.read_tensors(tiny_detector_folder)
         change(tensors)
-        config = store.read_config(tiny_detector_folder)
+        config = io.read_config(tiny_detector_folder)
         folder = tmp_path / "broken"
-        store.write_checkpoint(folder, config=config, tensors=tensors, stage={})
+        io.write_checkpoint(folder, config=config, tensors=tensors, stage={})
         for name in without:
             (folder / name).unlink()
         return folder
@@ -239,7 +239,7 @@ def small_shards(tmp_path):
     folder = tmp_path / "shards"
     tensors = {key: torch.ones(8) for key in KINDS[keymaps.TOWER] + ["vision_model.x"]}
     config = {"model_type": "clip_vision_model"}
-    store.write_checkpoint(folder, config=config, tensors=tensors, stage={}, max_shard_bytes=40)
+    io.write_checkpoint(folder, config=config, tensors=tensors, stage={}, max_shard_bytes=40)
     return folder
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from m2f2cli.checkpoints import keymaps, store
+from m2f2cli.checkpoints import io, keymaps
 from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.cli.app import run
 from tests.checkpoints import llavas, published
@@ -52,7 +52,7 @@ def language(dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
 
 
 def of_detector(home: Path) -> dict[str, torch.Tensor]:
-    return {f"detector.{k}": t for k, t in store.read_tensors(home / "detector").items()}
+    return {f"detector.{k}": t for k, t in io.read_tensors(home / "detector").items()}
 
 
 def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
@@ -81,15 +81,15 @@ def test_every_layout_gives_the_same_explainer(do, home, tmp_path, layout):
     same(found, wanted)
     rest = set(found) - set(wanted)
     assert rest == {f"forgery_projector.{n}.{part}" for n in (0, 2) for part in ("weight", "bias")}
-    config = store.read_config(tmp_path / "out")
+    config = io.read_config(tmp_path / "out")
     assert config["detector_config"]["threshold"] == 0.5
     assert config["image_aspect"] == "pad"
-    stage = store.read_stage(tmp_path / "out")
+    stage = io.read_stage(tmp_path / "out")
     assert stage["stage"] == "init-llava"
-    assert stage["parents"]["detector"]["fingerprint"] == store.fingerprint(home / "detector")
+    assert stage["parents"]["detector"]["fingerprint"] == io.fingerprint(home / "detector")
     if layout in ("safetensors", "safetensors shards") or layout.startswith("hf"):
-        assert stage["parents"]["llava"]["fingerprint"] == store.fingerprint(home / layout)
-    assert store.fingerprint(tmp_path / "out", verify=True) == stage["fingerprint"]
+        assert stage["parents"]["llava"]["fingerprint"] == io.fingerprint(home / layout)
+    assert io.fingerprint(tmp_path / "out", verify=True) == stage["fingerprint"]
 
 
 def test_the_result_loads_strictly_and_runs(do, tmp_path, capsys):
@@ -109,7 +109,7 @@ def test_the_new_projector_is_drawn_by_the_seed(do, tmp_path):
     for seed in ("0", "0", "5"):
         assert do("bin", "detector", "--seed", seed, "--overwrite")[0] == 0
         tensors = llavas.stored(tmp_path / "out")
-        marks.append(store.fingerprint(tmp_path / "out"))
+        marks.append(io.fingerprint(tmp_path / "out"))
         weight = torch.cat([tensors[f"forgery_projector.{n}.weight"].flatten() for n in (0, 2)])
         assert not tensors["forgery_projector.0.bias"].any()
         assert not tensors["forgery_projector.2.bias"].any()
@@ -123,15 +123,15 @@ def test_the_type_is_that_of_language_model_and_projectors(do, home, tmp_path, d
     found = llavas.stored(tmp_path / "out")
     same(found, {**language(getattr(torch, dtype)), **of_detector(home)})
     assert found["forgery_projector.0.weight"].dtype == getattr(torch, dtype)
-    assert store.read_config(tmp_path / "out")["dtype"] == dtype
-    stage = store.read_stage(tmp_path / "out")
+    assert io.read_config(tmp_path / "out")["dtype"] == dtype
+    stage = io.read_stage(tmp_path / "out")
     assert stage["options"]["dtype"] == dtype
 
 
 def test_the_bases_fingerprint_does_not_depend_on_the_type(do, home, tmp_path):
     assert do("safetensors", "detector", "--dtype", "float32")[0] == 0
-    mark = store.read_stage(tmp_path / "out")["parents"]["llava"]["fingerprint"]
-    assert mark == store.fingerprint(home / "safetensors")
+    mark = io.read_stage(tmp_path / "out")["parents"]["llava"]["fingerprint"]
+    assert mark == io.fingerprint(home / "safetensors")
 
 
 def other_tower(tmp_path: Path) -> Path:
@@ -148,7 +148,7 @@ def test_a_tower_that_differs_is_reported_and_the_detectors_kept(do, home, tmp_p
     assert "by up to 0.25" in err
     assert "--tower llava" in err
     same(llavas.stored(tmp_path / "out"), of_detector(home))
-    report = store.read_stage(tmp_path / "out")["clip_tower"]
+    report = io.read_stage(tmp_path / "out")["clip_tower"]
     assert (report["state"], report["kept"]) == ("differs", "detector")
 
 
@@ -235,7 +235,7 @@ def test_a_tied_head_becomes_one_of_its_own(do, tmp_path):
     found = llavas.stored(tmp_path / "out")
     words = found["language_model.model.embed_tokens.weight"]
     assert torch.equal(found["language_model.lm_head.weight"], words)
-    assert store.read_config(tmp_path / "out")["text_config"]["tie_word_embeddings"] is False
+    assert io.read_config(tmp_path / "out")["text_config"]["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize("token", ["bos_token", "eos_token"])
@@ -320,7 +320,7 @@ def test_other_models_are_no_base(do, home, tmp_path):
 
 def test_a_detector_with_nan(do, home, tmp_path):
     judge = Path(shutil.copytree(home / "detector", tmp_path / "judge"))
-    tensors = store.read_tensors(judge)
+    tensors = io.read_tensors(judge)
     tensors = {k: t.clone() for k, t in tensors.items()}
     tensors["head.bias"][0] = float("nan")
     from safetensors.torch import save_file
@@ -334,13 +334,13 @@ def test_a_detector_with_nan(do, home, tmp_path):
 
 def test_an_existing_output_is_kept(do, tmp_path):
     assert do("bin")[0] == 0
-    before = store.fingerprint(tmp_path / "out", verify=True)
+    before = io.fingerprint(tmp_path / "out", verify=True)
     code, _, err = do("bin", "detector", "--seed", "3")
     assert code == 1
     assert "--overwrite" in err
-    assert store.fingerprint(tmp_path / "out", verify=True) == before
+    assert io.fingerprint(tmp_path / "out", verify=True) == before
     assert do("bin", "detector", "--seed", "3", "--overwrite")[0] == 0
-    assert store.fingerprint(tmp_path / "out", verify=True) != before
+    assert io.fingerprint(tmp_path / "out", verify=True) != before
 
 
 def test_a_full_disk_leaves_nothing(do, tmp_path, monkeypatch):
@@ -389,7 +389,7 @@ def test_json(do, tmp_path):
     code, out, _ = do("bin", "detector", "--json")
     assert code == 0
     found = json.loads(out)
-    assert found["fingerprint"] == store.fingerprint(tmp_path / "out")
+    assert found["fingerprint"] == io.fingerprint(tmp_path / "out")
     assert {part["part"] for part in found["parts"]} == {
         "detector",
         "detector.clip",

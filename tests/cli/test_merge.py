@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2f2cli.checkpoints import delta, merge_proof, store
+from m2f2cli.checkpoints import delta, io, merge_proof
 from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.checkpoints.merge import Merge
 from m2f2cli.cli.app import run
@@ -44,7 +44,7 @@ def do(home, tmp_path, capsys):
 def test_it_says_what_it_did(do, home, tmp_path):
     code, out, err = do("adapter")
     assert code == 0, err
-    mark = store.read_stage(tmp_path / "out")["fingerprint"]
+    mark = io.read_stage(tmp_path / "out")["fingerprint"]
     rows = {line.split()[0]: line.split()[1] for line in out.splitlines()}
     assert (rows["folded"], rows["replaced"]) == ("4", "8")
     assert mark in out
@@ -55,7 +55,7 @@ def test_json(do, tmp_path):
     code, out, _ = do("delta", extra=("--json", "--verify"))
     said = json.loads(out)
     assert code == 0
-    assert said["fingerprint"] == store.read_stage(tmp_path / "out")["fingerprint"]
+    assert said["fingerprint"] == io.read_stage(tmp_path / "out")["fingerprint"]
     assert said["existed"] is False
     assert said["forced"] == []
     assert [a["tensors"] for a in said["actions"] if a["action"] == "replaced"] == [4]
@@ -76,7 +76,7 @@ def test_a_dry_run_writes_nothing(do, home, tmp_path, as_json):
         assert "folded: language_model.model.layers.0.mlp.down_proj.weight" in err
         return
     plan = json.loads(out)
-    assert plan["bytes"] == sum(t.load().nbytes for t in store.open_tensors(home / "base").values())
+    assert plan["bytes"] == sum(t.load().nbytes for t in io.open_tensors(home / "base").values())
     assert len(plan["tensors"]) == 12
     assert plan["peak_memory_bytes"] < 1.5e9
 
@@ -97,12 +97,12 @@ def test_verify_finds_a_wrong_value(home, tmp_path, name):
     """A merge with one value of one changed tensor off by a hundredth."""
     job = Merge(home / "base", [home / name], tmp_path / "out")
     job.write()
-    tensors = {key: t.clone() for key, t in store.read_tensors(tmp_path / "out").items()}
+    tensors = {key: t.clone() for key, t in io.read_tensors(tmp_path / "out").items()}
     key = next(row.name for row in job.rows.values() if row.changes and len(row.result.shape) == 2)
     tensors[key][0, 0] += 0.01
-    store.write_checkpoint(
+    io.write_checkpoint(
         tmp_path / "out",
-        config=store.read_config(tmp_path / "out"),
+        config=io.read_config(tmp_path / "out"),
         tensors=tensors,
         stage={},
         overwrite=True,
@@ -127,7 +127,7 @@ def trained(home) -> Path:
     delta.write_delta(
         home / "trained",
         tensors=get_peft_model_state_dict(model),
-        stage={"stage": "lora", "parent": store.fingerprint(home / "base")},
+        stage={"stage": "lora", "parent": io.fingerprint(home / "base")},
         adapter=delta.adapter_fields(model.peft_config["default"].to_dict()),
     )
     return home / "trained"
@@ -200,7 +200,7 @@ KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.checkpoints.merge import Merge
 
 torch.set_num_threads(1)
@@ -223,14 +223,14 @@ for _ in range(30):
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     if output.exists():
-        assert store.fingerprint(output, verify=True) == wanted
+        assert io.fingerprint(output, verify=True) == wanted
         complete += 1
         Merge(base, [delta], output).write()
         os.rename(output, output.with_name(f"done-{complete}"))
     else:
         absent += 1
 Merge(base, [delta], output).write()
-assert store.fingerprint(output, verify=True) == wanted
+assert io.fingerprint(output, verify=True) == wanted
 assert not list(output.parent.glob(".*")), list(output.parent.glob(".*"))
 print(absent, complete)
 """
@@ -274,7 +274,7 @@ def test_a_delta_of_another_base_is_forced_in_the_open(do, home, tmp_path):
     code, _, err = do("stray", extra=("--force",))
     assert code == 0
     assert "warning: The delta" in err
-    assert store.read_stage(tmp_path / "out")["forced"]
+    assert io.read_stage(tmp_path / "out")["forced"]
 
 
 def test_an_output_that_is_not_empty(do, tmp_path):

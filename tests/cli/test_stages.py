@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.cli import app
 from m2f2cli.options.fields import flag_name
 from tests.training.conftest import one_thread  # noqa: F401 - a fixture
@@ -112,4 +112,4 @@ def test_a_stage_prints_its_folder_only(stage, capsys, tmp_path):
     assert shown.out == f"{tmp_path / 'delta'}\n"
     assert "conversations: 16 to learn from, 8 held out" in shown.err
     assert "epoch 1/1: loss" in shown.err
-    assert store.read_stage(tmp_path / "delta")["stage"] == stage
+    assert io.read_stage(tmp_path / "delta")["stage"] == stage

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.data.samples import read_samples
 from m2f2cli.errors import CheckpointError, InputError, UsageError
 from m2f2cli.evaluation.calibrate import calibrate
 from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.runs import score_set, truth_of
 from m2f2cli.evaluation.truth import Joined, join
+from m2f2cli.files import json_bytes
 from m2f2cli.inference.detect import DetectOptions, detect
 from tests.inference.conftest import noise_picture
 
@@ -60,7 +61,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_detect_judges_by_what_was_learnt(folder, data, scored):
-    before = store.fingerprint(folder)
+    before = io.fingerprint(folder)
     found = calibrate(str(folder), scored, target_fpr=0.2)
     pictures = sorted(str(p) for p in data.rglob("*.png"))
     records = list(detect(pictures, model=str(folder), options=CROPS))
@@ -68,7 +69,7 @@ def test_detect_judges_by_what_was_learnt(folder, data, scored):
     assert settings.threshold == found.threshold
     assert settings.temperature == pytest.approx(found.temperature)
     assert settings.uncertain == found.uncertain
-    assert settings.model_fingerprint == store.fingerprint(folder, verify=True) != before
+    assert settings.model_fingerprint == io.fingerprint(folder, verify=True) != before
     real = [r.fake_probability for r in records if "/real/" in r.path]
     assert np.mean(np.array(real) >= settings.threshold) <= 0.2
     assert sum(p >= settings.threshold for p in real) == found.false_positives
@@ -81,9 +82,9 @@ def test_detect_judges_by_what_was_learnt(folder, data, scored):
 
 def test_the_checkpoint_says_what_it_was_learnt_from(folder, scored):
     files = content(folder)
-    before = store.fingerprint(folder)
+    before = io.fingerprint(folder)
     found = calibrate(str(folder), scored, target_fpr=0.2)
-    stage = store.read_stage(folder)
+    stage = io.read_stage(folder)
     noted = stage["calibration"]
     assert stage["stage"] == "test"
     assert noted["model"] == before
@@ -109,13 +110,11 @@ def test_a_copy_leaves_the_original(folder, scored, tmp_path):
     copy = tmp_path / "deep" / "calibrated"
     calibrate(str(folder), scored, target_fpr=0.2, output=copy)
     assert content(folder) == files
-    assert (
-        store.read_config(copy)["threshold"] == store.read_stage(copy)["calibration"]["threshold"]
-    )
+    assert io.read_config(copy)["threshold"] == io.read_stage(copy)["calibration"]["threshold"]
     with pytest.raises(CheckpointError, match="exists"):
         calibrate(str(folder), scored, target_fpr=0.2, output=copy)
     calibrate(str(folder), scored, target_fpr=0.3, output=copy, overwrite=True)
-    assert store.read_stage(copy)["calibration"]["target_fpr"] == 0.3
+    assert io.read_stage(copy)["calibration"]["target_fpr"] == 0.3
 
 
 def test_calibrating_again_starts_from_the_stored_temperature(folder, data, scored, tmp_path):
@@ -206,15 +205,15 @@ def test_texts_and_other_models_are_refused(folder, scored):
         calibrate(str(folder), replace(scored, task="judgement"))
     with pytest.raises(InputError, match="another model"):
         calibrate(str(folder), replace(scored, model_fingerprint="sha256:other"))
-    config = store.read_config(folder) | {"model_type": "llava"}
-    (folder / "config.json").write_bytes(store.json_bytes(config))
+    config = io.read_config(folder) | {"model_type": "llava"}
+    (folder / "config.json").write_bytes(json_bytes(config))
     with pytest.raises(CheckpointError, match="no detector"):
         calibrate(str(folder), scored)
 
 
 def test_a_checkpoint_that_was_tampered_with_gets_no_new_fingerprint(folder, scored):
-    config = store.read_config(folder) | {"threshold": 0.9}
-    (folder / "config.json").write_bytes(store.json_bytes(config))
+    config = io.read_config(folder) | {"threshold": 0.9}
+    (folder / "config.json").write_bytes(json_bytes(config))
     with pytest.raises(CheckpointError, match="changed after it was written"):
         calibrate(str(folder), scored, target_fpr=0.2)
 
@@ -223,7 +222,7 @@ def test_pictures_without_a_score_are_counted_and_left_out(folder, scored):
     items = (replace(scored.items[0], fake_probability=None, verdict=None), *scored.items[1:])
     found = calibrate(str(folder), replace(scored, items=items), target_fpr=0.2)
     assert found.real + found.fake == 49
-    assert store.read_stage(folder)["calibration"]["without_score"] == 1
+    assert io.read_stage(folder)["calibration"]["without_score"] == 1
 
 
 def test_one_class_only_is_refused(folder, scored):

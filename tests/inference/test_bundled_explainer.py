@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.checkpoints.hub import resolve_checkpoint
 from m2f2cli.checkpoints.inspect import inspect_checkpoint
+from m2f2cli.checkpoints.io import open_weight_file
 from m2f2cli.checkpoints.load import load_detector, load_explainer
-from m2f2cli.checkpoints.tensorfile import open_tensor_file
 from m2f2cli.cli import app
 
 PHOTO = Path(__file__).parents[2] / "examples" / "astronaut.jpg"
@@ -24,7 +24,7 @@ def test_it_is_whole_small_and_stores_nothing_twice():
     assert set(found.dtypes) == {"float16", "int64"}
     folder = resolve_checkpoint("lite-explainer")
     assert not any(
-        k.startswith("detector.") for k in open_tensor_file(folder / "model.safetensors")
+        k.startswith("detector.") for k in open_weight_file(folder / "model.safetensors").tensors
     )
     files = [path for path in folder.parent.glob("lite*/*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 45 * MEGABYTE
@@ -40,7 +40,7 @@ def test_its_detector_is_the_bundled_one():
 
 
 def test_its_stages_are_told_without_a_path_of_some_machine():
-    stage = store.read_stage(resolve_checkpoint("lite-explainer"))
+    stage = io.read_stage(resolve_checkpoint("lite-explainer"))
     assert "/" not in json.dumps(stage).replace("docs/models/", "")
 
 

@@ -263,3 +263,27 @@ def test_pixels_reach_the_model_as_the_preprocessing_says(tmp_path: Path) -> Non
     judged([path], Spy(image_mean=mean, image_std=std))
     expected = preprocess(np.asarray(Image.open(path)), size=32, mean=mean, std=std)
     assert np.array_equal(seen[0][0].numpy(), expected)
+
+
+def test_items_without_new_crops_do_not_wait_for_a_batch_to_fill(
+    tmp_path: Path, judge: MeanJudge
+) -> None:
+    paths = [str(write_picture(tmp_path / "first.png", 200))]
+    paths += [str(tmp_path / f"missing-{i}.png") for i in range(40)]
+    records = detect(paths, model=judge, options=replace(NONE, batch_size=4))
+    assert next(records).verdict == "fake"
+    assert judge.batches == [1]
+    assert len(list(records)) == 40
+
+
+def test_texts_in_a_video_that_are_no_utf8_are_a_record(
+    tmp_path: Path, judge: MeanJudge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        b"\xe9t\xe9".decode()
+
+    monkeypatch.setattr("av.open", fail)
+    (tmp_path / "a.mp4").write_bytes(b"a video")
+    bad, good = judged([tmp_path / "a.mp4", write_picture(tmp_path / "b.png", 200)], judge)
+    assert (bad.status, good.status) == ("unreadable", "ok")
+    assert "UTF-8" in str(bad.message)

@@ -132,3 +132,15 @@ def test_an_unwritable_place_is_one_sentence(tmp_path: Path) -> None:
     os.mkdir(tmp_path / "out.jsonl")
     with pytest.raises(M2F2Error, match="Cannot write"):
         RecordFile(tmp_path / "out.jsonl")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed there")
+def test_a_file_removed_during_the_run_is_an_error(tmp_path: Path, record: Detection) -> None:
+    file = tmp_path / "out.jsonl"
+    log = RecordFile(file)
+    log.append(record)
+    file.unlink()
+    with pytest.raises(M2F2Error, match="was removed during the run"):
+        log.append(replace(record, path="b"))
+    with pytest.raises(M2F2Error, match="was removed during the run"):
+        log.close()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.models.explainer import Explainer, ExplainerConfig
 from m2f2cli.models.processing import ExplainerProcessor
@@ -56,7 +56,7 @@ def write_explainer(folder: Path, *, change: Any = None, **fields: Any) -> Expla
     if change:
         change(tensors)
     config = json.loads(model.config.to_json_string(use_diff=False))
-    store.write_checkpoint(folder, config=config, tensors=tensors, stage={"stage": "test"})
+    io.write_checkpoint(folder, config=config, tensors=tensors, stage={"stage": "test"})
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(TOKENIZER / name, folder)
     return model

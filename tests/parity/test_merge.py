@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m2f2cli.checkpoints import keymaps, store
+from m2f2cli.checkpoints import io, keymaps
 from m2f2cli.checkpoints.convert import import_weights
 from m2f2cli.checkpoints.merge import Merge
 from m2f2cli.errors import CheckpointError
@@ -65,7 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def merged(place: Path, base: str, deltas: tuple[str, ...], force: bool = True):
     output = place / "-".join([base, *deltas, str(force)])
     Merge(place / base, [place / name for name in deltas], output, force=force).write()
-    return store.read_tensors(output, finite=True)
+    return io.read_tensors(output, finite=True)
 
 
 def expected(prefix: str) -> dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ def test_stage_2(place):
     assert len(wanted) == 4
     for key, tensor in wanted.items():
         assert torch.equal(found[key], tensor), key
-    base = store.read_tensors(place / "base")
+    base = io.read_tensors(place / "base")
     assert all(torch.equal(found[k], t) for k, t in base.items() if k not in wanted)
 
 
@@ -105,7 +105,7 @@ def test_stage_3(place, chained, record_property):
     found = merged(place, "base", ("stage-2", "stage-3") if chained else ("stage-3",))
     wanted = expected("merged.")
     assert len(wanted) == 5
-    worst, base = 0.0, store.read_tensors(place / "base")
+    worst, base = 0.0, io.read_tensors(place / "base")
     for key, tensor in wanted.items():
         assert found[key].dtype == tensor.dtype == torch.float16
         worst = max(worst, steps(cut(found[key], tensor), tensor, cut(base[key], tensor)))
@@ -139,7 +139,7 @@ def test_updates_of_frozen_modules_are_refused_unless_forced(place):
     }
     save_file(state, trained / "adapter_model.safetensors")
     found = merged(place, "base", ("stage-3-trained",), force=False)
-    base = store.read_tensors(place / "base")
+    base = io.read_tensors(place / "base")
     for key, tensor in expected("merged.").items():
         if not key.startswith("detector."):
             assert steps(cut(found[key], tensor), tensor, cut(base[key], tensor)) <= 1

@@ -121,7 +121,7 @@ def test_the_verdict_is_of_the_chosen_face():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"in_domain": False, "verdict": "uncertain"}, "unlike the pictures the model has learnt"),
+        ({"in_domain": False, "verdict": "uncertain"}, "unlike the pictures the model has learned"),
         ({"verdict": "uncertain", "fake_probability": 0.5}, "It lies in that band."),
     ],
 )

@@ -127,7 +127,7 @@ def test_a_new_detector_takes_the_clip_weights_it_needs(clip_folder):
 
 
 def test_init_starts_from_a_detector_and_names_its_parent(options, tmp_path):
-    from m2f2cli.checkpoints import store
+    from m2f2cli.checkpoints import io
     from m2f2cli.checkpoints.load import load_detector
 
     first = train_detector(options(output=tmp_path / "first", epochs=1))
@@ -141,7 +141,7 @@ def test_init_starts_from_a_detector_and_names_its_parent(options, tmp_path):
     second = train_detector(
         TrainDetectorOptions.from_flat(kept | {"model": str(first), "train": "prompt"})
     )
-    assert store.read_stage(second)["parent"] == parent.fingerprint
+    assert io.read_stage(second)["parent"] == parent.fingerprint
     child = load_detector(str(second))
     ours, theirs = child.state_dict(), parent.state_dict()
     moved = {key for key in ours if not torch.equal(ours[key], theirs[key])}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.training.explainer import prepare
 from m2f2cli.training.states import state_folder
 from tests.training.talks import stage_options, write_all
@@ -78,7 +78,7 @@ def check(one, two, *, weights: float, loss: float) -> None:
         curves = [[entry[key] for entry in each if key in entry] for each in (log, other)]
         assert curves[0]
         assert np.allclose(*curves, atol=loss), key
-    assert store.read_stage(second)["processes"] == 2
+    assert io.read_stage(second)["processes"] == 2
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_launchers(root, tmp_path, launcher, count, zero):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.stdout.split() == [str(tmp_path / "delta")]
-    assert store.read_stage(tmp_path / "delta")["processes"] == count
+    assert io.read_stage(tmp_path / "delta")["processes"] == count
 
 
 @needs_deepspeed

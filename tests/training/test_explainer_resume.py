@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from m2f2cli.checkpoints import delta, store
-from m2f2cli.checkpoints.tensorfile import write_tensor_file
+from m2f2cli.checkpoints import delta, io
+from m2f2cli.checkpoints.io import write_tensor_file
 from m2f2cli.errors import CheckpointError, ConfigError, UsageError
 from m2f2cli.training import trainer
 from m2f2cli.training.explainer import prepare
@@ -48,7 +48,7 @@ def bits(folder):
 def test_interrupted_and_resumed_stage_ends_bit_equal(stage, root, tmp_path):
     """Interrupted inside an epoch and right after one, resumed with other worker processes."""
     whole = train(stage_options(stage, root, tmp_path / "whole", **STATEFUL))
-    figures = store.read_stage(whole)["metrics"]
+    figures = io.read_stage(whole)["metrics"]
     for step in (2, 8):
         output = tmp_path / f"cut{step}"
         run = prepare(stage_options(stage, root, output, **STATEFUL))
@@ -57,7 +57,7 @@ def test_interrupted_and_resumed_stage_ends_bit_equal(stage, root, tmp_path):
         assert not output.exists()
         options = stage_options(stage, root, output, **STATEFUL, resume=True, workers=step % 2)
         assert bits(train(options)) == bits(whole), step
-        assert store.read_stage(output)["metrics"] == figures
+        assert io.read_stage(output)["metrics"] == figures
         assert not state_folder(output).exists()
     if stage == "lora":
         others = STATEFUL | {"seed": 1}

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.data.conversations import Pictures
 from m2f2cli.data.prepare.ddvqa import prepare_ddvqa
@@ -138,9 +138,9 @@ def test_after_20_steps_exactly_the_stages_parameters_have_moved(stage, root, tm
         assert torch.equal(inside[f"detector.{name}"], tensor)
     delta = "delta.safetensors" if stage == "align" else "adapter_model.safetensors"
     assert set(load_file(folder / delta)) == wanted
-    said = store.read_stage(folder)
+    said = io.read_stage(folder)
     assert said["stage"] == stage
-    assert said["parent"] == store.fingerprint(root / "explainer")
+    assert said["parent"] == io.fingerprint(root / "explainer")
     assert said["options"] == options.to_flat()
 
 
@@ -210,7 +210,7 @@ def test_four_bits_hold_the_language_models_layers_only(tmp_path, monkeypatch):
     assert all(".layers." in name and "language_model." in name for name in packed)
     folder = run.run()
     assert set(weights(folder)) == expected_names("lora", run.model)
-    assert store.read_stage(folder)["options"]["quantize"] == "4bit"
+    assert io.read_stage(folder)["options"]["quantize"] == "4bit"
     plain, _ = load_explainer(str(root / "explainer"), device="cpu")
     PeftModel.from_pretrained(plain, str(folder))
 
@@ -274,7 +274,7 @@ def test_measured_within_epochs_too(stage, root, tmp_path):
     folder = often.run()
     each = often.steps // 2
     assert apart(plain, folder) == 0
-    one, two = (store.read_stage(run)["metrics"] for run in (plain, folder))
+    one, two = (io.read_stage(run)["metrics"] for run in (plain, folder))
     assert set(one) == {"epochs"}
     for a, b in zip(one["epochs"], two["epochs"], strict=True):
         assert a == pytest.approx(b)
@@ -355,7 +355,7 @@ def test_missing_pictures_are_counted_or_refused(root, tmp_path):
         prepare(stage_options("align", root, tmp_path / "out", **given))
     assert "--missing skip" in refused.value.hint
     folder = train(stage_options("align", root, tmp_path / "skipped", missing="skip", **given))
-    data = store.read_stage(folder)["data"]
+    data = io.read_stage(folder)["data"]
     assert (data["missing"], data["train"]) == (4, 20)
     assert data["missing_pictures"] == ["5_000.jpg", "5_001.jpg"]
 

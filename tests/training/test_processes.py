@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.training.detector import prepare, train_detector
 from tests.training.conftest import TOY_KINDS
 
@@ -120,7 +120,7 @@ def test_two_processes_train_what_one_does(together, tmp_path):
     assert apart < 2e-3  # two steps' worth of Adam where a gradient is nothing but rounding
     moved = [float((one[key] - two[key]).abs().mean()) for key in one if "head" in key]
     assert max(moved) < 1e-5
-    figures = [store.read_stage(f)["metrics"]["epochs"] for f in (lone, folder / "runs" / "equal")]
+    figures = [io.read_stage(f)["metrics"]["epochs"] for f in (lone, folder / "runs" / "equal")]
     for a, b in zip(*figures, strict=True):
         assert a["step"] == b["step"]
         assert np.isclose(a["loss"], b["loss"], atol=1e-4)
@@ -131,9 +131,7 @@ def test_two_processes_train_what_one_does(together, tmp_path):
 def test_figures_are_alike_with_batch_norm(together, tmp_path):
     settings, _, folder = together
     lone = train_detector(alone(settings["balanced"], tmp_path / "alone"))
-    figures = [
-        store.read_stage(f)["metrics"]["epochs"] for f in (lone, folder / "runs" / "balanced")
-    ]
+    figures = [io.read_stage(f)["metrics"]["epochs"] for f in (lone, folder / "runs" / "balanced")]
     for a, b in zip(*figures, strict=True):
         assert abs(a["loss"] - b["loss"]) < 0.1
         assert abs(a["validation_loss"] - b["validation_loss"]) < 0.1

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.errors import ConfigError
 from m2f2cli.training.detector import DetectorTrainer, prepare, state_folder, train_detector
 from tests.training.test_resume import Crash, weights
@@ -17,7 +17,7 @@ STILL = {"learning_rate": 0.0, "prompt_lr": 0.0, "vision_alpha_lr": 0.0, "text_a
 def test_a_run_that_gets_no_better_stops_and_says_so(options):
     lines: list[str] = []
     folder = train_detector(options(**STILL), notify=lines.append)
-    metrics = store.read_stage(folder)["metrics"]
+    metrics = io.read_stage(folder)["metrics"]
     assert [record["epoch"] for record in metrics["epochs"]] == [1, 2, 3]
     assert metrics["stopped_after"] == 3
     assert metrics["selected"]["epoch"] == 1
@@ -29,7 +29,7 @@ def test_a_run_that_gets_better_goes_on(options):
     folder = train_detector(
         options(epochs=4, early_stopping_patience=3, select="loss", learning_rate=1e-3)
     )
-    metrics = store.read_stage(folder)["metrics"]
+    metrics = io.read_stage(folder)["metrics"]
     assert len(metrics["epochs"]) == 4
     assert "stopped_after" not in metrics
 
@@ -42,7 +42,7 @@ def test_an_interrupted_run_stops_where_it_would_have(options, tmp_path):
         run.run(advance=Crash(7))
     resumed = train_detector(options(**STILL, resume=True))
     assert weights(resumed) == weights(whole)
-    figures = [store.read_stage(folder)["metrics"] for folder in (whole, resumed)]
+    figures = [io.read_stage(folder)["metrics"] for folder in (whole, resumed)]
     assert figures[0] == figures[1]
 
 
@@ -56,7 +56,7 @@ def test_a_stopped_run_that_could_not_write_trains_no_further(options, monkeypat
     monkeypatch.undo()
     run = prepare(options(**STILL, resume=True))
     folder = run.run(advance=Crash(10))
-    assert store.read_stage(folder)["metrics"]["stopped_after"] == 3
+    assert io.read_stage(folder)["metrics"]["stopped_after"] == 3
 
 
 def test_there_must_be_a_figure_to_watch(options):
@@ -78,7 +78,7 @@ def test_two_small_batches_make_one_step_of_a_large_one(options, tmp_path):
     near = max(float((first[name] - second[name]).abs().mean()) for name in names)
     far = max(float((first[name] - third[name]).abs().mean()) for name in names)
     assert near < 1e-5 < 1e-4 < far
-    epochs = [store.read_stage(folder)["metrics"]["epochs"] for folder in (one, two)]
+    epochs = [io.read_stage(folder)["metrics"]["epochs"] for folder in (one, two)]
     for a, b in zip(*epochs, strict=True):
         assert a["step"] == b["step"]
         assert abs(a["loss"] - b["loss"]) < 1e-4

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.errors import ConfigError, InputError, M2F2Error, MissingExtraError
 from m2f2cli.metrics import average_precision, roc_auc
@@ -26,7 +26,7 @@ def test_it_learns_and_writes_a_detector(options):
         notify=lines.append,
         advance=lambda done, words: steps.append((done, words)),
     )
-    stage = store.read_stage(folder)
+    stage = io.read_stage(folder)
     chosen, epochs = stage["metrics"]["selected"], stage["metrics"]["epochs"]
     assert chosen["auc"] == max(record["auc"] for record in epochs) > 0.9
     assert [record["epoch"] for record in epochs] == list(range(1, 9))
@@ -36,7 +36,7 @@ def test_it_learns_and_writes_a_detector(options):
     assert stage["data"]["train"]["real"] == 9
     assert stage["data"]["validation"]["fake"] == 3
     assert set(stage["versions"]) >= {"torch", "transformers", "timm", "m2f2cli"}
-    assert stage["fingerprint"] == store.fingerprint(folder, verify=True)
+    assert stage["fingerprint"] == io.fingerprint(folder, verify=True)
     assert sum(done for done, _ in steps) == 8 * 3
     assert "loss" in steps[-1][1]
     assert "AUC" in steps[-1][1]
@@ -51,7 +51,7 @@ def test_it_learns_and_writes_a_detector(options):
 def test_the_written_detector_scores_as_measured(options):
     run = prepare(options(epochs=3, learning_rate=3e-3, ema_decay=0.8, select="loss"))
     folder = run.run()
-    chosen = store.read_stage(folder)["metrics"]["selected"]
+    chosen = io.read_stage(folder)["metrics"]["selected"]
     detector = load_detector(str(folder), device="cpu", dtype="float32")
     pictures = run.measured
     items = [pictures[n] for n in range(len(pictures))]
@@ -70,21 +70,21 @@ def test_the_best_epoch_is_kept_not_the_last(options):
         folder = train_detector(
             options(epochs=4, learning_rate=0.05, select=select, overwrite=True)
         )
-        metrics = store.read_stage(folder)["metrics"]
+        metrics = io.read_stage(folder)["metrics"]
         assert metrics["selected"][key] == best(record[key] for record in metrics["epochs"])
     last = train_detector(options(epochs=3, select="last", overwrite=True))
-    assert store.read_stage(last)["metrics"]["selected"]["epoch"] == 3
+    assert io.read_stage(last)["metrics"]["selected"]["epoch"] == 3
 
 
 @pytest.mark.slow
 def test_learning_rates_follow_the_schedule(options):
     cosine = train_detector(options(epochs=3, schedule="cosine", warmup_ratio=0.2))
-    rates = [r["learning_rate"] for r in store.read_stage(cosine)["metrics"]["epochs"]]
+    rates = [r["learning_rate"] for r in io.read_stage(cosine)["metrics"]["epochs"]]
     assert rates[0] > rates[1] > rates[2]
     plateau = train_detector(
         options(epochs=6, plateau_patience=0, plateau_cooldown=0, learning_rate=0.3, overwrite=True)
     )
-    rates = [r["learning_rate"] for r in store.read_stage(plateau)["metrics"]["epochs"]]
+    rates = [r["learning_rate"] for r in io.read_stage(plateau)["metrics"]["epochs"]]
     assert min(rates) <= 0.3 * 0.4 + 1e-9
 
 
@@ -108,7 +108,7 @@ def test_all_terms_and_precisions_together(options, precision, tmp_path):
     )  # fmt: skip
     detector = load_detector(str(folder))
     assert detector.config.bridge
-    assert math.isfinite(store.read_stage(folder)["metrics"]["selected"]["loss"])
+    assert math.isfinite(io.read_stage(folder)["metrics"]["selected"]["loss"])
     assert all(
         torch.isfinite(t).all() for t in detector.state_dict().values() if t.is_floating_point()
     )

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from m2f2cli.checkpoints import store
+from m2f2cli.checkpoints import io
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.errors import InputError
 from m2f2cli.options.training_data import DataOptions
@@ -37,7 +37,7 @@ def test_it_learns_from_videos(ffpp):
         ffpp(epochs=6, learning_rate=3e-3, frames_per_video=2, balance=True, flip=0.0),
         notify=lines.append,
     )
-    stage = store.read_stage(folder)
+    stage = io.read_stage(folder)
     assert stage["metrics"]["selected"]["auc"] > 0.9
     train, held = stage["data"]["train"], stage["data"]["validation"]
     assert (train["real"], train["FaceSwap"], train["videos"], train["items"]) == (6, 6, 18, 48)
@@ -57,7 +57,7 @@ def test_worker_processes_change_nothing(ffpp, toy_data, tmp_path):
         for workers in (0, 2)
     ]
     assert len({weights(folder) for folder in folders}) == 1
-    assert store.read_stage(folders[0])["data"]["train"]["videos"] == 18
+    assert io.read_stage(folders[0])["data"]["train"]["videos"] == 18
 
 
 def test_only_single_frames_are_read_and_none_is_kept(ffpp, toy_ffpp, monkeypatch):
@@ -136,6 +136,6 @@ def test_a_class_that_the_limit_leaves_unreadable_is_named(options, toy_data, tm
 
 def test_limit_makes_a_small_run(ffpp):
     folder = train_detector(ffpp(limit=1, epochs=1))
-    data = store.read_stage(folder)["data"]
+    data = io.read_stage(folder)["data"]
     assert [data[part]["videos"] for part in ("train", "validation")] == [2, 2]
     assert not state_folder(folder).exists()

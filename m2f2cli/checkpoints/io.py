@@ -1,0 +1,970 @@
+"""Checkpoints on disk: opened as names of lazily read tensors, written whole or not at all.
+
+A checkpoint is a folder of ``config.json``, ``model.safetensors`` (in shards when large) and
+``stage.json``. Weights of others are opened alike, in one file, shards or the parts of a delta,
+safetensors or pickles. Tensors go from file to file block by block, several at once, so that memory
+does not grow with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from m2f2cli.checkpoints.keymaps import kind_of_folder
+from m2f2cli.checkpoints.torch_files import read_torch_file
+from m2f2cli.errors import CheckpointError
+from m2f2cli.files import MARK, ParallelFile, atomic_folder, json_bytes, read_json, sha256_of
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARED = "shared.json"
+# A folder's weights, the first form that is there: safetensors before pickles.
+_FORMS = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+INDICES = (INDEX, "pytorch_model.bin.index.json")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_PARTS = ("delta.safetensors", "mm_projector.bin", "non_lora_trainables.bin")
+_POINTER = b"version https://"  # of the Git LFS specification
+_AGAIN = "Copy or download it again."
+_BAD_VALUES = "The training diverged or the file is damaged; take another checkpoint."
+# Fields of config.json that change without the model changing.
+_BOOKKEEPING = frozenset(
+    {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+)
+_NAMED_IN_ERRORS = 4
+_MOST_WORKERS = 8
+# Name in a safetensors file -> name in torch.
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_CODES = {name: code for code, name in _DTYPES.items()}
+BLOCK = 1 << 20
+"""How many values every block of a tensor holds, but the last."""
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor whose values are read when asked for, as often as asked.
+
+    Args:
+        shape: Its sizes.
+        dtype: Its torch dtype's name, for example ``float32``.
+        blocks: Gives its values in order, as flat CPU tensors of ``BLOCK`` values (the last may
+            be shorter). A block is not changed afterwards.
+        whole: Gives it at once, mapped from its file where that can be; by default from blocks.
+        path: The file in which its values lie.
+        offset: Their first byte in it, where they lie in one piece.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    blocks: Callable[[], Iterator[torch.Tensor]]
+    whole: Callable[[], torch.Tensor] | None = None
+    path: Path | None = None
+    offset: int | None = None
+
+    @property
+    def size(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Bytes of one value."""
+        return _dtype(self.dtype).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values."""
+        return self.size * self.width
+
+    def load(self) -> torch.Tensor:
+        """The tensor at once."""
+        import torch
+
+        if self.whole is not None:
+            return self.whole()
+        empty = torch.empty(0, dtype=_dtype(self.dtype))
+        return torch.cat([empty, *self.blocks()]).reshape(self.shape)
+
+    def each(
+        self, change: Callable[[torch.Tensor], torch.Tensor], dtype: str | None = None
+    ) -> LazyTensor:
+        """The tensor with every block changed, of another dtype where one is named."""
+        return LazyTensor(self.shape, dtype or self.dtype, lambda: map(change, self.blocks()))
+
+    def cast(self, dtype: str, *, what: str) -> LazyTensor:
+        """Round to another floating type; integers keep theirs.
+
+        Args:
+            dtype: A torch dtype's name.
+            what: The tensor, for the message.
+
+        Raises:
+            CheckpointError: On reading, when a value lies outside the range of ``dtype``.
+        """
+        if self.dtype == dtype or not _dtype(self.dtype).is_floating_point:
+            return self
+
+        def rounded(block: torch.Tensor) -> torch.Tensor:
+            block = block.to(_dtype(dtype))
+            if not all_finite(block):
+                raise CheckpointError(
+                    f"{what} has values outside the range of {dtype}.",
+                    "Use --dtype bfloat16 or float32.",
+                )
+            return block
+
+        return self.each(rounded, dtype)
+
+    def finite(self, *, what: str) -> LazyTensor:
+        """The same tensor, which refuses NaN and infinity when it is read.
+
+        Args:
+            what: The tensor, for the message.
+
+        Raises:
+            CheckpointError: On reading.
+        """
+
+        def checked(block: torch.Tensor) -> torch.Tensor:
+            if not all_finite(block):
+                raise CheckpointError(f"{what} holds NaN or infinite values.", _BAD_VALUES)
+            return block
+
+        return self.each(checked)
+
+
+def from_tensor(tensor: torch.Tensor) -> LazyTensor:
+    """A tensor of any device and stride; it is copied where it is not contiguous."""
+
+    def blocks() -> Iterator[torch.Tensor]:
+        yield from tensor.detach().cpu().contiguous().reshape(-1).split(BLOCK)
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return LazyTensor(tuple(tensor.shape), dtype, blocks, lambda: tensor)
+
+
+def as_lazy(source: torch.Tensor | LazyTensor) -> LazyTensor:
+    """Whatever holds one tensor, as a lazy one."""
+    return source if isinstance(source, LazyTensor) else from_tensor(source)
+
+
+def _from_file(
+    path: Path, offset: int, shape: tuple[int, ...], dtype: str, whole: Callable[[], torch.Tensor]
+) -> LazyTensor:
+    """A tensor whose values lie in a file in one piece."""
+
+    def blocks() -> Iterator[torch.Tensor]:
+        return _read(path, offset, dtype, math.prod(shape))
+
+    return LazyTensor(shape, dtype, blocks, whole, path, offset)
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    kind: torch.dtype = getattr(torch, name)
+    return kind
+
+
+def watched(
+    tensors: Mapping[str, LazyTensor], advance: Callable[..., None]
+) -> dict[str, LazyTensor]:
+    """The same tensors; each calls ``advance(1, note=name)`` in the thread that has read it."""
+
+    def watch(name: str, tensor: LazyTensor) -> LazyTensor:
+        def blocks() -> Iterator[torch.Tensor]:
+            yield from tensor.blocks()
+            advance(1, note=name)
+
+        return replace(tensor, blocks=blocks, whole=None)
+
+    return {name: watch(name, tensor) for name, tensor in tensors.items()}
+
+
+def all_finite(block: torch.Tensor) -> bool:
+    """Whether a flat CPU tensor holds neither NaN nor infinity; true for integers.
+
+    The bits are compared as whole numbers: exact, and as fast as memory.
+    """
+    import torch
+
+    if not block.is_floating_point() or not block.numel():
+        return True
+    if block.element_size() == 1:
+        block = block.float()
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    integer = kinds[block.element_size()]
+    infinity = int(torch.tensor(math.inf, dtype=block.dtype).view(integer).item())
+    sign = 1 << (8 * block.element_size() - 1)
+    signed = block.view(integer).numpy()
+    unsigned = signed.view(f"u{signed.itemsize}")
+    return int(signed.max()) < infinity and int(unsigned.max()) < sign + infinity
+
+
+def largest_difference(first: LazyTensor, second: LazyTensor) -> float:
+    """The largest absolute difference of two tensors of one shape; 0 when they are equal."""
+    worst = 0.0
+    for one, other in zip(first.blocks(), second.blocks(), strict=True):
+        if one.numel():
+            worst = max(worst, float((one.double() - other.double()).abs().max()))
+    return worst
+
+
+def _read(path: Path, offset: int, dtype: str, size: int) -> Iterator[torch.Tensor]:
+    """Map a tensor's part of a file, and let each block's memory go when the next but one is asked.
+
+    A mapping is several times cheaper than reading into fresh memory. A block that is looked at
+    later is read from the file again.
+    """
+    import torch
+
+    if not size:
+        return
+    kind = _dtype(dtype)
+    width = kind.itemsize
+    if path.stat().st_size < offset + size * width:
+        raise CheckpointError(f"'{path}' is truncated.", "Copy or download it again.")
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    done = offset
+    for first in range(0, size, BLOCK):
+        begin, count = offset + first * width, min(BLOCK, size - first)
+        if begin % width:
+            data = bytearray(memoryview(mapped)[begin : begin + count * width])
+            yield torch.frombuffer(data, dtype=kind)
+        else:
+            yield torch.frombuffer(mapped, dtype=kind, count=count, offset=begin)
+        done = _let_go(mapped, done, begin)
+
+
+def _let_go(mapped: mmap.mmap, begin: int, end: int) -> int:
+    """Free the memory of the whole pages between two places of a mapping; gives the new begin."""
+    page = mmap.PAGESIZE
+    low, high = begin - begin % page, end - end % page
+    if high > low and hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED, low, high - low)
+    return max(high, begin)
+
+
+def workers() -> int:
+    """How many threads ``spread`` uses: one more than torch does, for while one waits for disk."""
+    import torch
+
+    return min(torch.get_num_threads() + 1, _MOST_WORKERS)
+
+
+def spread(job: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+    """Do a job for many items at once, in threads for each of which torch uses one core.
+
+    Args:
+        job: What to do; the first exception ends the others and is raised.
+        items: What to do it for.
+
+    Returns:
+        The results, in the order of the items.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers(), "m2f2-tensor", torch.set_num_threads, (1,)) as pool:
+            return list(pool.map(job, items))
+    finally:
+        torch.set_num_threads(threads)  # a worker's setting is that of all threads to come
+
+
+def write_tensor_file(
+    path: Path, tensors: Mapping[str, torch.Tensor] | Mapping[str, LazyTensor]
+) -> dict[str, str]:
+    """Write one safetensors file and return ``{name: digest}``.
+
+    Args:
+        path: The file to write.
+        tensors: Tensors of any device and stride, or lazy ones; several are read at once.
+
+    Returns:
+        For each tensor the hex SHA-256 of its dtype, shape and values.
+
+    Raises:
+        CheckpointError: A tensor's dtype has no name in the format, or a tensor cannot be read.
+        OSError: The disk refuses.
+    """
+    lazy = {name: as_lazy(tensor) for name, tensor in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # Widest elements first, so that every tensor is aligned to its element size.
+    order = sorted(lazy, key=lambda name: (-lazy[name].width, name))
+    end = 0
+    for name in order:
+        begin, end = end, end + lazy[name].nbytes
+        header[name] = {
+            "dtype": _code(name, lazy[name].dtype),
+            "shape": list(lazy[name].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    with ParallelFile(path, len(head) + end) as file:
+        file.edges.append((0, head))
+
+        def write(name: str) -> str:
+            with file.part(len(head) + header[name]["data_offsets"][0]) as part:
+                return _digest(lazy[name], part.write)
+
+        return dict(zip(order, spread(write, order), strict=True))
+
+
+def digest_of(tensor: torch.Tensor | LazyTensor) -> str:
+    """Hex SHA-256 of a tensor's dtype, shape and values."""
+    return _digest(as_lazy(tensor), lambda block: None)
+
+
+def digests_of(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
+    """``digest_of`` each tensor, several at once."""
+    return dict(zip(tensors, spread(digest_of, tensors.values()), strict=True))
+
+
+def _digest(tensor: LazyTensor, each: Callable[[Any], object]) -> str:
+    """Hash a tensor and hand each block to ``each`` as a flat uint8 array."""
+    import torch
+
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+    for block in tensor.blocks():
+        data = block.view(torch.uint8).numpy()
+        digest.update(data.data)
+        each(data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """What one file of weights holds, still on disk.
+
+    Args:
+        path: The file.
+        layout: ``zip``, ``legacy`` or ``safetensors``.
+        tensors: The state dict.
+        where: The key under which it lies; empty when the file is the state dict.
+        rest: The other top-level keys, when the state dict is wrapped, or what is no tensor in it.
+        foreign: Classes and functions the file names that were made inert.
+    """
+
+    path: Path
+    layout: str
+    tensors: dict[str, LazyTensor]
+    where: str = ""
+    rest: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+
+
+def open_weight_file(path: Path) -> WeightFile:
+    """Open a file of weights of any of the common layouts; nothing in it runs.
+
+    Args:
+        path: A ``.pth``, ``.pt``, ``.bin`` (torch's zip or older layout) or ``.safetensors`` file;
+            the layout is read from the content, not the name.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, something else, or holds no state dict.
+    """
+    head = _head(path)
+    # A header's length may begin with any byte, a pickle's first one too; it is never this large.
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and (head[:1] != b"\x80" or length < path.stat().st_size):
+        return WeightFile(path, "safetensors", _open_safetensors(path))
+    if not head.startswith((b"PK\x03\x04", b"\x80")):
+        if head.startswith(_POINTER):
+            raise CheckpointError(
+                f"'{path}' is a Git LFS pointer, not the file it stands for.",
+                "Fetch the files with: git lfs pull",
+            )
+        raise CheckpointError(
+            f"'{path}' is no PyTorch or safetensors file.",
+            "Give a .pth, .pt, .bin or .safetensors file that holds model weights.",
+        )
+    file = read_torch_file(path)
+    where, found = file.state_dict()
+    tensors = {}
+    for key, tensor in found.items():
+        lazy = from_tensor(tensor)
+        if (offset := file.offset_of(tensor)) is not None:
+            lazy = _from_file(path, offset, lazy.shape, lazy.dtype, lazy.load)
+        tensors[key] = lazy
+    rest = tuple(str(k) for k in file.content if k != where and (where or k not in tensors))
+    return WeightFile(path, file.layout, tensors, where, rest, file.foreign)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no file '{path}'.", "Check the path.") from error
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
+    if not head:
+        raise CheckpointError(f"'{path}' is empty.", _AGAIN)
+    return head
+
+
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """List the tensors of a safetensors file without reading them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(str(path), framework="pt")
+        offsets = _offsets(path)
+        found = {}
+        for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            view = file.get_slice(name)
+            dtype = _DTYPES.get(view.get_dtype(), view.get_dtype())
+            shape = tuple(view.get_shape())
+            whole = partial(file.get_tensor, name)
+            found[name] = _from_file(path, offsets[name], shape, dtype, whole)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"'{path}' is no complete safetensors file ({_first_line(error)}).",
+            _AGAIN,
+        ) from error
+    return found
+
+
+def _offsets(path: Path) -> dict[str, int]:
+    """Where each tensor of a sound safetensors file begins."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        name: 8 + length + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _code(name: str, dtype: str) -> str:
+    code = _CODES.get(dtype)
+    if code is None:
+        raise CheckpointError(f"Tensor '{name}' has dtype {dtype}, which cannot be stored.")
+    return code
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which files hold a folder's weights.
+
+    Args:
+        files: Names of those that are there, in the order they are read.
+        absent: Names of shards that the index lists and that are not there.
+        index: The index's name, where the weights are in shards.
+        mapping: The index: tensor names to shards.
+    """
+
+    files: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+    index: str | None = None
+    mapping: Mapping[str, str] | None = None
+
+    def strays(self, names: Mapping[str, Any]) -> list[str]:
+        """Tensors that only the index, or only the shards know."""
+        return sorted(set(self.mapping or ()) ^ set(names)) if self.index else []
+
+
+def layout_of(folder: Path) -> Layout:
+    """Find the files that hold a folder's weights; nothing is opened but an index.
+
+    Safetensors go before pickles, a whole model before shards, a model before parts of a delta.
+
+    Raises:
+        CheckpointError: An index is unreadable.
+    """
+    for name in _FORMS:
+        if not (folder / name).is_file():
+            continue
+        if name not in INDICES:
+            return Layout((name,))
+        mapping = read_json(folder / name).get("weight_map")
+        if not isinstance(mapping, dict) or not all(isinstance(v, str) for v in mapping.values()):
+            raise CheckpointError(f"'{folder / name}' has no weight_map.", _AGAIN)
+        shards = sorted(set(mapping.values()))
+        there = tuple(s for s in shards if Path(s).name == s and (folder / s).is_file())
+        return Layout(there, tuple(s for s in shards if s not in there), name, mapping)
+    adapters = [name for name in _ADAPTERS if (folder / name).is_file()][:1]
+    return Layout((*adapters, *(name for name in _PARTS if (folder / name).is_file())))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one folder or file, still on disk.
+
+    Args:
+        path: The folder or file.
+        kind: One of ``keymaps``.
+        tensors: By name as it stands in the files.
+        files: The files they lie in.
+        config: ``config.json`` or ``adapter_config.json`` of the folder.
+        layout: How the files are written: ``zip``, ``legacy``, ``safetensors`` or several.
+        foreign: Classes and functions the files name that were made inert.
+        others: Keys of a file that are no weights.
+    """
+
+    path: Path
+    kind: str
+    tensors: dict[str, LazyTensor]
+    files: tuple[Path, ...]
+    config: dict[str, Any]
+    layout: str
+    foreign: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Where files that belong to it lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def open_weights(path: Path) -> Weights:
+    """Open a folder or file strictly: every shard must be whole and there.
+
+    Raises:
+        CheckpointError: Nothing is there, no weights, an absent or truncated shard, or an index
+            that does not agree with its shards.
+    """
+    if not path.exists():
+        raise CheckpointError(f"There is nothing at '{path}'.", "Check the path.")
+    layout = layout_of(path) if path.is_dir() else Layout((path.name,))
+    folder = path if path.is_dir() else path.parent
+    if layout.absent:
+        raise CheckpointError(
+            f"'{folder / str(layout.index)}' names the shard {name_some(layout.absent)}, which is "
+            "not there.",
+            "Copy or download the missing shards into the folder.",
+        )
+    if not layout.files:
+        raise CheckpointError(
+            f"The folder '{path}' holds no weights.",
+            "Give the folder that holds model.safetensors or pytorch_model.bin (or their shards).",
+        )
+    opened = [open_weight_file(folder / name) for name in layout.files]
+    tensors: dict[str, LazyTensor] = {}
+    for file in opened:
+        tensors |= file.tensors
+    if strays := layout.strays(tensors):
+        raise CheckpointError(
+            f"'{folder}' does not hold what {layout.index} says: {name_some(strays)}.", _AGAIN
+        )
+    if path.is_dir():
+        tensors |= shared_tensors(path)
+    config = folder_config(path) if path.is_dir() else {}
+    stage = read_stage(path) if path.is_dir() else {}
+    return Weights(
+        path=path,
+        kind=kind_of_folder(config, stage, tensors, layout.files),
+        tensors=tensors,
+        files=tuple(folder / name for name in layout.files),
+        config=config,
+        layout=", ".join(sorted({file.layout for file in opened})),
+        foreign=tuple(sorted({name for file in opened for name in file.foreign})),
+        others=tuple(sorted({name for file in opened for name in file.rest})),
+    )
+
+
+def folder_config(folder: Path) -> dict[str, Any]:
+    """A folder's ``adapter_config.json`` or ``config.json``; empty where it has neither."""
+    for name in ("adapter_config.json", "config.json"):
+        if (folder / name).is_file():
+            return read_json(folder / name)
+    return {}
+
+
+def describe_file(file: Weights) -> dict[str, Any]:
+    """Name, kind, layout and SHA-256 of a file or of the files of a folder, for ``stage.json``."""
+    digests = {path.name: sha256_of(path) for path in file.files}
+    alone = file.path.is_file()
+    return {
+        "file": file.path.resolve().name,
+        "sha256": digests[file.path.name] if alone else digests,
+        "kind": file.kind,
+        "layout": file.layout,
+        "foreign": list(file.foreign),
+    }
+
+
+def home_of(path: Path) -> Path:
+    """The folder that a weight file belongs to, where it is one of several files; else the file.
+
+    A shard stands for its folder, and so does a file of a stage-3 delta or a whole model.
+    """
+    if path.is_dir() or not path.is_file():
+        return path
+    folder = path.parent
+    layout = layout_of(folder)
+    together = {"adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"}
+    if path.name in layout.files and (
+        layout.index or path.name in together or (folder / "config.json").is_file()
+    ):
+        return folder
+    return path
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor] | Mapping[str, LazyTensor],
+    stage: Mapping[str, Any] | Callable[[Mapping[str, str]], Mapping[str, Any]],
+    extra_files: Mapping[str, bytes] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> str:
+    """Write a checkpoint folder in one step and return its fingerprint.
+
+    Args:
+        folder: Where; parents are made.
+        config: Becomes ``config.json``.
+        tensors: Becomes ``model.safetensors``, or shards with an index. Lazy ones are read once,
+            a few at a time in threads, so memory does not grow with them.
+        stage: Becomes ``stage.json``, with the fingerprint added. A function is called when the
+            tensors are written, with the digest of each.
+        extra_files: Further files by name, for example ``preprocessor_config.json``.
+        max_shard_bytes: No file holds more, unless a single tensor does.
+        overwrite: Replace an existing checkpoint folder.
+
+    Returns:
+        ``sha256:`` and 64 hex digits (see ``fingerprint``).
+
+    Raises:
+        CheckpointError: The folder exists, a tensor holds NaN or infinity, or the disk refuses;
+            whatever was there before is still there.
+    """
+    what = f"The model for '{folder}'"
+    check_finite({k: t for k, t in tensors.items() if not isinstance(t, LazyTensor)}, what=what)
+    lazy = {
+        key: t.finite(what=f"The tensor '{key}'") if isinstance(t, LazyTensor) else as_lazy(t)
+        for key, t in tensors.items()
+    }
+    with atomic_folder(folder, overwrite) as partial:
+        (partial / "config.json").write_bytes(json_bytes(config))
+        for name, data in (extra_files or {}).items():
+            if Path(name).name != name:
+                raise CheckpointError(f"'{name}' is no plain file name.")
+            (partial / name).write_bytes(data)
+        shards = _split(lazy, max_shard_bytes)
+        digests: dict[str, str] = {}
+        for name, keys in shards.items():
+            digests |= write_tensor_file(partial / name, {key: lazy[key] for key in keys})
+        if len(shards) > 1:
+            (partial / INDEX).write_bytes(json_bytes(_index(lazy, shards)))
+        mark = combine(config, digests)
+        said = stage(digests) if callable(stage) else stage
+        (partial / MARK).write_bytes(json_bytes({**said, "fingerprint": mark}))
+    return mark
+
+
+def _split(tensors: Mapping[str, LazyTensor], limit: int) -> dict[str, list[str]]:
+    groups: list[list[str]] = [[]]
+    room = limit
+    for key in sorted(tensors):
+        size = tensors[key].nbytes
+        if size > room and groups[-1]:
+            groups.append([])
+            room = limit
+        groups[-1].append(key)
+        room -= size
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    total = len(groups)
+    return {f"model-{n:05d}-of-{total:05d}.safetensors": g for n, g in enumerate(groups, start=1)}
+
+
+def _index(tensors: Mapping[str, LazyTensor], shards: Mapping[str, list[str]]) -> dict[str, Any]:
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    mapping = {key: name for name, keys in shards.items() for key in keys}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(mapping.items()))}
+
+
+def preprocessor_config(size: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """The content of ``preprocessor_config.json``, as transformers' CLIP image processor reads it.
+
+    Args:
+        size: Side of the model's input in pixels.
+        mean: Per channel, in [0, 1].
+        std: Per channel, in [0, 1].
+    """
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json``.
+
+    Raises:
+        CheckpointError: The folder or the file is missing, or it is no JSON object.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no checkpoint folder '{folder}'.", "Check the path.")
+    return read_json(folder / "config.json")
+
+
+def read_stage(folder: Path) -> dict[str, Any]:
+    """Read ``stage.json``; empty where the folder has none.
+
+    Raises:
+        CheckpointError: The file is no JSON object.
+    """
+    path = folder / MARK
+    return read_json(path) if path.exists() else {}
+
+
+def open_tensors(folder: Path) -> dict[str, LazyTensor]:
+    """List the tensors of a folder's weights, single file or shards, without reading them.
+
+    Raises:
+        CheckpointError: No weights, a missing or truncated shard, an index that does not agree
+            with its shards, or see ``shared_tensors``.
+    """
+    single, index = folder / WEIGHTS, folder / INDEX
+    if single.is_file():
+        return _open_safetensors(single) | shared_tensors(folder)
+    if not index.is_file():
+        raise CheckpointError(f"'{folder}' has no {WEIGHTS}.", f"m2f2 info '{folder}'")
+    mapping = read_json(index).get("weight_map")
+    if not isinstance(mapping, dict) or not all(isinstance(v, str) for v in mapping.values()):
+        raise CheckpointError(f"'{index}' has no weight_map.")
+    found: dict[str, LazyTensor] = {}
+    for shard in sorted(set(mapping.values())):
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise CheckpointError(f"The shard '{shard}' of '{folder}' is missing.")
+        tensors = _open_safetensors(folder / shard)
+        wanted = {key for key, file in mapping.items() if file == shard}
+        if wanted != set(tensors):
+            raise CheckpointError(
+                f"'{folder / shard}' does not hold what {INDEX} says: "
+                f"{name_some(wanted ^ set(tensors))}."
+            )
+        found |= tensors
+    return found | shared_tensors(folder)
+
+
+def shared_tensors(folder: Path) -> dict[str, LazyTensor]:
+    """List the tensors that a folder takes from another checkpoint, as its ``shared.json`` says.
+
+    The file maps the beginning of their names to ``{"folder": relative path, "fingerprint": …}``;
+    ``share`` writes it. Most folders have none and share nothing.
+
+    Raises:
+        CheckpointError: The file is malformed, or the other checkpoint is missing or not the one
+            that was shared.
+    """
+    path = folder / SHARED
+    if not path.is_file():
+        return {}
+    found: dict[str, LazyTensor] = {}
+    for begin, source in read_json(path).items():
+        try:
+            other, mark = folder / source["folder"], source["fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"'{path}' does not say what is shared with whom.") from error
+        if read_stage(other).get("fingerprint") != mark:
+            raise CheckpointError(
+                f"'{folder}' takes the tensors '{begin}' from '{other}', which is not there or not "
+                "the checkpoint they were left to.",
+                "Keep the two folders together, as they were made.",
+            )
+        found |= {begin + key: tensor for key, tensor in open_tensors(other).items()}
+    return found
+
+
+def read_tensors(folder: Path, *, finite: bool = False) -> dict[str, torch.Tensor]:
+    """Read a folder's tensors, mapped from the files.
+
+    Args:
+        folder: A checkpoint folder.
+        finite: Also refuse NaN and infinity, at the price of reading every value.
+
+    Raises:
+        CheckpointError: See ``open_tensors``; or a tensor holds NaN or infinity.
+    """
+    tensors = {key: stored.load() for key, stored in open_tensors(folder).items()}
+    if finite:
+        check_finite(tensors, what=f"'{folder}'")
+    return tensors
+
+
+def fingerprint(folder: Path, *, verify: bool = False) -> str:
+    """Name a model by its content: ``sha256:`` over the config's model fields and every tensor.
+
+    Args:
+        folder: A checkpoint folder.
+        verify: Compute it from the files and compare it with ``stage.json``, instead of trusting
+            what ``stage.json`` says.
+
+    Raises:
+        CheckpointError: The folder is unreadable, or ``verify`` finds another content.
+    """
+    stored = read_stage(folder).get("fingerprint")
+    if isinstance(stored, str) and not verify:
+        return stored
+    computed = combine(read_config(folder), digests_of(open_tensors(folder)))
+    if isinstance(stored, str) and stored != computed:
+        raise CheckpointError(
+            f"'{folder}' was changed after it was written: its fingerprint is {computed}, "
+            f"{MARK} says {stored}.",
+            "Restore it from where it came.",
+        )
+    return computed
+
+
+def check_names_and_shapes(
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    *,
+    what: str,
+    optional: Collection[str] = (),
+) -> None:
+    """Compare two sets of tensors (or anything with ``shape``) by name and shape.
+
+    Args:
+        found: What a file holds.
+        expected: What the model needs.
+        what: The file, for the message.
+        optional: Names that may be missing.
+
+    Raises:
+        CheckpointError: Names the missing, the unexpected and the wrongly shaped tensors.
+    """
+    faults = []
+    if missing := [key for key in expected if key not in found and key not in optional]:
+        faults.append(f"{len(missing)} missing: {name_some(missing)}")
+    if extra := [key for key in found if key not in expected]:
+        faults.append(f"{len(extra)} unexpected: {name_some(extra)}")
+    wrong = [
+        f"{key} is {list(found[key].shape)}, not {list(expected[key].shape)}"
+        for key in expected
+        if key in found and tuple(found[key].shape) != tuple(expected[key].shape)
+    ]
+    if wrong:
+        faults.append(f"{len(wrong)} of the wrong shape: {name_some(wrong)}")
+    if faults:
+        raise CheckpointError(
+            f"{what} does not fit its model: {'; '.join(faults)}.",
+            "The file is incomplete or of another kind; m2f2 info PATH says what it is.",
+        )
+
+
+def check_finite(
+    tensors: Mapping[str, torch.Tensor] | Mapping[str, LazyTensor], *, what: str
+) -> None:
+    """Refuse NaN and infinite values.
+
+    Args:
+        tensors: Floating-point tensors are checked, others ignored.
+        what: The file or model, for the message.
+
+    Raises:
+        CheckpointError: Names the tensors at fault.
+    """
+    bad = [
+        key
+        for key, tensor in tensors.items()
+        if not all(all_finite(block) for block in as_lazy(tensor).blocks())
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{what} holds NaN or infinite values in {len(bad)} tensors: {name_some(bad)}.",
+            _BAD_VALUES,
+        )
+
+
+def name_some(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    ordered = sorted(names)
+    rest = len(ordered) - _NAMED_IN_ERRORS
+    shown = ", ".join(ordered[:_NAMED_IN_ERRORS])
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def combine(config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    """The fingerprint of a model with this configuration and these digests of its tensors."""
+    kept = {key: value for key, value in config.items() if key not in _BOOKKEEPING}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    for key in sorted(digests):
+        digest.update(f"\n{key} {digests[key]}".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def share(folder: Path, output: Path, *, begin: str, source: Path) -> None:
+    """Copy a checkpoint without the tensors that another one has.
+
+    Args:
+        folder: The whole checkpoint.
+        output: The copy; it is found together with ``source``, so it names it by a relative path.
+        begin: What the shared tensors' names begin with, for example ``detector.``.
+        source: The checkpoint that has them, under the rest of their names.
+
+    Raises:
+        CheckpointError: One of them is missing in either or differs in a bit, or the disk refuses.
+    """
+    tensors = open_tensors(folder)
+    theirs = {begin + key: tensor for key, tensor in open_tensors(source).items()}
+    shared = {key: tensor for key, tensor in tensors.items() if key.startswith(begin)}
+    mine, others = digests_of(shared), digests_of(theirs)
+    unlike = [key for key in mine | others if mine.get(key) != others.get(key)]
+    if unlike:
+        raise CheckpointError(
+            f"'{folder}' and '{source}' differ in {len(unlike)} tensors: {name_some(unlike)}."
+        )
+    own = {key: tensor for key, tensor in tensors.items() if key not in shared}
+    place = Path(os.path.relpath(source.resolve(), output.resolve())).as_posix()
+    said = {begin: {"folder": place, "fingerprint": fingerprint(source)}}
+    with atomic_folder(output) as partial:
+        for path in sorted(folder.iterdir()):
+            if path.suffix != ".safetensors" and path.name not in (MARK, INDEX):
+                shutil.copyfile(path, partial / path.name)
+        write_tensor_file(partial / WEIGHTS, own)
+        (partial / SHARED).write_bytes(json_bytes(said))
+        shutil.copyfile(folder / MARK, partial / MARK)
