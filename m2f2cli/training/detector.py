@@ -276,7 +276,7 @@ class DetectorTrainer(Trainer):
         }
         epochs = epoch_records(self.history, self.steps_per_epoch)
         chosen = next(record for record in epochs if record["step"] == best)
-        metrics = {"selected": chosen, "epochs": epochs}
+        metrics: dict[str, Any] = {"selected": chosen, "epochs": epochs}
         if epochs[-1]["epoch"] < steps.epochs:
             metrics["stopped_after"] = epochs[-1]["epoch"]
             self.notify(

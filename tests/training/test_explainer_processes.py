@@ -29,7 +29,7 @@ SETTINGS = {
     "learning_rate": 3e-3,
     "weight_decay": 0.01,
 }
-PLAIN = {"align": {}, "lora": {"dropout": 0.0, "projector_lr": 1e-3}}
+PLAIN = {"align": {}, "lora": {"lora_dropout": 0.0, "projector_lr": 1e-3}}
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 

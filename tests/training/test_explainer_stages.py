@@ -182,7 +182,7 @@ def apart(one: Path, two: Path) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_how_memory_is_saved_changes_nothing_that_is_learnt(stage, root, tmp_path):
-    plain = {"gradient_checkpointing": False, **({"dropout": 0.0} if stage == "lora" else {})}
+    plain = {"gradient_checkpointing": False, **({"lora_dropout": 0.0} if stage == "lora" else {})}
     whole = train(stage_options(stage, root, tmp_path / "whole", **plain))
     twice = plain | {"gradient_checkpointing": True}
     assert apart(whole, train(stage_options(stage, root, tmp_path / "cp", **twice))) < 1e-6
