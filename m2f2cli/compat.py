@@ -50,6 +50,17 @@ def configure_gradio(folder: Path) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
+def forget_accelerator() -> None:
+    """Let the next ``Accelerator`` of this process choose device and precision anew.
+
+    accelerate 1.15 keeps both for the whole process and refuses others; ``Accelerator`` has no
+    public way to put them back. transformers' ``TrainingArguments`` calls the same method.
+    """
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def weights_version(weight: torch.Tensor) -> int:
     """How often a tensor was written to in place (``Tensor._version``; torch 2.6 to 2.13).
 

@@ -29,6 +29,15 @@ def test_gradio_reads_its_settings_from_the_environment(monkeypatch, tmp_path):
     assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path)
 
 
+def test_a_second_accelerator_may_compute_otherwise():
+    from accelerate import Accelerator
+
+    for precision in ("no", "bf16"):
+        compat.forget_accelerator()
+        assert Accelerator(cpu=True, mixed_precision=precision).mixed_precision == precision
+    compat.forget_accelerator()
+
+
 def test_a_write_in_place_counts():
     weight = torch.zeros(2)
     before = compat.weights_version(weight)

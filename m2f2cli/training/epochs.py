@@ -176,13 +176,19 @@ class BatchSampler(Sampler[list[int]]):
         process: Which process this is, from 0.
 
     Attributes:
-        epoch: The epoch whose batches the next iteration gives, from 0.
+        steps: How items are dealt out.
+        process: Which process this is.
     """
 
     def __init__(self, steps: Steps, process: int = 0) -> None:
         self.steps = steps
         self.process = process
-        self.epoch = 0
+        self.start(0)
+
+    def start(self, epoch: int, step: int = 0) -> None:
+        """Let the next iteration give an epoch's batches, both from 0, from a step of it on."""
+        self.epoch = epoch
+        self.first = step
 
     def __len__(self) -> int:
         return sum(1 for _ in self._positions())
@@ -193,5 +199,5 @@ class BatchSampler(Sampler[list[int]]):
             yield [start + position for position in positions]
 
     def _positions(self) -> Iterator[range]:
-        for step in range(len(self.steps)):
+        for step in range(self.first, len(self.steps)):
             yield from self.steps.batches(step, self.process)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,13 +200,3 @@ def judged_prompt(conversation: Conversation, processor: ExplainerProcessor) -> 
     asked = [*turns[:last], Turn(turns[last].question)]
     text, _ = processor.template.render(asked, end=processor.tokenizer.eos_token)
     return text
-
-
-def shares(items: Sequence[Any], process: int, processes: int) -> list[tuple[Any, bool]]:
-    """One process's share of items, as many for each, and which of them count.
-
-    The last ones are repeats where the items do not divide evenly.
-    """
-    each = -(-len(items) // processes)
-    places = range(process, each * processes, processes)
-    return [(items[place % len(items)], place < len(items)) for place in places]

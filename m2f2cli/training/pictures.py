@@ -199,6 +199,11 @@ class MeasuringPictures(Dataset[Item]):
             for frame in evenly(sample.frames, settings.validation_frames or sample.frames)
         ]
 
+    def labels(self) -> np.ndarray:
+        """0 real, 1 fake of every item: int64 (N,)."""
+        samples = self.store.samples.samples
+        return np.array([samples[number].label for number, _ in self._places])
+
     def __len__(self) -> int:
         return len(self._places)
 

@@ -1,50 +1,16 @@
-"""Options turned into the settings of the Trainer and of its pictures."""
+"""Options turned into the settings of training pictures."""
 
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
-
-import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transformers asks for
-
-# isort: split
-from transformers import TrainingArguments
 
 from m2f2cli.data.readers.ddvqa import read_judgements
 from m2f2cli.data.samples import SampleSet
-from m2f2cli.errors import ConfigError, InputError, MissingExtraError
+from m2f2cli.errors import ConfigError, InputError
 from m2f2cli.models.detector import Detector
 from m2f2cli.options.train_detector import TrainDetectorOptions
-from m2f2cli.training.arguments import build_arguments, pick_precision
 from m2f2cli.training.pictures import PictureSettings
-
-
-def trainer_arguments(options: TrainDetectorOptions, folder: Path) -> TrainingArguments:
-    """The Trainer's settings.
-
-    Args:
-        options: Everything about the run.
-        folder: Where saved states and curves go.
-
-    Raises:
-        ConfigError: The precision does not go with the device.
-        MissingExtraError: TensorBoard is asked for and not installed.
-    """
-    run = options.run
-    board = find_spec("tensorboard") is not None
-    if run.report_to == "tensorboard" and not board:
-        raise MissingExtraError("tensorboard", "train", "--report-to tensorboard")
-    reports = ["tensorboard"] if board and run.report_to != "none" else []
-    return build_arguments(
-        folder,
-        run=run,
-        steps=options.optimizer,
-        precision=pick_precision(run.precision, run.device),
-        workers=options.data.workers,
-        eval_strategy="epoch",
-        report_to=reports or "none",
-    )
 
 
 def picture_settings(

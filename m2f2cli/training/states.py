@@ -1,7 +1,7 @@
-"""Saved states of a run: whose they are, which one to go on from, and a Trainer that keeps them.
+"""Saved states of a run: whose they are, which one to go on from, which of them stay.
 
 They lie in ``OUTPUT.training`` beside the output until that is written. A state counts once its
-mark is there. Every random draw of a run is seeded by its step, so none is saved.
+mark is there.
 """
 
 from __future__ import annotations
@@ -13,95 +13,27 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transformers asks for
-
-# isort: split
-import torch
-from safetensors.torch import load_file
-from torch.utils.data import DataLoader
-from transformers import Trainer
-
-from m2f2cli import environment
-from m2f2cli.checkpoints.io import write_tensor_file
-from m2f2cli.errors import CheckpointError, ConfigError, UsageError
+from m2f2cli.checkpoints import io
+from m2f2cli.errors import ConfigError, UsageError
 from m2f2cli.files import atomic_write, json_bytes, refuse_existing
 from m2f2cli.options.fields import OptionGroups
 from m2f2cli.runtime import first_process, process_count
-from m2f2cli.training.epochs import BatchSampler
 
-WEIGHTS = "model.safetensors"
 PROCESSES = "processes"
 _COMPLETE = "complete"
 _OPTIONS = "options.json"
-_PACKAGES = ("m2f2cli", "torch", "transformers", "timm", "accelerate", "numpy", "pillow")
+_FORMAT = "state-format"
+_VERSION = 2
 
 
-class StatefulTrainer(Trainer):
-    """A Trainer whose batches come from ``sampler`` and whose states appear whole or not at all.
-
-    Attributes:
-        sampler: Which training items come in which batch of this process.
-    """
-
-    model: Any
-    sampler: BatchSampler
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """This process's batches; accelerate would repeat items to make processes even."""
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-        )
-
-    def kept_states(self) -> set[int]:
-        """The steps whose states stay when one is saved."""
-        return {self.state.global_step}
-
-    def tensors_to_save(self) -> dict[str, torch.Tensor]:
-        """What of the model belongs to a state."""
-        found: dict[str, torch.Tensor] = self.model.state_dict()
-        return found
-
-    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take back what ``tensors_to_save`` gave."""
-        self.model.load_state_dict(tensors)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a state; it counts once its mark is there, and only then do older ones go."""
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"The state cannot be saved in '{self.args.output_dir}': {error}.",
-                "Free some space and give the same command with --resume.",
-            ) from error
-        if self.args.should_save:
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            _sync(folder)
-            (folder / _COMPLETE).touch()
-            _sync(folder)
-            keep = self.kept_states()
-            for other in folder.parent.glob("checkpoint-*"):
-                if int(other.name.rpartition("-")[2]) not in keep:
-                    shutil.rmtree(other)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Nothing to save: every draw is seeded by step, epoch and position."""
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: t.detach().cpu().contiguous() for k, t in self.tensors_to_save().items()}
-        write_tensor_file(folder / WEIGHTS, tensors)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.restore(load_file(Path(resume_from_checkpoint, WEIGHTS)))
+def complete_state(folder: Path, *, keep: Collection[int]) -> None:
+    """Bring a saved state to the disk, mark it complete, and remove the others but ``keep``."""
+    _sync(folder)
+    (folder / _COMPLETE).touch()
+    _sync(folder)
+    for other in folder.parent.glob("checkpoint-*"):
+        if int(other.name.rpartition("-")[2]) not in keep:
+            shutil.rmtree(other)
 
 
 def _sync(folder: Path) -> None:
@@ -141,6 +73,20 @@ def forget_states(output: Path) -> None:
         folder.rmdir()
 
 
+def finished(options: Any, incidental: Collection[str]) -> bool:
+    """Whether the run that is to be resumed has written its output already.
+
+    Raises:
+        ConfigError: It was begun with other options.
+    """
+    run = options.run
+    if not (run.resume and (run.output / "stage.json").exists()):
+        return False
+    noted = io.read_stage(run.output).get("options", {})
+    same_options(noted, options, incidental, where=run.output)
+    return True
+
+
 def check_output(options: Any, incidental: Collection[str]) -> None:
     """Refuse what stands at the output, or beside it, if the run may not go there.
 
@@ -164,6 +110,11 @@ def check_output(options: Any, incidental: Collection[str]) -> None:
             "Add --resume to go on, or --overwrite to begin anew.",
         )
     begun = json.loads((folder / _OPTIONS).read_text(encoding="utf-8"))
+    if begun.pop(_FORMAT, 1) != _VERSION:
+        raise ConfigError(
+            f"The unfinished training in '{folder}' was saved by another version of m2f2.",
+            "Finish it with that version, or begin anew with --overwrite.",
+        )
     same_options(begun, options, incidental, where=folder)
     if begun.get(PROCESSES, 1) != process_count():
         raise ConfigError(
@@ -183,7 +134,7 @@ def claim_output(options: Any, incidental: Collection[str]) -> None:
     if first_process():
         if options.run.overwrite and folder.exists():
             shutil.rmtree(folder)
-        noting = options.to_flat() | {PROCESSES: process_count()}
+        noting = options.to_flat() | {PROCESSES: process_count(), _FORMAT: _VERSION}
         atomic_write(folder / _OPTIONS, json_bytes(noting))
 
 
@@ -203,11 +154,3 @@ def same_options(
                 f"{noted.get(name)!r}.",
                 "Resume with the same options, or begin anew with --overwrite.",
             )
-
-
-def library_versions(*more: str) -> dict[str, str]:
-    """The versions of what a training's result may depend on."""
-    return {
-        **environment.library_versions(*_PACKAGES, *more),
-        "cuda": torch.version.cuda or "none",
-    }

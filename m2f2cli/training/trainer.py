@@ -1,10 +1,18 @@
-"""The Hugging Face Trainer, taught this project's groups, figures and saved states.
+"""The training loop of all stages: optimizer steps, figures, saved states, curves.
 
-The loop, mixed precision, accumulation, clipping, processes and reports are the Trainer's own.
+A run killed at any step goes on from its last saved state and ends bit by bit as it would have:
+every random draw is seeded by step, epoch and position, so a state holds weights, optimizer,
+schedule and figures only. Any number of processes trains what one would on the same step's items.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,178 +21,435 @@ import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transf
 # isort: split
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from safetensors.torch import load_file
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, TrainerState
-from transformers.trainer_utils import EvalPrediction
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
 
-from m2f2cli.errors import InputError, M2F2Error
-from m2f2cli.metrics import average_precision, roc_auc
+from m2f2cli.checkpoints.io import write_tensor_file
+from m2f2cli.errors import CheckpointError, InputError
 from m2f2cli.options.train_detector import OptimizerOptions
+from m2f2cli.options.train_explainer import StepOptions
 from m2f2cli.training.epochs import BatchSampler, Steps
-from m2f2cli.training.objective import Objective
-from m2f2cli.training.pictures import Batcher, MeasuringPictures, TrainingPictures
-from m2f2cli.training.stages import optimiser_groups
-from m2f2cli.training.states import StatefulTrainer
+from m2f2cli.training.states import (
+    claim_output,
+    complete_state,
+    forget_states,
+    last_state,
+    state_folder,
+)
 
-_BETTER_IS_LARGER = {"auc": True, "ap": True, "loss": False}
+Advance = Callable[[int, str], None]
+Notify = Callable[[str], None]
+Batch = dict[str, torch.Tensor]
 
-
-def measure(prediction: EvalPrediction) -> dict[str, float]:
-    """Validation figures of (N, 2) logits: ``auc``, ``ap``, ``accuracy`` at 0.5, ``ce`` in nats.
-
-    Raises:
-        M2F2Error: The training has diverged.
-    """
-    logits = np.asarray(prediction.predictions, dtype=np.float64)
-    if not np.isfinite(logits).all():
-        raise M2F2Error(
-            "The training has diverged: the detector's answers are no longer finite numbers.",
-            "Lower --learning-rate or set --max-grad-norm 1, and begin anew with --overwrite.",
-        )
-    labels = np.asarray(prediction.label_ids)
-    margin = logits[:, 1] - logits[:, 0]
-    return {
-        "auc": roc_auc(labels, margin),
-        "ap": average_precision(labels, margin),
-        "accuracy": float(((margin > 0) == labels).mean()),
-        "ce": float(np.logaddexp(0.0, np.where(labels == 1, -margin, margin)).mean()),
-    }
+WEIGHTS = "model.safetensors"
+_OPTIMIZER = "optimizer.pt"
+_PROGRESS = "progress.json"
+_LOG_STEPS = 10
 
 
-class DetectorTrainer(StatefulTrainer):
-    """A Trainer for ``Objective``.
+class Trainer(ABC):
+    """Trains a model and writes the result; what differs between stages is left to them.
 
     Args:
-        objective: What is trained.
-        arguments: The Trainer's settings.
-        options: Learning rates, schedule, selection, early stop.
-        pictures: What to train on.
-        measured: What to measure on after each epoch.
-        mixup: Alpha of mixup.
+        model: What trains, on the CPU or on its device.
+        dataset: Training items by ``epoch * len(dataset) + position``.
+        options: The whole options of the command.
+        accelerator: Device, precision, processes, DeepSpeed.
+        record: What goes into ``stage.json`` beside the figures.
+        notify: Called with lines for people.
 
     Attributes:
-        sampler: Which training items come in which batch of this process.
+        steps: Optimizer steps in all.
+        steps_per_epoch: Optimizer steps an epoch.
+        step: Steps done.
+        history: What was logged: training loss and learning rate, or ``eval_`` figures, with
+            ``step`` and ``epoch``.
+        best: Step and value of the best epoch, where one is selected.
     """
 
-    model: Objective
-    optimizer: Any
-    lr_scheduler: Any
+    collate: Callable[[Sequence[Any]], Batch]  # makes a batch of items; set by the stage
+    incidental: frozenset[str]  # options that may differ on --resume
+    eval_steps = 0  # between measurements within an epoch; 0 for none
+    measures = True
 
     def __init__(
         self,
-        objective: Objective,
-        arguments: TrainingArguments,
+        model: nn.Module,
         *,
-        options: OptimizerOptions,
-        pictures: TrainingPictures,
-        measured: MeasuringPictures,
-        mixup: float,
+        dataset: Any,
+        options: Any,
+        accelerator: Accelerator,
+        record: dict[str, Any],
+        notify: Notify,
     ) -> None:
+        self.model: Any = model
+        self.wrapped: Any = model  # as DistributedDataParallel or DeepSpeed wraps it
         self.options = options
-        steps = Steps(
-            len(pictures),
-            options.batch_size,
-            options.gradient_accumulation_steps,
-            arguments.world_size,
+        self.dataset = dataset
+        self.accelerator = accelerator
+        self.record = record
+        self.notify = notify
+        self.deepspeed = accelerator.state.deepspeed_plugin is not None
+        plan = Steps(
+            len(dataset),
+            self.optim.batch_size,
+            self.optim.gradient_accumulation_steps,
+            accelerator.num_processes,
         )
-        self.sampler = BatchSampler(steps, arguments.process_index)
-        super().__init__(
-            model=objective,
-            args=arguments,
-            data_collator=Batcher(mixup, arguments.seed, steps),
-            train_dataset=pictures,
-            eval_dataset=measured,
-            compute_metrics=measure,
-        )
-        self.remove_callback(PrinterCallback)
+        self.sampler = BatchSampler(plan, accelerator.process_index)
+        self.steps_per_epoch = len(plan)
+        self.steps = self.steps_per_epoch * self.optim.epochs
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.best: tuple[int, float] | None = None
+        self.optimizer: Any = self.build_optimizer()
+        self.scheduler: Any = self.build_scheduler()
+        self._loss = torch.zeros((), device=accelerator.device)
+        self._logged = 0
+        self._prepared = False
 
-    def train_from(self, saved: Path | None) -> None:
-        """Train from the start or from a saved state, unless that has stopped early.
+    @property
+    @abstractmethod
+    def optim(self) -> OptimizerOptions | StepOptions:
+        """The options that say how the weights move."""
+
+    @abstractmethod
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer, over every trained parameter exactly once."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, total: Any) -> torch.Tensor:
+        """What a batch adds to the loss of its step.
+
+        Their sum, averaged over the processes, is the mean over the step's items.
+
+        Args:
+            batch: One of the step's.
+            total: What ``step_total`` gave for all of them.
+        """
+
+    def step_total(self, batches: Sequence[Batch]) -> Any:
+        """What ``loss`` needs to know of a whole step: here, the batches of this process."""
+        return len(batches)
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Figures on what is held out, equal in every process; see the stage."""
+
+    @abstractmethod
+    def describe(self, figures: Mapping[str, float]) -> str:
+        """The figures in words."""
+
+    @abstractmethod
+    def write(self) -> None:
+        """Write the output; called in every process when training is over."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What of the model belongs to a saved state; called in every process."""
+        found: dict[str, torch.Tensor] = self.model.state_dict()
+        return found
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take back what ``tensors`` gave."""
+        self.model.load_state_dict(tensors)
+
+    def after_step(self) -> None:  # noqa: B027 - most stages have nothing to do
+        """Called after each optimizer step."""
+
+    def after_epoch(self, figures: Mapping[str, float]) -> None:  # noqa: B027 - as above
+        """Called with the figures of each epoch."""
+
+    def stopped(self) -> bool:
+        """Whether training ends before its last epoch."""
+        return False
+
+    def kept_states(self) -> set[int]:
+        """The steps whose states stay when one is saved."""
+        return {self.step}
+
+    def build_scheduler(self) -> Any:
+        """The learning rate over time; see ``--schedule``."""
+        warmup = self.optim.warmup_ratio
+        return get_scheduler(
+            {"constant": "constant_with_warmup"}.get(self.optim.schedule, self.optim.schedule),
+            self.optimizer,
+            num_warmup_steps=math.ceil(self.steps * warmup),
+            num_training_steps=self.steps,
+        )
+
+    def run(self, *, advance: Advance | None = None) -> Path:
+        """Train, or go on training, and write the output folder.
+
+        Args:
+            advance: Called after each step with the steps done and words for beside a progress
+                bar; first with the steps that a resumed run has behind it.
 
         Raises:
             InputError: A picture cannot be read any more.
+            CheckpointError: A state or the output cannot be written.
+            M2F2Error: The training has diverged.
         """
+        advance = advance or (lambda *_: None)
+        run = self.options.run
+        folder = state_folder(run.output)
+        claim_output(self.options, self.incidental)
+        self.prepare()
+        saved = last_state(folder) if run.resume else None
         if saved is not None:
-            self.state = TrainerState.load_from_json(str(saved / TRAINER_STATE_NAME))
-            if self.gave_up(self.state):
-                return
+            self._load(saved)
+            self.notify(f"Going on after step {self.step} of {self.steps}.")
+        self._start_curves()
+        advance(self.step, "")
         try:
-            self.train(resume_from_checkpoint=str(saved) if saved is not None else None)
+            while self.step < self.steps and not self.stopped():
+                self._train_epoch(advance)
         except InputError as error:  # a worker's has its whole traceback for a message
             message = error.message.rpartition(f"{InputError.__name__}: ")[2].strip()
             hint = "Mend the file and give the same command with --resume."
             raise InputError(message, error.status, hint) from error
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.write()
+        if self.accelerator.is_main_process:
+            forget_states(run.output)
+        self.accelerator.wait_for_everyone()
+        return Path(run.output)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps an epoch."""
-        return len(self.sampler.steps)
+    def prepare(self) -> None:
+        """Bring model and optimizer to the device, wrapped for processes, precision, DeepSpeed."""
+        if not self._prepared:
+            self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self._prepared = True
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build Adam or AdamW over the stage's groups; every trainable parameter exactly once."""
-        if self.optimizer is None:
-            named = self.model.named_weights()
-            groups = optimiser_groups(named, self.model.detector.backbone, self.options)
-            covered = sum(len(group["params"]) for group in groups)
-            trainable = sum(p.requires_grad for p in self.model.parameters())
-            if covered != trainable:
-                raise LookupError(f"{covered} of {trainable} trainable parameters are in a group.")
-            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.options.optimizer]
-            # Names stay out: they would be saved with the state and compared by torch.
-            plain = [{k: v for k, v in group.items() if k != "names"} for group in groups]
-            self.optimizer = kind(plain, betas=(0.9, self.options.beta2))
-        return self.optimizer
+    def loader(self) -> DataLoader[Any]:
+        """This process's batches of the epochs, as the sampler gives them."""
+        workers = self.options.data.workers
+        return DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.collate,
+            num_workers=workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            persistent_workers=workers > 0,
+        )
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> Any:
-        """The published plateau rule on the validation loss; otherwise the Trainer's own."""
-        if self.options.schedule != "plateau":
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
-            self.lr_scheduler = ReduceLROnPlateau(
-                optimizer or self.optimizer,
-                mode="min",
-                factor=self.options.plateau_factor,
-                patience=self.options.plateau_patience,
-                cooldown=self.options.plateau_cooldown,
-            )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
+    def _train_epoch(self, advance: Advance) -> None:
+        """Train to the end of an epoch, from its first step or from where a resumed run stands."""
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        self.sampler.start(epoch, first)
+        self._loader = getattr(self, "_loader", None) or self.loader()
+        batches = iter(self._loader)
+        for step in range(first, self.steps_per_epoch):
+            count = len(self.sampler.steps.batches(step, self.sampler.process))
+            self._train_step([self.to_device(next(batches)) for _ in range(count)])
+            save_steps = self.options.run.save_steps
+            ended = step + 1 == self.steps_per_epoch
+            save = ended or (save_steps and self.step % save_steps == 0)
+            measure = ended or (self.eval_steps and self.step % self.eval_steps == 0)
+            if save or measure or self.step % min(_LOG_STEPS, self.steps_per_epoch) == 0:
+                self._log_loss()
+            if measure and self.measures:
+                figures = self._measure()
+                if ended:
+                    self.after_epoch(figures)
+            if save:
+                self._save()
+            advance(1, self._words())
 
-    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
-        if self.args.world_size > 1:  # each process has its own BatchNorm statistics; one is saved
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, 0)
-        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
-        if isinstance(self.lr_scheduler, ReduceLROnPlateau) and not skip_scheduler:
-            self.lr_scheduler.step(metrics["eval_ce"])
-        return metrics
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        select = self.options.select
-        if select == "last":
-            better = True
-            value = float(self.state.global_step)
+    def _train_step(self, batches: Sequence[Batch]) -> None:
+        """One optimizer step over this process's batches of it."""
+        seed = (self.options.run.seed, self.accelerator.process_index, self.step)
+        torch.manual_seed(hash(seed))  # what dropout draws depends on nothing before the step
+        self.wrapped.train()
+        total = self.step_total(batches)
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            if self.deepspeed:
+                loss = self.loss(batch, total)
+                self.wrapped.set_gradient_accumulation_boundary(is_boundary=last)
+                self.wrapped.backward(loss, scale_wrt_gas=False)
+            else:  # gradients are averaged over the processes with the last batch
+                with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                    loss = self.loss(batch, total)
+                    self.accelerator.backward(loss)
+            self._loss += loss.detach()
+        if self.deepspeed:
+            self.wrapped.step()
+            self._norm = self.wrapped.get_global_grad_norm()
         else:
-            value = metrics["eval_ce" if select == "loss" else f"eval_{select}"]
-            best = self.state.best_metric
-            larger = _BETTER_IS_LARGER[select]
-            better = best is None or (value > best if larger else value < best)
-        if better:
-            self.state.best_metric = value
-            self.state.best_global_step = self.state.global_step
-        if self.gave_up(self.state):
-            self.control.should_training_stop = True
-        return better
+            limit = self.optim.max_grad_norm or math.inf
+            self._norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.after_step()
+        self._rate = self.scheduler.optimizer.param_groups[0]["lr"]
+        skipped = not self.deepspeed and self.accelerator.optimizer_step_was_skipped
+        if not skipped and not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()
+        self.step += 1
 
-    def gave_up(self, state: TrainerState) -> bool:
-        """Whether the selected figure has not got better for ``early_stopping_patience`` epochs."""
-        waited = (state.global_step - (state.best_global_step or 0)) // self.steps_per_epoch
-        return 0 < self.options.early_stopping_patience <= waited
+    def to_device(self, batch: Mapping[str, torch.Tensor]) -> Batch:
+        """A batch on the device; under DeepSpeed, which has no autocast, in the model's type."""
+        moved = send_to_device(dict(batch), self.accelerator.device)
+        if self.deepspeed:
+            dtype = self.wrapped.get_data_types()[0]
+            moved = {k: t.to(dtype) if t.is_floating_point() else t for k, t in moved.items()}
+        return moved
 
-    def kept_states(self) -> set[int]:
-        """The last saved state and the best."""
-        return {self.state.global_step, self.state.best_global_step}
+    def _log_loss(self) -> None:
+        """Note the mean loss of the steps since the last time."""
+        steps, self._logged = self.step - self._logged, self.step
+        total = float(self.accelerator.gather(self._loss).mean())
+        self._loss.zero_()
+        values = {"loss": total / steps, "learning_rate": self._rate}
+        self._log(values, curves={"grad_norm": float(self._norm or 0.0)}, part="train")
+
+    def _measure(self) -> dict[str, float]:
+        """Measure, note the figures and say them."""
+        self.wrapped.eval()
+        figures = self.evaluate()
+        self._log({f"eval_{name}": value for name, value in figures.items()}, part="eval")
+        ended, inside = divmod(self.step, self.steps_per_epoch)
+        place = f"step {self.step}" if inside else f"epoch {ended}/{self.optim.epochs}"
+        loss = next(entry["loss"] for entry in reversed(self.history) if "loss" in entry)
+        self.notify(f"{place}: loss {loss:.4f}, {self.describe(figures)}")
+        return figures
+
+    def _log(
+        self, values: dict[str, float], *, part: str, curves: Mapping[str, float] | None = None
+    ) -> None:
+        where = {"step": self.step, "epoch": self.step / self.steps_per_epoch}
+        self.history.append(values | where)
+        drawn = {**values, **(curves or {})}
+        self.accelerator.log(
+            {f"{part}/{name.removeprefix('eval_')}": value for name, value in drawn.items()},
+            step=self.step,
+        )
+
+    def _words(self) -> str:
+        """What stands beside a progress bar: the last loss and AUC."""
+        words = []
+        for key, name in (("loss", "loss"), ("eval_auc", "AUC")):
+            value = next((e[key] for e in reversed(self.history) if key in e), None)
+            words += [f"{name} {value:.3f}"] if value is not None else []
+        return "  ".join(words)
+
+    def _start_curves(self) -> None:
+        if self.options.run.report_to == "wandb":
+            name = os.environ.get("WANDB_PROJECT", "m2f2")
+            self.accelerator.init_trackers(name, config=self.options.to_flat())
+        else:
+            self.accelerator.init_trackers("runs")
+
+    def _save(self) -> None:
+        """Save a state; it counts once its mark is there, and only then do older ones go."""
+        folder = state_folder(self.options.run.output) / f"checkpoint-{self.step}"
+        try:
+            if self.deepspeed:
+                self.wrapped.save_checkpoint(str(folder), exclude_frozen_parameters=True)
+            if self.accelerator.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                state = {"scheduler": self.scheduler.state_dict()}
+                if not self.deepspeed:
+                    tensors = {k: t.detach().cpu() for k, t in self.tensors().items()}
+                    write_tensor_file(
+                        folder / WEIGHTS, {k: t.contiguous() for k, t in tensors.items()}
+                    )
+                    state["optimizer"] = self.optimizer.state_dict()
+                if self.accelerator.scaler is not None:
+                    state["scaler"] = self.accelerator.scaler.state_dict()
+                torch.save(state, folder / _OPTIMIZER)
+                progress = {"step": self.step, "best": self.best, "history": self.history}
+                (folder / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"The state cannot be saved in '{folder.parent}': {error}.",
+                "Free some space and give the same command with --resume.",
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            complete_state(folder, keep=self.kept_states())
+
+    def _load(self, folder: Path) -> None:
+        """Stand where a saved state was."""
+        progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+        self.step = self._logged = progress["step"]
+        self.history = progress["history"]
+        self.best = tuple(progress["best"]) if progress["best"] else None
+        state = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+        if self.deepspeed:
+            self.wrapped.load_checkpoint(str(folder), load_module_strict=False)
+        else:
+            self.restore(load_file(folder / WEIGHTS))
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+class Finished:
+    """A run whose output is there already.
+
+    Attributes:
+        steps: None are left.
+    """
+
+    steps = 0
+
+    def __init__(self, output: Path, notify: Notify) -> None:
+        self.output = output
+        self.notify = notify
+
+    def run(self, *, advance: Advance | None = None) -> Path:
+        """Say so, and give the folder."""
+        self.notify(f"'{self.output}' is finished already; nothing to resume.")
+        return self.output
+
+
+def epoch_records(history: Sequence[Mapping[str, float]], each: int) -> list[dict[str, float]]:
+    """The run so far, one record an epoch: mean training loss, learning rate, figures.
+
+    Args:
+        history: As ``Trainer.history``.
+        each: Steps an epoch.
+    """
+    records = []
+    for epoch in range(1, int(history[-1]["step"]) // each + 1 if history else 1):
+        begin, end = (epoch - 1) * each, epoch * each
+        logged = [e for e in history if "loss" in e and begin < e["step"] <= end]
+        lengths = np.diff([begin, *(entry["step"] for entry in logged)])
+        record: dict[str, float] = {
+            "epoch": epoch,
+            "step": end,
+            "learning_rate": logged[-1]["learning_rate"],
+            "loss": float(np.dot([entry["loss"] for entry in logged], lengths) / each),
+        }
+        for entry in history:
+            if entry["step"] == end and "eval_loss" in entry:
+                record |= measured(entry)
+        records.append(record)
+    return records
+
+
+def measured(entry: Mapping[str, float]) -> dict[str, float]:
+    """The figures of an entry of the history, as records name them."""
+    return {
+        "validation_loss" if name == "eval_loss" else name.removeprefix("eval_"): value
+        for name, value in entry.items()
+        if name.startswith("eval_")
+    }
+
+
+def shares(items: Sequence[Any], process: int, processes: int) -> list[tuple[Any, bool]]:
+    """One process's share of items, as many for each, and which of them count.
+
+    The last ones are repeats where the items do not divide evenly.
+    """
+    each = -(-len(items) // processes)
+    places = range(process, each * processes, processes)
+    return [(items[place % len(items)], place < len(items)) for place in places]

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from m2f2cli.training.explainer import prepare
+from m2f2cli.training.trainer import Trainer
 from tests.training.talks import KINDS
 from tests.training.test_resume import Crash
 
@@ -28,13 +29,12 @@ def main(folder: Path, crash: int | None) -> None:
     for file in sorted(folder.glob("*.yaml")):
         run = prepare(KINDS[file.stem.split("-")[0]].from_flat(yaml.safe_load(file.read_text())))
         if crash is not None:
-            run.trainer.add_callback(Crash(crash))
             with suppress(KeyboardInterrupt):
-                run.run()
+                run.run(advance=Crash(crash))
             os._exit(0)  # as a kill would: nothing is taken down in order
         run.run()
-        if run.trainer is not None and run.trainer.is_world_process_zero():
-            file.with_suffix(".json").write_text(json.dumps(run.trainer.state.log_history))
+        if isinstance(run, Trainer) and run.accelerator.is_main_process:
+            file.with_suffix(".json").write_text(json.dumps(run.history))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 
 from m2f2cli.data.prepare.explanations import PLACEHOLDERS, judge_turns
 from m2f2cli.options.train_explainer import AlignOptions, LoraOptions
+from m2f2cli.training.explainer import align, lora
 from tests.models.explainers import write_explainer
 from tests.training.conftest import toy_picture
 
@@ -73,3 +74,8 @@ def stage_options(stage: str, root: Path, output: Path, **changes: Any) -> Any:
     if stage == "lora":
         small |= {"lora-r": 4, "lora-alpha": 8, "projector-lr": 1e-2}
     return KINDS[stage].from_flat(small | {k.replace("_", "-"): v for k, v in changes.items()})
+
+
+def train(options: Any, **told: Any) -> Path:
+    """Train the stage that the options are of."""
+    return (align if isinstance(options, AlignOptions) else lora)(options, **told)

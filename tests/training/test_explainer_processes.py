@@ -29,7 +29,7 @@ SETTINGS = {
     "learning_rate": 3e-3,
     "weight_decay": 0.01,
 }
-PLAIN = {"align": {}, "lora": {"dropout": 0.0, "projector_lr": 1e-3}}
+PLAIN = {"align": {}, "lora": {"lora_dropout": 0.0, "projector_lr": 1e-3}}
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 
@@ -46,7 +46,7 @@ def alone(root, tmp_path_factory):
     for stage in STAGES:
         settings = SETTINGS | PLAIN[stage] | {"batch_size": 6}
         run = prepare(stage_options(stage, root, folder / stage, **settings))
-        found[stage] = run.run(), run.trainer.state.log_history
+        found[stage] = run.run(), run.history
     return found
 
 

@@ -15,10 +15,10 @@ import pytest
 from m2f2cli.checkpoints import delta, io
 from m2f2cli.checkpoints.io import write_tensor_file
 from m2f2cli.errors import CheckpointError, ConfigError, UsageError
-from m2f2cli.training import states
-from m2f2cli.training.explainer import prepare, train_stage
+from m2f2cli.training import trainer
+from m2f2cli.training.explainer import prepare
 from m2f2cli.training.states import state_folder
-from tests.training.talks import stage_options, write_all
+from tests.training.talks import stage_options, train, write_all
 from tests.training.test_resume import Crash
 
 STAGES = ("align", "lora")
@@ -47,31 +47,28 @@ def bits(folder):
 @pytest.mark.parametrize("stage", STAGES)
 def test_interrupted_and_resumed_stage_ends_bit_equal(stage, root, tmp_path):
     """Interrupted inside an epoch and right after one, resumed with other worker processes."""
-    whole = train_stage(stage_options(stage, root, tmp_path / "whole", **STATEFUL))
+    whole = train(stage_options(stage, root, tmp_path / "whole", **STATEFUL))
     figures = io.read_stage(whole)["metrics"]
     for step in (2, 8):
         output = tmp_path / f"cut{step}"
         run = prepare(stage_options(stage, root, output, **STATEFUL))
-        run.trainer.add_callback(Crash(step))
         with pytest.raises(KeyboardInterrupt):
-            run.run()
+            run.run(advance=Crash(step))
         assert not output.exists()
         options = stage_options(stage, root, output, **STATEFUL, resume=True, workers=step % 2)
-        assert bits(train_stage(options)) == bits(whole), step
+        assert bits(train(options)) == bits(whole), step
         assert io.read_stage(output)["metrics"] == figures
         assert not state_folder(output).exists()
     if stage == "lora":
         others = STATEFUL | {"seed": 1}
-        assert bits(train_stage(stage_options(stage, root, tmp_path / "x", **others))) != bits(
-            whole
-        )
+        assert bits(train(stage_options(stage, root, tmp_path / "x", **others))) != bits(whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_sigkill_then_the_same_command_with_resume(stage, root, tmp_path):
     settings = STATEFUL | {"validation_share": 0.0, "eval_steps": 0}
-    whole = train_stage(stage_options(stage, root, tmp_path / "whole", **settings))
+    whole = train(stage_options(stage, root, tmp_path / "whole", **settings))
     killed = stage_options(stage, root, tmp_path / "killed", **settings)
     file = tmp_path / "stage.yaml"
     file.write_text(killed.to_yaml())
@@ -112,19 +109,19 @@ def test_a_full_disk_costs_no_step_that_was_saved(stage, root, tmp_path, monkeyp
         return stage_options(stage, root, tmp_path / "out", save_steps=1, **changes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(states, "write_tensor_file", full)
+        patch.setattr(trainer, "write_tensor_file", full)
         with pytest.raises(CheckpointError, match=r"cannot be saved .* No space left") as refused:
-            train_stage(wanted())
+            train(wanted())
     assert "--resume" in refused.value.hint
     lines: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(delta, "write_tensor_file", full)
         with pytest.raises(CheckpointError, match="No space left"):
-            train_stage(wanted(resume=True), notify=lines.append)
+            train(wanted(resume=True), notify=lines.append)
     assert "Going on after step 2 of 6." in lines
     assert [path.name for path in tmp_path.iterdir()] == ["out.training"]
-    whole = train_stage(stage_options(stage, root, tmp_path / "whole"))
-    assert bits(train_stage(wanted(resume=True))) == bits(whole)
+    whole = train(stage_options(stage, root, tmp_path / "whole"))
+    assert bits(train(wanted(resume=True))) == bits(whole)
 
 
 @pytest.mark.slow
@@ -133,9 +130,8 @@ def test_unfinished_and_finished_stages_are_kept(root, tmp_path, monkeypatch):
         return stage_options("align", root, tmp_path / "out", **changes)
 
     run = prepare(wanted(save_steps=1))
-    run.trainer.add_callback(Crash(2))
     with pytest.raises(KeyboardInterrupt):
-        run.run()
+        run.run(advance=Crash(2))
     with pytest.raises(UsageError, match="unfinished"):
         prepare(wanted())
     with pytest.raises(ConfigError, match=r"--learning-rate is 0\.5"):
@@ -144,13 +140,13 @@ def test_unfinished_and_finished_stages_are_kept(root, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="has 2 processes"):
         prepare(wanted(resume=True))
     monkeypatch.delenv("WORLD_SIZE")
-    folder = train_stage(wanted(resume=True))
+    folder = train(wanted(resume=True))
     before = bits(folder)
     with pytest.raises(CheckpointError, match="not empty"):
         prepare(wanted())
     lines: list[str] = []
-    assert train_stage(wanted(resume=True), notify=lines.append) == folder
+    assert train(wanted(resume=True), notify=lines.append) == folder
     assert "finished already" in lines[0]
     assert bits(folder) == before
-    train_stage(wanted(overwrite=True, learning_rate=1e-3))
+    train(wanted(overwrite=True, learning_rate=1e-3))
     assert bits(folder) != before

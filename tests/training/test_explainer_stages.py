@@ -13,7 +13,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from m2f2cli.checkpoints import io
 from m2f2cli.checkpoints.load import load_explainer
@@ -21,13 +20,13 @@ from m2f2cli.data.conversations import Pictures
 from m2f2cli.data.prepare.ddvqa import prepare_ddvqa
 from m2f2cli.errors import CheckpointError, ConfigError, InputError, MissingExtraError
 from m2f2cli.options.train_explainer import ConversationOptions
-from m2f2cli.training import explainer_settings
-from m2f2cli.training.explainer import prepare, train_stage
+from m2f2cli.training import accelerator
+from m2f2cli.training.explainer import prepare
 from m2f2cli.training.explainer_data import Exercises, Usable, encode, read_usable
 from m2f2cli.training.explainer_parts import trained
 from tests.models import explainers
 from tests.models.explainers import tiny_processor
-from tests.training.talks import stage_options, turns, write_all, write_talks
+from tests.training.talks import stage_options, train, turns, write_all, write_talks
 
 STAGES = ("align", "lora")
 
@@ -80,14 +79,15 @@ def test_unmasked_labels_of_every_prepared_conversation(tmp_path, monkeypatch):
         assert check_labels(tmp_path / f"train_{name}_c40.json", images) == count
 
 
-class Gradients(TrainerCallback):
-    """Notes the largest gradient each parameter ever got."""
+class Gradients:
+    """Notes the largest gradient each parameter ever got; a hook before an optimizer's steps."""
 
-    def __init__(self):
+    def __init__(self, model):
+        self.model = model
         self.largest = {}
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        for name, weight in trained(model):
+    def __call__(self, *_):
+        for name, weight in trained(self.model):
             now = 0.0 if weight.grad is None else float(weight.grad.abs().max())
             self.largest[name] = max(self.largest.get(name, 0.0), now)
 
@@ -119,8 +119,8 @@ def test_after_20_steps_exactly_the_stages_parameters_have_moved(stage, root, tm
     options = stage_options(stage, root, tmp_path / "delta", data=file, epochs=4)
     run = prepare(options)
     assert run.steps == 20
-    model, gradients = run.trainer.model, Gradients()
-    run.trainer.add_callback(gradients)
+    model, gradients = run.model, Gradients(run.model)
+    run.optimizer.register_step_pre_hook(gradients)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     moving = {id(weight) for _, weight in trained(model)}
     folder = run.run()
@@ -133,7 +133,7 @@ def test_after_20_steps_exactly_the_stages_parameters_have_moved(stage, root, tm
     assert all(value > 0 for value in gradients.largest.values())
     assert any("running_mean" in name for name in before)
     loaded, _ = load_explainer(str(root / "explainer"), device="cpu")
-    inside = run.trainer.explainer.state_dict()
+    inside = run.explainer.state_dict()
     for name, tensor in loaded.detector.state_dict().items():
         assert torch.equal(inside[f"detector.{name}"], tensor)
     delta = "delta.safetensors" if stage == "align" else "adapter_model.safetensors"
@@ -153,10 +153,10 @@ def test_peft_loads_the_adapter_folder_unchanged(root, tmp_path):
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)
         loaded = PeftModel.from_pretrained(base, str(folder)).eval()
-    batch = dict(next(iter(run.trainer.get_train_dataloader())))
-    run.trainer.model.eval()
+    batch = dict(next(iter(run.loader())))
+    run.model.eval()
     with torch.no_grad():
-        mine, theirs = run.trainer.model(**batch).logits, loaded(**batch).logits
+        mine, theirs = run.model(**batch).logits, loaded(**batch).logits
         plain = load_explainer(str(root / "explainer"), device="cpu")[0](**batch).logits
     assert torch.equal(mine, theirs)
     assert not torch.allclose(mine, plain, atol=1e-2)
@@ -182,19 +182,19 @@ def apart(one: Path, two: Path) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_how_memory_is_saved_changes_nothing_that_is_learnt(stage, root, tmp_path):
-    plain = {"gradient_checkpointing": False, **({"dropout": 0.0} if stage == "lora" else {})}
-    whole = train_stage(stage_options(stage, root, tmp_path / "whole", **plain))
+    plain = {"gradient_checkpointing": False, **({"lora_dropout": 0.0} if stage == "lora" else {})}
+    whole = train(stage_options(stage, root, tmp_path / "whole", **plain))
     twice = plain | {"gradient_checkpointing": True}
-    assert apart(whole, train_stage(stage_options(stage, root, tmp_path / "cp", **twice))) < 1e-6
+    assert apart(whole, train(stage_options(stage, root, tmp_path / "cp", **twice))) < 1e-6
     parts = plain | {"batch_size": 2, "gradient_accumulation_steps": 2}
-    assert apart(whole, train_stage(stage_options(stage, root, tmp_path / "acc", **parts))) < 5e-4
+    assert apart(whole, train(stage_options(stage, root, tmp_path / "acc", **parts))) < 5e-4
 
 
 @pytest.mark.slow
 def test_half_precision_trains_in_float32(root, tmp_path):
     options = stage_options("lora", root, tmp_path / "half", precision="bfloat16")
     run = prepare(options)
-    kinds = {w.dtype for w in run.trainer.model.parameters() if not w.requires_grad}
+    kinds = {w.dtype for w in run.model.parameters() if not w.requires_grad}
     assert kinds == {torch.bfloat16}
     assert {tensor.dtype for tensor in weights(run.run()).values()} == {torch.float32}
 
@@ -205,11 +205,11 @@ def test_four_bits_hold_the_language_models_layers_only(tmp_path, monkeypatch):
         monkeypatch.setitem(explainers.TEXT, name, 128)
     root = write_all(tmp_path / "root")
     run = prepare(stage_options("lora", root, tmp_path / "qlora", quantize="4bit", epochs=2))
-    packed = [n for n, w in run.trainer.model.named_parameters() if w.dtype == torch.uint8]
+    packed = [n for n, w in run.model.named_parameters() if w.dtype == torch.uint8]
     assert len(packed) == 14
     assert all(".layers." in name and "language_model." in name for name in packed)
     folder = run.run()
-    assert set(weights(folder)) == expected_names("lora", run.trainer.model)
+    assert set(weights(folder)) == expected_names("lora", run.model)
     assert io.read_stage(folder)["options"]["quantize"] == "4bit"
     plain, _ = load_explainer(str(root / "explainer"), device="cpu")
     PeftModel.from_pretrained(plain, str(folder))
@@ -223,26 +223,27 @@ def test_conversations_without_a_picture_train_too(stage, root, tmp_path):
     asked = json.loads((root / "talks.json").read_text())[:3]
     file.write_text(json.dumps([row, row, *asked, row]))
     settings = {"data": file, "batch_size": 2, "group_by_length": False}
-    train_stage(stage_options(stage, root, tmp_path / "out", **settings))
+    train(stage_options(stage, root, tmp_path / "out", **settings))
 
 
 def test_measuring_does_not_hang_on_how_it_is_dealt_out(root, tmp_path, monkeypatch):
     """Each of three processes measures its share; together they measure every item once."""
     settings = {"validation_share": 0.4, "answer_tokens": 4}
-    trainer = prepare(stage_options("align", root, tmp_path / "out", **settings)).trainer
-    loss, tokens = trainer._sums(trainer._losses())
+    trainer = prepare(stage_options("align", root, tmp_path / "out", **settings))
+    whole = list(trainer.held_losses())
+    loss, tokens = (sum(part[n] for part in whole) for n in (0, 1))
     parts = []
-    monkeypatch.setattr(type(trainer.args), "world_size", 3)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 3)
     for process in range(3):
-        monkeypatch.setattr(type(trainer.args), "process_index", process)
-        parts += list(trainer._losses())
+        monkeypatch.setattr(type(trainer.accelerator), "process_index", process)
+        parts += list(trainer.held_losses())
     assert sum(part[1] for part in parts) == tokens
     assert sum(part[0] for part in parts) == pytest.approx(loss, rel=1e-5)
 
 
 def test_judged_accuracy_reads_the_generated_answers(root, tmp_path, monkeypatch):
     settings = {"validation_share": 0.4, "answer_tokens": 4}
-    trainer = prepare(stage_options("align", root, tmp_path / "out", **settings)).trainer
+    trainer = prepare(stage_options("align", root, tmp_path / "out", **settings))
     processor = trainer.exercises.processor
     say = processor.tokenizer("The image looks fake.", add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(
@@ -252,8 +253,8 @@ def test_judged_accuracy_reads_the_generated_answers(root, tmp_path, monkeypatch
     )
     figures = trainer.evaluate()
     labels = [c.label for c in trainer.held]
-    assert figures["eval_judged"] == len(labels)
-    assert figures["eval_judged_accuracy"] == sum(labels) / len(labels)
+    assert figures["judged"] == len(labels)
+    assert figures["judged_accuracy"] == sum(labels) / len(labels)
     people = [
         {p for c in part for p in c.identities}
         for part in (trainer.exercises.conversations, trainer.held)
@@ -267,7 +268,7 @@ def test_measured_within_epochs_too(stage, root, tmp_path):
     """Measuring changes nothing that is learnt, nor any figure of the epochs."""
     settings = {"validation_share": 0.4, "answer_tokens": 4, "epochs": 2}
     lines: list[str] = []
-    plain = train_stage(stage_options(stage, root, tmp_path / "plain", **settings))
+    plain = train(stage_options(stage, root, tmp_path / "plain", **settings))
     settings["eval_steps"] = 2
     often = prepare(stage_options(stage, root, tmp_path / "often", **settings), notify=lines.append)
     folder = often.run()
@@ -353,9 +354,7 @@ def test_missing_pictures_are_counted_or_refused(root, tmp_path):
     with pytest.raises(InputError, match=r"2 pictures .* cannot be had") as refused:
         prepare(stage_options("align", root, tmp_path / "out", **given))
     assert "--missing skip" in refused.value.hint
-    folder = train_stage(
-        stage_options("align", root, tmp_path / "skipped", missing="skip", **given)
-    )
+    folder = train(stage_options("align", root, tmp_path / "skipped", missing="skip", **given))
     data = io.read_stage(folder)["data"]
     assert (data["missing"], data["train"]) == (4, 20)
     assert data["missing_pictures"] == ["5_000.jpg", "5_001.jpg"]
@@ -364,7 +363,7 @@ def test_missing_pictures_are_counted_or_refused(root, tmp_path):
 def test_wrong_starts_are_refused(root, tmp_path, tiny_detector_folder, monkeypatch):
     with pytest.raises(CheckpointError, match="detector"):
         prepare(stage_options("align", root, tmp_path / "a", model=str(tiny_detector_folder)))
-    monkeypatch.setattr(explainer_settings, "find_spec", lambda name: None)
+    monkeypatch.setattr(accelerator, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError) as refused:
         prepare(stage_options("align", root, tmp_path / "b", deepspeed="zero2"))
     assert refused.value.hint == "pip install 'm2f2cli[train]'"

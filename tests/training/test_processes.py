@@ -99,8 +99,8 @@ def alone(settings, folder, **changes):
 def test_every_item_is_seen_exactly_once_an_epoch(together, tmp_path, name):
     settings, seen, _ = together
     run = prepare(alone(settings[name], tmp_path / "alone"))
-    assert len(run.trainer.train_dataset) % 6 == 3 * (name == "equal")
-    length, epochs = len(run.trainer.train_dataset), settings[name].optimizer.epochs
+    assert len(run.dataset) % 6 == 3 * (name == "equal")
+    length, epochs = len(run.dataset), settings[name].optimizer.epochs
     both = [[i for batch in rank["seen"] for i in batch] for rank in seen[name]]
     assert not set(both[0]) & set(both[1])
     assert sorted(both[0] + both[1]) == list(range(epochs * length))
@@ -108,7 +108,7 @@ def test_every_item_is_seen_exactly_once_an_epoch(together, tmp_path, name):
         abs(len(both[0]) - len(both[1]))
         <= epochs * settings[name].optimizer.gradient_accumulation_steps
     )
-    measured = len(run.trainer.eval_dataset)
+    measured = len(run.measured)
     assert measured <= sum(rank["measured"] for rank in seen[name]) / epochs <= measured + 3
 
 

@@ -10,7 +10,6 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from m2f2cli.errors import CheckpointError, ConfigError, UsageError
 from m2f2cli.training.detector import prepare, state_folder, train_detector
@@ -29,12 +28,16 @@ STATEFUL = {
 }
 
 
-class Crash(TrainerCallback):
+class Crash:
+    """Interrupts a run once so many of its steps are done: given as ``advance``."""
+
     def __init__(self, step):
         self.step = step
+        self.done = 0
 
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step == self.step:
+    def __call__(self, steps, words):
+        self.done += steps
+        if words and self.done == self.step:
             raise KeyboardInterrupt
 
 
@@ -64,9 +67,8 @@ def test_interrupted_and_resumed_run_ends_bit_equal(options, tmp_path, schedule,
     for step in steps:
         output = tmp_path / f"cut{step}"
         run = prepare(options(**settings, output=output))
-        run.trainer.add_callback(Crash(step))
         with pytest.raises(KeyboardInterrupt):
-            run.run()
+            run.run(advance=Crash(step))
         assert not output.exists()
         resumed = train_detector(options(**settings, output=output, resume=True, workers=step % 2))
         assert weights(resumed) == weights(whole), step
@@ -103,9 +105,8 @@ def test_sigkill_then_the_same_command_with_resume(options, tmp_path):
 @pytest.mark.slow
 def test_half_written_state_is_ignored(options, tmp_path):
     run = prepare(options(save_steps=1))
-    run.trainer.add_callback(Crash(2))
     with pytest.raises(KeyboardInterrupt):
-        run.run()
+        run.run(advance=Crash(2))
     states = state_folder(run.options.run.output)
     broken = states / "checkpoint-99"
     broken.mkdir()
@@ -140,9 +141,8 @@ def test_disk_full_while_saving_keeps_the_state_before(options, tmp_path, monkey
 
 def test_unfinished_run_is_not_lost_by_accident(options, monkeypatch):
     run = prepare(options(save_steps=1))
-    run.trainer.add_callback(Crash(2))
     with pytest.raises(KeyboardInterrupt):
-        run.run()
+        run.run(advance=Crash(2))
     with pytest.raises(UsageError, match="unfinished") as refused:
         prepare(options(save_steps=1))
     assert "--resume" in refused.value.hint

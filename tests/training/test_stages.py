@@ -10,15 +10,13 @@ from m2f2cli.training.stages import PARAMETER_GROUPS, STAGES, group_of, optimise
 def one_step(options):
     """Train one step: the objective, its tensors before and after, and what got gradients."""
     run = prepare(options)
-    trainer = run.trainer
-    objective = trainer.model
+    objective = run.model
     before = {name: t.clone() for name, t in objective.state_dict().items()}
-    trainer.create_optimizer()
     objective.train()
-    batch = next(iter(trainer.get_train_dataloader()))
+    batch = next(iter(run.loader()))
     objective(**batch)["loss"].backward()
     with_gradient = {n for n, p in objective.named_parameters() if p.grad is not None}
-    trainer.optimizer.step()
+    run.optimizer.step()
     return objective, before, dict(objective.state_dict()), with_gradient
 
 
@@ -68,7 +66,7 @@ def test_frozen_batch_norm_keeps_statistics_but_trains(options):
 
 
 def test_groups_cover_every_trainable_parameter_once(options):
-    objective = prepare(options(layer_decay=0.8, decay_all=False, weight_decay=0.1)).trainer.model
+    objective = prepare(options(layer_decay=0.8, decay_all=False, weight_decay=0.1)).model
     named = objective.named_weights()
     groups = optimiser_groups(named, objective.detector.backbone, objective.options.optimizer)
     names = [name for group in groups for name in group["names"]]
@@ -93,6 +91,6 @@ def test_unknown_parameter_is_an_error():
 
 
 def test_auxiliary_heads_stay_out_of_the_detector(options):
-    objective = prepare(options(kind_weight=0.5)).trainer.model
+    objective = prepare(options(kind_weight=0.5)).model
     assert "heads.kind.weight" in objective.state_dict()
     assert not [name for name in objective.result() if "heads" in name]

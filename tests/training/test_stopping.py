@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from m2f2cli.checkpoints import io
 from m2f2cli.errors import ConfigError
-from m2f2cli.training.detector import Training, prepare, state_folder, train_detector
+from m2f2cli.training.detector import DetectorTrainer, prepare, state_folder, train_detector
 from tests.training.test_resume import Crash, weights
 
 # Nothing moves, so no epoch is better than the first.
@@ -38,9 +38,8 @@ def test_a_run_that_gets_better_goes_on(options):
 def test_an_interrupted_run_stops_where_it_would_have(options, tmp_path):
     whole = train_detector(options(**STILL, output=tmp_path / "whole"))
     run = prepare(options(**STILL))
-    run.trainer.add_callback(Crash(7))
     with pytest.raises(KeyboardInterrupt):
-        run.run()
+        run.run(advance=Crash(7))
     resumed = train_detector(options(**STILL, resume=True))
     assert weights(resumed) == weights(whole)
     figures = [io.read_stage(folder)["metrics"] for folder in (whole, resumed)]
@@ -48,13 +47,15 @@ def test_an_interrupted_run_stops_where_it_would_have(options, tmp_path):
 
 
 def test_a_stopped_run_that_could_not_write_trains_no_further(options, monkeypatch):
-    monkeypatch.setattr(Training, "_write", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DetectorTrainer, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_detector(options(**STILL))
     monkeypatch.undo()
     run = prepare(options(**STILL, resume=True))
-    run.trainer.add_callback(Crash(9))  # the step after the last
-    folder = run.run()
+    folder = run.run(advance=Crash(10))
     assert io.read_stage(folder)["metrics"]["stopped_after"] == 3
 
 

@@ -53,7 +53,7 @@ def test_the_written_detector_scores_as_measured(options):
     folder = run.run()
     chosen = io.read_stage(folder)["metrics"]["selected"]
     detector = load_detector(str(folder), device="cpu", dtype="float32")
-    pictures = run.trainer.eval_dataset
+    pictures = run.measured
     items = [pictures[n] for n in range(len(pictures))]
     pixels = torch.from_numpy(np.stack([item["pixel_values"] for item in items]))
     labels = torch.tensor([int(item["labels"]) for item in items])
@@ -159,7 +159,7 @@ def test_validation_folder_must_hold_other_people(options, toy_data):
 def test_impossible_precision_and_missing_tensorboard(options, monkeypatch):
     with pytest.raises(ConfigError, match="float16 needs a CUDA device"):
         prepare(options(precision="float16"))
-    monkeypatch.setattr("m2f2cli.training.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("m2f2cli.training.accelerator.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="tensorboard"):
         prepare(options(report_to="tensorboard"))
 
@@ -181,7 +181,7 @@ def test_curves_are_written_beside_the_output(options):
 def test_the_average_is_measured_and_kept(options):
     run = prepare(options(epochs=2, ema_decay=0.9, learning_rate=1e-2))
     run.run()
-    objective: Objective = run.trainer.model
+    objective: Objective = run.model
     kept, live = objective.result(), objective.detector.state_dict()
     assert not torch.equal(kept["head.weight"], live["head.weight"])
     statistics = "backbone.net.bn1.running_mean"

@@ -74,7 +74,7 @@ def test_only_single_frames_are_read_and_none_is_kept(ffpp, toy_ffpp, monkeypatc
     assert sorted(read) == sorted(
         (sample.clip, 2) for part in read_sources(run.options.data) for sample in part.samples
     )
-    pictures = run.trainer.train_dataset
+    pictures = run.dataset
     read.clear()
     shown = [pictures.epochs[n] for n in range(len(pictures))]
     for number in range(len(pictures)):

@@ -17,19 +17,13 @@ import m2f2cli.models  # noqa: F401 - before transformers
 # isort: split
 import torch
 import yaml
-from transformers import TrainerCallback
 
 from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.training.detector import prepare
 from m2f2cli.training.pictures import Batcher
+from tests.training.test_resume import Crash
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-
-
-class Crash(TrainerCallback):
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 7:  # the last of eight; a state was saved after six
-            raise KeyboardInterrupt
 
 
 def main(folder: Path) -> None:
@@ -57,9 +51,8 @@ def main(folder: Path) -> None:
             held.clear()
         run = prepare(options)
         if file.stem == "resumed":
-            run.trainer.add_callback(Crash())
             try:
-                run.run()
+                run.run(advance=Crash(7))  # of eight; a state was saved after six
             except KeyboardInterrupt:
                 run = prepare(TrainDetectorOptions.from_flat(options.to_flat() | {"resume": True}))
         run.run()
