@@ -15,19 +15,29 @@ if TYPE_CHECKING:
     from m2f2cli.checkpoints.convert import import_weights
     from m2f2cli.checkpoints.initialize import InitLlavaOptions, init_llava
     from m2f2cli.checkpoints.load import load_detector, load_explainer
+    from m2f2cli.evaluation.evaluate import evaluate
     from m2f2cli.inference.detect import DetectOptions, detect
     from m2f2cli.inference.explain import explain
     from m2f2cli.inference.explain_options import ExplainOptions
     from m2f2cli.models.detector import Detector, DetectorConfig
     from m2f2cli.models.explainer import Explainer, ExplainerConfig
+    from m2f2cli.options.evaluate import (
+        EvaluateDdvqaOptions,
+        EvaluateFfppOptions,
+        EvaluateImagesOptions,
+    )
     from m2f2cli.options.train_detector import TrainDetectorOptions
     from m2f2cli.options.train_explainer import AlignOptions, LoraOptions
+    from m2f2cli.training.detector import train_detector
 
 __all__ = [
     "AlignOptions",
     "DetectOptions",
     "Detector",
     "DetectorConfig",
+    "EvaluateDdvqaOptions",
+    "EvaluateFfppOptions",
+    "EvaluateImagesOptions",
     "ExplainOptions",
     "Explainer",
     "ExplainerConfig",
@@ -36,17 +46,22 @@ __all__ = [
     "TrainDetectorOptions",
     "__version__",
     "detect",
+    "evaluate",
     "explain",
     "import_weights",
     "init_llava",
     "load_detector",
     "load_explainer",
+    "train_detector",
 ]
 _MODULES = {
     "AlignOptions": "options.train_explainer",
     "DetectOptions": "inference.detect",
     "Detector": "models.detector",
     "DetectorConfig": "models.detector",
+    "EvaluateDdvqaOptions": "options.evaluate",
+    "EvaluateFfppOptions": "options.evaluate",
+    "EvaluateImagesOptions": "options.evaluate",
     "ExplainOptions": "inference.explain_options",
     "Explainer": "models.explainer",
     "ExplainerConfig": "models.explainer",
@@ -54,11 +69,13 @@ _MODULES = {
     "LoraOptions": "options.train_explainer",
     "TrainDetectorOptions": "options.train_detector",
     "detect": "inference.detect",
+    "evaluate": "evaluation.evaluate",
     "explain": "inference.explain",
     "import_weights": "checkpoints.convert",
     "init_llava": "checkpoints.initialize",
     "load_detector": "checkpoints.load",
     "load_explainer": "checkpoints.load",
+    "train_detector": "training.detector",
 }
 
 

@@ -82,7 +82,7 @@ def arguments(
                 merges.stage_2(delta, base)
             return ["--base", str(base), "--delta", str(delta), "--output", place]
         return [
-            "--data", str(toy_data), "--init", str(tiny_detector_folder), "--output", place,
+            "--data", str(toy_data), "--model", str(tiny_detector_folder), "--output", place,
             "--epochs", "1", "--batch-size", "8", "--device", "cpu", "--limit", "8",
         ]  # fmt: skip
 

@@ -69,3 +69,21 @@ def test_leaving_runs_exit_hooks_and_flushes():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (7, "said\nhook\n"), done.stderr
+
+
+def test_layers_packed_for_this_cpu_answer_the_same():
+    import torch
+
+    assert compat.can_pack(torch.float32), "oneDNN's operators have moved: see compat.can_pack"
+    generator = torch.Generator().manual_seed(0)
+    values, weight = (torch.randn(9, 512, generator=generator) for _ in range(2))
+    packed = compat.pack_linear(weight, rows=9)
+    found = compat.packed_linear(values, packed, None, "none")
+    assert torch.allclose(found, values @ weight.T, atol=1e-4)
+    pictures = torch.randn(1, 4, 8, 8, generator=generator)
+    filters = torch.randn(6, 4, 3, 3, generator=generator)
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    folded = compat.pack_convolution(filters, geometry, pictures.shape)
+    clamped = compat.packed_convolution(pictures, folded, None, geometry, clamp=True)
+    expected = torch.nn.functional.conv2d(pictures, filters, padding=1).clamp(0, 6)
+    assert torch.allclose(clamped, expected, atol=1e-4)

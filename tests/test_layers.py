@@ -95,10 +95,6 @@ def test_no_circle_of_imports():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-# PyTorch's packed kernels for CPUs are offered by private operators alone.
-KERNELS = {"convolutions", "packing"}
-
-
 def private_names(path: Path) -> set[str]:
     """Private names of other libraries that a file uses: ``torch._x``, ``torch.ops.mkldnn._x``."""
     tree = ast.parse(path.read_text())
@@ -127,7 +123,7 @@ def is_private(name: str) -> bool:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_private_names_of_libraries_are_in_compat_alone(path):
-    if path.stem not in {"compat", *KERNELS}:
+    if path.stem != "compat":
         assert private_names(path) == set()
 
 

@@ -29,6 +29,21 @@ if TYPE_CHECKING:
 TENSORS = "delta.safetensors"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+# Fields of adapter_config.json that say nothing about what an update means. Any other one that is
+# set, now known or not, makes an adapter of a kind that is not folded.
+_SILENT = frozenset(
+    (
+        *("task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path"),
+        *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "init_lora_weights"),
+        *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
+        *("layers_pattern", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+        "eva_config",
+    )
+)
+_PLAIN = {"bias": "none"}
+# Ways to start an adapter that leave the base as it is; others (PiSSA, OLoRA, …) change it.
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+_NAMES = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "use_qalora": "QALoRA"}
 
 
 def write_delta(
@@ -125,3 +140,32 @@ def diff(base: Path, changed: Path, output: Path, *, overwrite: bool = False) ->
         "changed": io.fingerprint(changed),
     }
     return write_delta(output, tensors=moved, stage=stage, overwrite=overwrite)
+
+
+def check_adapter(config: Mapping[str, Any], what: str) -> None:
+    """Refuse an adapter that is not plain LoRA, as ``adapter_config.json`` says.
+
+    Args:
+        config: The file's content.
+        what: The adapter, for the message.
+
+    Raises:
+        CheckpointError: Names every field that makes it another kind.
+    """
+    kind = str(config.get("peft_type", "")).upper()
+    odd = {
+        name: value
+        for name, value in config.items()
+        if name not in _SILENT and value and value != _PLAIN.get(name)
+    }
+    if config.get("init_lora_weights") not in _STARTS:
+        odd["init_lora_weights"] = config["init_lora_weights"]
+    if kind == "LORA" and not odd and isinstance(config.get("lora_alpha"), int | float):
+        return
+    said = [f"{_NAMES.get(name, name)} ({name} = {value})" for name, value in odd.items()]
+    if kind != "LORA":
+        said = [f"{kind or 'an unnamed kind'} (peft_type = {config.get('peft_type')})"]
+    raise CheckpointError(
+        f"The adapter in {what} is not plain LoRA but: {', '.join(said) or 'without lora_alpha'}.",
+        "Only plain LoRA is merged and imported; merge others with peft's merge_and_unload.",
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m2f2cli.checkpoints import import_delta, io, keymaps
-from m2f2cli.checkpoints.delta import TENSORS
+from m2f2cli.checkpoints.delta import TENSORS, check_adapter
 from m2f2cli.checkpoints.io import (
     LazyTensor,
     Weights,
@@ -27,21 +27,6 @@ from m2f2cli.errors import CheckpointError
 _PREFIX = keymaps.DELTA_PREFIX
 _LORA = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _PUBLISHED = (keymaps.STAGE_2, keymaps.STAGE_3, keymaps.STAGE_3_PART, keymaps.PEFT)
-# Fields of adapter_config.json that say nothing about what an update means. Any other one that is
-# set, now known or not, makes an adapter of a kind that is not folded.
-_SILENT = frozenset(
-    (
-        *("task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path"),
-        *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "init_lora_weights"),
-        *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
-        *("layers_pattern", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
-        "eva_config",
-    )
-)
-_PLAIN = {"bias": "none"}
-# Ways to start an adapter that leave the base as it is; others (PiSSA, OLoRA, …) change it.
-_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-_NAMES = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "use_qalora": "QALoRA"}
 
 
 class Pair(NamedTuple):
@@ -108,7 +93,7 @@ def open_delta(path: Path) -> Delta:
     if found.kind not in _PUBLISHED:
         raise CheckpointError(f"{what} is no delta but: {found.kind}.", _hint(found))
     if found.kind in (keymaps.PEFT, keymaps.STAGE_3):
-        _refuse_other_adapters(found.config, what)
+        check_adapter(found.config, what)
     if found.kind == keymaps.PEFT and import_delta.is_ours(found):
         whole, pairs, dropped = _adapter(found.tensors, found.config, what)
         return Delta(
@@ -204,23 +189,3 @@ def _check_pair(
 
 def _frozen(pairs: Mapping[str, Pair]) -> tuple[str, ...]:
     return tuple(name for name in pairs if name.startswith(keymaps.DETECTOR_PART))
-
-
-def _refuse_other_adapters(config: Mapping[str, Any], what: str) -> None:
-    kind = str(config.get("peft_type", "")).upper()
-    odd = {
-        name: value
-        for name, value in config.items()
-        if name not in _SILENT and value and value != _PLAIN.get(name)
-    }
-    if config.get("init_lora_weights") not in _STARTS:
-        odd["init_lora_weights"] = config["init_lora_weights"]
-    if kind == "LORA" and not odd and isinstance(config.get("lora_alpha"), int | float):
-        return
-    said = [f"{_NAMES.get(name, name)} ({name} = {value})" for name, value in odd.items()]
-    if kind != "LORA":
-        said = [f"{kind or 'an unnamed kind'} (peft_type)"]
-    raise CheckpointError(
-        f"The adapter in {what} is not plain LoRA but: {', '.join(said) or 'without lora_alpha'}.",
-        "Only plain LoRA can be merged here; merge others with peft's merge_and_unload.",
-    )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from m2f2cli.checkpoints import keymaps
+from m2f2cli.checkpoints import delta, keymaps
 from m2f2cli.checkpoints.io import LazyTensor, Weights
 from m2f2cli.checkpoints.keymaps import Entry
 from m2f2cli.errors import CheckpointError
@@ -25,9 +25,6 @@ FROZEN = "frozen in training: its update is exactly zero"
 _ABOVE = "above the hidden state that the detector reads"
 _PART = 1 << 12
 _BLOCK = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
-# What an adapter must say, or leave out, to be plain LoRA.
-_PLAIN = {"use_rslora": False, "use_dora": False, "bias": "none", "fan_in_fan_out": False}
-_EMPTY = ("rank_pattern", "alpha_pattern", "layer_replication", "megatron_config", "lora_bias")
 
 
 def read_published(
@@ -75,7 +72,7 @@ def _projectors(
 def _adapter(source: Weights) -> tuple[dict[str, Any], dict[str, LazyTensor], list[Entry]]:
     what = f"'{source.path}'"
     config = dict(source.config)
-    _refuse_other_adapters(config, what)
+    delta.check_adapter(config, what)
     pairs, projectors = _split(source, what)
     tensors: dict[str, LazyTensor] = {}
     entries: list[Entry] = []
@@ -131,18 +128,6 @@ def _split(source: Weights, what: str) -> tuple[dict[str, dict[str, str]], dict[
             f"Copy or download {PROJECTORS} into the folder.",
         )
     return pairs, rest
-
-
-def _refuse_other_adapters(config: Mapping[str, Any], what: str) -> None:
-    kind = str(config.get("peft_type", "")).upper()
-    odd = [name for name, value in _PLAIN.items() if config.get(name, value) not in (value, None)]
-    odd += [name for name in _EMPTY if config.get(name)]
-    if kind != "LORA" or odd:
-        said = ", ".join(f"{name} = {config[name]}" for name in odd) or f"peft_type = {kind}"
-        raise CheckpointError(
-            f"The adapter in {what} is not plain LoRA ({said}).",
-            "Only LoRA as the published stage 3 trains it can be imported.",
-        )
 
 
 def _check_pair(

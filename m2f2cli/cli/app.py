@@ -1,4 +1,4 @@
-"""The ``m2f2`` application: the table of commands and the one funnel every error goes through."""
+"""The ``m2f2`` application: the table of commands, and where every error becomes a sentence."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
 import typer
+from typer.core import TyperCommand
 
 from m2f2cli import __version__
 from m2f2cli.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Output
 from m2f2cli.compat import leave
-from m2f2cli.errors import M2F2Error
-from m2f2cli.options.fields import MOVED, renamed
+from m2f2cli.errors import ConfigError, M2F2Error
+from m2f2cli.options.fields import MOVED, RENAMED, renamed
 from m2f2cli.runtime import debug
 
 
@@ -69,6 +70,22 @@ GROUPS: dict[str, str] = {
 }
 
 
+class _Command(TyperCommand):
+    """A command that refuses environment variables of options that have another name now."""
+
+    def invoke(self, ctx: Any) -> Any:
+        known = {name.removeprefix("--") for p in self.params for name in p.opts}
+        for old in RENAMED:
+            variable, new = _variable(old), renamed(old, known)
+            if new and variable in os.environ:
+                raise ConfigError(f"'{variable}' is now '{_variable(new)}'.", f"Unset {variable}.")
+        return super().invoke(ctx)
+
+
+def _variable(option: str) -> str:
+    return "M2F2_" + option.upper().replace("-", "_")
+
+
 def build() -> typer.Typer:
     """Attach every command of the table to a new application. Imports no torch."""
     app = typer.Typer(
@@ -92,6 +109,7 @@ def build() -> typer.Typer:
         body = getattr(module, function)
         homes[group].command(
             name,
+            cls=_Command,
             rich_help_panel=None if group else entry.panel,
             help=_paragraphs(body.__doc__),
             epilog=_epilog(examples),
@@ -162,7 +180,7 @@ def run(arguments: Sequence[str], *, app: typer.Typer | None = None) -> int:
     except BrokenPipeError:
         _silence_stdout()
         return EXIT_FAILED
-    except Exception as error:  # noqa: BLE001 - the one funnel
+    except Exception as error:  # noqa: BLE001 - every error becomes a sentence
         if debug():
             import traceback
 

@@ -64,9 +64,9 @@ def _command(command: Any) -> Iterator[str]:
     for panel, members in panels.items():
         yield _table((panel, "Value", "Default", "Meaning"), [_flag(p) for p in members])
     if keys:
-        rows = [(f"`{p.opts[0].removeprefix('--')}`", *_flag(p)[1:]) for p in keys]
+        listed = [(f"`{p.opts[0].removeprefix('--')}`", *_flag(p)[1:]) for p in keys]
         yield "Further keys of `--config` and `--set`:\n"
-        yield _table(("Key", "Value", "Default", "Meaning"), rows)
+        yield _table(("Key", "Value", "Default", "Meaning"), listed)
 
 
 def _flag(parameter: Any) -> tuple[str, str, str, str]:

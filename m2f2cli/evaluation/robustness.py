@@ -13,7 +13,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from m2f2cli.checkpoints.io import json_bytes
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.corruptions import CORRUPTIONS, SEVERITIES, find_corruption
 from m2f2cli.data.images import Picture
@@ -26,7 +25,7 @@ from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.report import read_json
 from m2f2cli.evaluation.runs import check_same_data, count_items, list_sources, truth_of
 from m2f2cli.evaluation.truth import Figure, Joined, Truth, fingerprint, join
-from m2f2cli.files import atomic_write
+from m2f2cli.files import atomic_write, json_bytes
 from m2f2cli.inference.detect import DetectOptions, judge_sources, load, settings_of
 from m2f2cli.inference.recordfile import RecordFile
 from m2f2cli.inference.scoring import Judge

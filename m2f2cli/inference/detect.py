@@ -118,9 +118,11 @@ def load(model: str | Judge, options: DetectOptions) -> Judge:
     if not isinstance(model, str):
         return model
     from m2f2cli.checkpoints.load import load_detector
-    from m2f2cli.inference.folding import hasten
+    from m2f2cli.inference.optimize_cpu import optimize_for_cpu
 
-    judge: Judge = hasten(load_detector(model, device=options.device, dtype=options.dtype))
+    judge: Judge = optimize_for_cpu(
+        load_detector(model, device=options.device, dtype=options.dtype)
+    )
     return judge
 
 

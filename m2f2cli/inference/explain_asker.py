@@ -14,7 +14,7 @@ from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.data.transforms import explainer_views, normalise
 from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.explain_sampling import SeededDraws, seed_of
-from m2f2cli.inference.folding import hasten
+from m2f2cli.inference.optimize_cpu import optimize_for_cpu
 from m2f2cli.inference.prepare import Crop, Recipe
 from m2f2cli.inference.scoring import AT_ONCE_ON_CPU, Score, score_of
 from m2f2cli.models.conversation import Template
@@ -57,7 +57,7 @@ class Asker:
             explainer, folder = load_explainer(
                 model, device=where.device, dtype=where.dtype, quantize=options.quantize
             )
-            hasten(explainer.detector)
+            optimize_for_cpu(explainer.detector)
             model = (
                 explainer,
                 ExplainerProcessor.from_folder(folder, explainer.config, explainer_views),

@@ -105,3 +105,10 @@ def test_every_flag_answers_to_its_environment_variable() -> None:
             assert parameter.envvar == "M2F2_" + longs[0][2:].upper().replace("-", "_")
             assert parameter.help
             assert re.search(r"[.)]$", parameter.help)
+
+
+def test_an_old_name_in_the_environment_is_an_error_that_names_the_new_one(capsys, monkeypatch):
+    monkeypatch.setenv("M2F2_EMA", "0.9")
+    assert app.run(["train-detector", "--data", "faces", "--output", "out"]) == 2
+    assert "'M2F2_EMA' is now 'M2F2_EMA_DECAY'" in capsys.readouterr().err
+    assert app.run(["info"]) == 0  # has no such option

@@ -311,10 +311,10 @@ def test_a_template_without_placeholders_is_refused(loaded, pictures, monkeypatc
         next(explain(pictures, model=loaded, options=asking(judge=True)))
 
 
-def test_a_hastened_detector_changes_no_words(pictures, tmp_path):
-    from m2f2cli.inference.folding import hasten
+def test_an_optimized_detector_changes_no_words(pictures, tmp_path):
+    from m2f2cli.inference.optimize_cpu import optimize_for_cpu
 
     plain = [words(r) for r in explain(pictures, model=tiny(), options=asking())]
     loaded = tiny()
-    hasten(loaded[0].detector)
+    optimize_for_cpu(loaded[0].detector)
     assert [words(r) for r in explain(pictures, model=loaded, options=asking())] == plain

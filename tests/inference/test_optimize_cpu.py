@@ -4,9 +4,15 @@ import pytest
 import torch
 
 from m2f2cli.checkpoints.load import load_detector
-from m2f2cli.inference.convolutions import PackedConvolution, hasten_convolutions
-from m2f2cli.inference.folding import few_heads_attention, fold_batch_norms, hasten
-from m2f2cli.inference.packing import PackedLinear, can_pack
+from m2f2cli.compat import can_pack
+from m2f2cli.inference.optimize_cpu import (
+    PackedConvolution,
+    PackedLinear,
+    few_heads_attention,
+    fold_batch_norms,
+    optimize_convolutions,
+    optimize_for_cpu,
+)
 from m2f2cli.models.backbone import Backbone
 from tests.conftest import TINY_SIDE, randomise
 
@@ -33,13 +39,13 @@ def test_a_folded_network_answers_the_same(name: str, folded: int) -> None:
 
 @pytest.mark.parametrize("size", [96, 100])  # evenly halved, or not
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "efficientnet_lite0", "efficientnet_b0"])
-def test_hastened_convolutions_answer_the_same(name: str, size: int) -> None:
+def test_optimized_convolutions_answer_the_same(name: str, size: int) -> None:
     backbone = randomise(Backbone(name)).eval()
     fold_batch_norms(backbone.net)
     pictures = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         before, _ = backbone(pictures)
-        backbone.net = hasten_convolutions(backbone.net, size)
+        backbone.net = optimize_convolutions(backbone.net, size)
         after, _ = backbone(pictures)
     if can_pack(torch.float32):
         assert any(isinstance(part, PackedConvolution) for part in backbone.modules())
@@ -59,9 +65,9 @@ def test_what_folding_would_change_is_left_alone(change: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-5), ("bfloat16", 0.03)])
-def test_a_hastened_detector_answers_the_same(tiny_detector_folder, dtype, allowed) -> None:
+def test_an_optimized_detector_answers_the_same(tiny_detector_folder, dtype, allowed) -> None:
     plain = load_detector(str(tiny_detector_folder), device="cpu", dtype="float32")
-    quick = hasten(load_detector(str(tiny_detector_folder), device="cpu", dtype=dtype))
+    quick = optimize_for_cpu(load_detector(str(tiny_detector_folder), device="cpu", dtype=dtype))
     pictures = torch.randn(3, 3, TINY_SIDE, TINY_SIDE, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         expected = plain(pictures)
