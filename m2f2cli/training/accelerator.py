@@ -12,7 +12,7 @@ import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transf
 
 # isort: split
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from transformers import enable_full_determinism
 
 from m2f2cli.compat import forget_accelerator
@@ -160,6 +160,7 @@ def make_accelerator(
     if run.deterministic:
         enable_full_determinism(run.seed)
     forget_accelerator()
+    PartialState(cpu=device.type == "cpu")  # the processes: under DeepSpeed not asked for a CPU
     return Accelerator(
         cpu=device.type == "cpu" and deepspeed is None,
         mixed_precision=_PRECISIONS[precision],

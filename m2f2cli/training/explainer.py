@@ -7,8 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transformers asks for
+
+# isort: split
 import torch
 from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from m2f2cli.checkpoints.delta import write_delta
 from m2f2cli.checkpoints.io import check_names_and_shapes
@@ -368,6 +372,7 @@ class ExplainerTrainer(Trainer):
 
 def _what_trains(options: StageOptions) -> tuple[Any, dict[str, Any] | None, Path]:
     """The explainer with what trains in it, ``adapter_config.json``, and where it was read."""
+    unset_hf_deepspeed_config()  # of an earlier run, which would have the model read in shards
     held_in = options.model.quantize if isinstance(options.model, QuantizedOptions) else "none"
     explainer, home = load_explainer(
         options.model.model,
