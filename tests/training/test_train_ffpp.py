@@ -61,7 +61,6 @@ def test_worker_processes_change_nothing(ffpp, toy_data, tmp_path):
 
 
 def test_only_single_frames_are_read_and_none_is_kept(ffpp, toy_ffpp, monkeypatch):
-    monkeypatch.setattr(FrameReader, "clip", None)
     read: list[tuple[str, int]] = []
     original = FrameReader.frame
 
