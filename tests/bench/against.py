@@ -28,6 +28,8 @@ def run(checkout: Path, arguments: list[str], folder: Path) -> tuple[float, floa
     """Seconds, processor seconds and peak GB of ``m2f2`` from a checkout."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith("M2F2_")}
     variables["PYTHONPATH"] = str(checkout)
+    if arguments[0] == "train-detector" and not (checkout / "m2f2cli" / "options").exists():
+        arguments = ["--init" if text == "--model" else text for text in arguments]  # before 0.2
     with (folder / "log").open("wb") as log:
         begin = time.perf_counter()
         child = subprocess.Popen(
@@ -90,7 +92,7 @@ def train(folder: Path) -> list[str]:
             begin = 0 if part == "train" else STEPS * BATCH // 2
             for number, file in enumerate(files[begin : begin + count // 2]):
                 shutil.copy(file, folder / part / label / f"{part}{number}.jpg")
-    options = {"data": "train", "validation": "held", "init": "lite", "epochs": 1}
+    options = {"data": "train", "validation": "held", "model": "lite", "epochs": 1}
     options |= {"batch-size": BATCH, "output": "out"}
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return ["train-detector", *flags]
