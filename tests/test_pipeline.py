@@ -31,7 +31,7 @@ init-llava --llava base --detector detector --output explainer-0
 align --model explainer-0 --output delta-1 {{talks}} {{run}}
     --learning-rate 1e-2 --validation-share 0.3 --eval-steps 1 --answer-tokens 4
 merge --base explainer-0 --delta delta-1 --output explainer-1
-lora --model explainer-1 --output delta-2 {{talks}} {{run}} --rank 16 --alpha 32
+lora --model explainer-1 --output delta-2 {{talks}} {{run}} --lora-r 16 --lora-alpha 32
     --learning-rate 1e-2 --projector-lr 1e-2 --epochs 16
 merge --base explainer-1 --delta delta-2 --output last --verify
 """.format(

@@ -362,7 +362,7 @@ def test_a_killed_run_leaves_nothing_that_loads(home, tmp_path):
         "from m2f2cli.checkpoints.initialize import init_llava\n"
         "home, out = map(Path, sys.argv[1:])\n"
         "def slow(steps, note=''):\n"
-        "    print('writing', flush=True); time.sleep(60)\n"
+        "    print('writing\\n', end='', flush=True); time.sleep(60)\n"  # by threads
         "init_llava(\n"
         "    str(home / 'bin'), str(home / 'detector'), out,\n"
         "    progress=lambda label, total: contextlib.nullcontext(slow),\n"
