@@ -112,6 +112,7 @@ class Trainer(ABC):
         self._loss = torch.zeros((), device=accelerator.device)
         self._logged = 0
         self._prepared = False
+        self._loader: DataLoader[Any] | None = None
 
     @property
     @abstractmethod
@@ -242,7 +243,8 @@ class Trainer(ABC):
         """Train to the end of an epoch, from its first step or from where a resumed run stands."""
         epoch, first = divmod(self.step, self.steps_per_epoch)
         self.sampler.start(epoch, first)
-        self._loader = getattr(self, "_loader", None) or self.loader()
+        if self._loader is None:  # one for all epochs, so that its workers stay
+            self._loader = self.loader()
         batches = iter(self._loader)
         for step in range(first, self.steps_per_epoch):
             count = len(self.sampler.steps.batches(step, self.sampler.process))
