@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2f2cli.errors import ConfigError
-from m2f2cli.options.fields import Checked, option, required
+from m2f2cli.options.fields import Options, option, required
 
 # As ``data.ffpp`` knows them; that module needs h5py, which the command line must not wait for.
 _COMPRESSIONS = ("raw", "c23", "c40")
@@ -14,7 +14,7 @@ _MANIPULATIONS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
 
 
 @dataclass(frozen=True)
-class DataOptions(Checked):
+class DataOptions(Options):
     """What to train on and what to measure on."""
 
     data: tuple[str, ...] = required(
