@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m2f2cli import metrics
-from m2f2cli.data.judgement import plain
+from m2f2cli.data.conversations import plain
 from m2f2cli.errors import UsageError
 from m2f2cli.evaluation.truth import DEFAULT_THRESHOLD, FAKE, REAL, Figure, Joined, Measures
 from m2f2cli.metrics import (

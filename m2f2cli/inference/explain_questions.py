@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from m2f2cli.data.judgement import stated_label
+from m2f2cli.data.conversations import stated_label
 from m2f2cli.errors import UsageError
 from m2f2cli.models.conversation import DEEPFAKE, IMAGE, Template, Turn
 from m2f2cli.options.explain import REGIONS, ExplainOptions
