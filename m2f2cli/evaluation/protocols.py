@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m2f2cli import metrics
-from m2f2cli.data.judgement import parse_as_published, plain
+from m2f2cli.data.conversations import parse_as_published, plain
 from m2f2cli.errors import UsageError
 from m2f2cli.evaluation.predictions import Predictions
 from m2f2cli.evaluation.truth import FAKE, REAL, Joined

@@ -16,7 +16,6 @@ from typing import Any
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.corruptions import CORRUPTIONS, SEVERITIES, find_corruption
 from m2f2cli.data.images import Picture
-from m2f2cli.data.readers.ffpp import FfppSet
 from m2f2cli.data.samples import SampleSet
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, MissingExtraError, UsageError
@@ -164,7 +163,7 @@ class Sweep:
 
 
 def sweep(
-    samples: SampleSet | FfppSet,
+    samples: SampleSet,
     *,
     model: str | Judge,
     folder: Path,
@@ -214,9 +213,7 @@ def sweep(
     return _finish(folder, truth, options)
 
 
-def count_records(
-    samples: SampleSet | FfppSet, options: SweepOptions, detect: DetectOptions
-) -> int:
+def count_records(samples: SampleSet, options: SweepOptions, detect: DetectOptions) -> int:
     """How many records a whole sweep has."""
     return len(options.conditions()) * count_items(samples, detect)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from m2f2cli.data.judgement import parse, stated_label
+from m2f2cli.data.conversations import parse_verdict, stated_label
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.predictions import (
     BadRow,
@@ -229,7 +229,7 @@ def _answered(item: Item, rows: Sequence[Prediction], task: str) -> Item:
     if not rows:
         return item
     row = rows[-1]
-    verdict = parse(row.answer or "") if task == "judgement" else row.verdict
+    verdict = parse_verdict(row.answer or "") if task == "judgement" else row.verdict
     return replace(
         item,
         fake_probability=row.fake_probability,
@@ -429,8 +429,8 @@ def _picture(name: str, kind: str, file: Path | None) -> Item:
 
 
 def _truth_from_names(data: Path | None, predictions: Predictions | None, split: str) -> Truth:
-    from m2f2cli.data.naming import kind_of
     from m2f2cli.data.readers.ddvqa import read_ddvqa
+    from m2f2cli.data.samples import kind_of
 
     notes = ["The labels were read from file names, as asked."]
     if data is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from m2f2cli.data.judgement import parse
+from m2f2cli.data.conversations import parse_verdict
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.assemble import assemble, faces_of
 from m2f2cli.inference.decoding import Decoder
@@ -171,7 +171,7 @@ def with_words(found: Detection, plan: Plan, interviews: Sequence[Interview]) ->
 
 def _face(crop: Crop, interview: Interview, plan: Plan) -> FaceExplanation:
     judged, *others = interview.said
-    judgement, verdict = parse(judged.text), interview.verdict.verdict
+    judgement, verdict = parse_verdict(judged.text), interview.verdict.verdict
     return FaceExplanation(
         crop=crop.crop,
         frame=plan.frame,

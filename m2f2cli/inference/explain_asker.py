@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from m2f2cli.checkpoints.load import load_explainer
-from m2f2cli.data.transforms import explainer_views, normalise
+from m2f2cli.data.transforms import explainer_views, normalize
 from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.explain_sampling import SeededDraws, seed_of
 from m2f2cli.inference.optimize_cpu import optimize_for_cpu
@@ -102,9 +102,9 @@ class Asker:
         """
         detector = self.model.detector
         config = detector.config
-        centre = [normalise(c.pixels, config.image_mean, config.image_std) for c in crops]
+        centre = [normalize(c.pixels, config.image_mean, config.image_std) for c in crops]
         clip = [
-            seen if c.padded is None else normalise(c.padded, config.image_mean, config.image_std)
+            seen if c.padded is None else normalize(c.padded, config.image_mean, config.image_std)
             for c, seen in zip(crops, centre, strict=True)
         ]
         at_once = AT_ONCE_ON_CPU if detector.device.type == "cpu" else len(crops)

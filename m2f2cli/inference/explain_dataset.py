@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from m2f2cli.data.conversations import stated_label
 from m2f2cli.data.images import IMAGE_SUFFIXES
-from m2f2cli.data.judgement import stated_label
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.inference.decoding import Decoder
 from m2f2cli.inference.detect import rule_of

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from m2f2cli.data.transforms import normalise
+from m2f2cli.data.transforms import normalize
 from m2f2cli.errors import M2F2Error
 from m2f2cli.inference.prepare import Crop
 from m2f2cli.inference.verdict import DIGITS
@@ -85,7 +85,7 @@ class Scorer:
 
         config = self.model.config
         pixels = np.stack(
-            [normalise(crop.pixels, config.image_mean, config.image_std) for crop in crops]
+            [normalize(crop.pixels, config.image_mean, config.image_std) for crop in crops]
         )
         values = torch.from_numpy(pixels).to(self.model.device, self.model.dtype)
         at_once = AT_ONCE_ON_CPU if values.device.type == "cpu" else len(values)
