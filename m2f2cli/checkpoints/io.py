@@ -375,6 +375,8 @@ def refuse_unusable(found: Weights) -> None:
 def open_tensors(folder: Path) -> dict[str, LazyTensor]:
     """List the tensors of a checkpoint of ours, single file or shards, without reading them.
 
+    Matrices stored as int8 with a scale for each row are listed as what they stand for, float32.
+
     Raises:
         CheckpointError: No weights, a missing or truncated shard, an index that does not agree
             with its shards, or see ``shared_tensors``.
@@ -515,7 +517,7 @@ def survey(folder: Path) -> Weights:
             faults.append(CheckpointError(said, _AGAIN))
         tensors |= part.tensors
     try:
-        tensors |= shared_tensors(folder)
+        tensors = _unpacked(tensors) | shared_tensors(folder)
     except CheckpointError as error:
         faults.append(error)
     configs = [folder / name for name in ("adapter_config.json", "config.json")]
@@ -624,6 +626,57 @@ def shared_tensors(folder: Path) -> dict[str, LazyTensor]:
             )
         found |= {begin + key: tensor for key, tensor in open_tensors(other).items()}
     return found
+
+
+# --- int8 matrices -----------------------------------------------------------------------------
+
+
+def pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write a matrix as int8 with a scale for each row, without loss where it came from that.
+
+    A folder stores them as ``NAME`` and ``NAME_scale``; ``open_tensors`` gives their product.
+
+    Args:
+        weight: (out, in) float32, each row integers of [-127, 127] times one float32 scale.
+
+    Returns:
+        (out, in) int8 and (out,) float32, whose product is ``weight``.
+
+    Raises:
+        CheckpointError: A row is no such product.
+    """
+    import torch
+
+    largest = weight.abs().amax(1)
+    packed, scales = torch.zeros_like(weight, dtype=torch.int8), torch.zeros_like(largest)
+    left = torch.ones_like(largest, dtype=torch.bool)
+    for top in range(127, 0, -1):
+        scale = torch.where(largest > 0, largest / top, torch.ones_like(largest))
+        whole = (weight / scale[:, None]).round()
+        fits = left & torch.isclose(whole * scale[:, None], weight, rtol=1e-6, atol=0).all(1)
+        packed[fits], scales[fits] = whole[fits].to(torch.int8), scale[fits]
+        left &= ~fits
+        if not left.any():
+            return packed, scales
+    raise CheckpointError(f"{int(left.sum())} rows of a matrix are no int8 rows with a scale.")
+
+
+def _unpacked(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Put float32 matrices in the place of int8 ones that have a scale for each row."""
+    found = dict(tensors)
+    for name, packed in tensors.items():
+        scale = tensors.get(f"{name}_scale")
+        if packed.dtype == "int8" and scale is not None and scale.shape == packed.shape[:1]:
+            found[name] = _product(packed, scale)
+            del found[f"{name}_scale"]
+    return found
+
+
+def _product(packed: LazyTensor, scale: LazyTensor) -> LazyTensor:
+    def whole() -> torch.Tensor:
+        return packed.load().float() * scale.load().float()[:, None]
+
+    return LazyTensor(packed.shape, "float32", lambda: from_tensor(whole()).blocks(), whole)
 
 
 # --- fingerprints and checks --------------------------------------------------------------------
@@ -754,13 +807,14 @@ def check_finite(
 # --- writing ------------------------------------------------------------------------------------
 
 
-def write_checkpoint(
+def write_checkpoint(  # noqa: PLR0913 - a checkpoint is its parts
     folder: Path,
     *,
     config: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor] | Mapping[str, LazyTensor],
     stage: Mapping[str, Any] | Callable[[Mapping[str, str]], Mapping[str, Any]],
     extra_files: Mapping[str, bytes] | None = None,
+    int8: Collection[str] = (),
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> str:
@@ -774,6 +828,7 @@ def write_checkpoint(
         stage: Becomes ``stage.json``, with the fingerprint added. A function is called when the
             tensors are written, with the digest of each.
         extra_files: Further files by name, for example ``preprocessor_config.json``.
+        int8: Matrices to store as int8 with a scale for each row (see ``pack_rows``).
         max_shard_bytes: No file holds more, unless a single tensor does.
         overwrite: Replace an existing checkpoint folder.
 
@@ -787,14 +842,19 @@ def write_checkpoint(
         key: t if isinstance(t, LazyTensor) else replace(from_tensor(t), checked=True)
         for key, t in tensors.items()
     }
-    shards = _split(lazy, max_shard_bytes)
+    packed: dict[str, torch.Tensor] = {}
+    for name in int8:
+        packed[name], packed[f"{name}_scale"] = pack_rows(lazy[name].load())
+    written = lazy | {name: from_tensor(tensor) for name, tensor in packed.items()}
+    shards = _split(written, max_shard_bytes)
     others = {"config.json": json_bytes(config), **(extra_files or {})}
     if len(shards) > 1:
         mapping = {key: name for name, part in shards.items() for key in part}
-        total = {"total_size": sum(tensor.nbytes for tensor in lazy.values())}
+        total = {"total_size": sum(tensor.nbytes for tensor in written.values())}
         index = {"metadata": total, "weight_map": dict(sorted(mapping.items()))}
         others[INDEX] = json_bytes(index)
-    return write_folder(folder, config, shards, stage, others, overwrite=overwrite)
+    values = {name: lazy[name] for name in int8}
+    return write_folder(folder, config, shards, stage, others, values=values, overwrite=overwrite)
 
 
 def _split(tensors: Mapping[str, LazyTensor], limit: int) -> dict[str, dict[str, LazyTensor]]:
@@ -820,11 +880,13 @@ def write_folder(
     stage: Mapping[str, Any] | Callable[[Mapping[str, str]], Mapping[str, Any]],
     others: Mapping[str, bytes],
     *,
-    overwrite: bool,
+    values: Mapping[str, LazyTensor] | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Write tensors by file, other files and at last ``stage.json``; see ``write_checkpoint``.
 
-    The fingerprint that is returned is of ``config`` and the tensors.
+    The fingerprint that is returned is of ``config`` and the tensors, however they are stored:
+    ``values`` has those that are stored as int8.
     """
     with atomic_folder(folder, overwrite) as partial:
         for name, data in others.items():
@@ -835,6 +897,9 @@ def write_folder(
         for name, tensors in weights.items():
             checked = {k: t.finite(what=f"The tensor '{k}'") for k, t in tensors.items()}
             digests |= write_tensor_file(partial / name, checked)
+        for name, tensor in (values or {}).items():
+            del digests[f"{name}_scale"]
+            digests[name] = digest_of(tensor)
         mark = combine(config, digests)
         said = stage(digests) if callable(stage) else stage
         (partial / MARK).write_bytes(json_bytes({**said, "fingerprint": mark}))
