@@ -20,10 +20,8 @@ from m2f2cli.data.readers.ffpp import FfppSet
 from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.truth import Item, Truth
-from m2f2cli.inference.detect import DetectOptions
-from m2f2cli.inference.job import Tally, judge_and_record
-from m2f2cli.inference.recordfile import RecordFile
-from m2f2cli.inference.scoring import Judge
+from m2f2cli.inference.pipeline import DetectOptions, Judge, judge_and_record
+from m2f2cli.inference.recordfile import RecordFile, Tally
 from m2f2cli.inference.sources import Source
 
 SPLITS = ("all", "train", "validation", "test")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from m2f2cli.errors import UsageError
-from m2f2cli.inference.detect import DetectOptions
-from m2f2cli.inference.explain_questions import CONDITIONS, Question, choose
+from m2f2cli.inference.pipeline import DetectOptions
+from m2f2cli.inference.questions import CONDITIONS, Question, choose
 from m2f2cli.models.conversation import Template, template
 
 

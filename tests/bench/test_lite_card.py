@@ -18,7 +18,7 @@ from m2f2cli.data.images import read_picture
 from m2f2cli.data.naming import REAL
 from m2f2cli.data.samples import read_samples
 from m2f2cli.data.transforms import resize_and_crop
-from m2f2cli.inference.detect import DetectOptions, detect
+from m2f2cli.inference.pipeline import DetectOptions, detect
 from m2f2cli.metrics import average_precision, roc_auc
 
 pytestmark = [

@@ -11,7 +11,7 @@ import pytest
 
 from m2f2cli.errors import ConfigError, UsageError
 from m2f2cli.inference.explain_options import ExplainOptions
-from m2f2cli.inference.explain_questions import (
+from m2f2cli.inference.questions import (
     JUDGEMENT,
     REGIONS,
     Question,

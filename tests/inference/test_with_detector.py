@@ -14,7 +14,7 @@ from PIL import Image
 
 from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.data.transforms import preprocess
-from m2f2cli.inference.detect import DetectOptions, detect
+from m2f2cli.inference.pipeline import DetectOptions, detect
 from m2f2cli.models.detector import Detector
 from tests.inference.conftest import noise_picture
 
