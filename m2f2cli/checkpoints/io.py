@@ -96,6 +96,11 @@ class LazyTensor:
         return math.prod(self.shape)
 
     @property
+    def floating(self) -> bool:
+        """Whether its values are floating-point numbers."""
+        return _dtype(self.dtype).is_floating_point
+
+    @property
     def width(self) -> int:
         """Bytes of one value."""
         return _dtype(self.dtype).itemsize
@@ -114,6 +119,12 @@ class LazyTensor:
         empty = torch.empty(0, dtype=_dtype(self.dtype))
         return torch.cat([empty, *self.blocks()]).reshape(self.shape)
 
+    def floats(self) -> torch.Tensor:
+        """Its values in float32, read block by block."""
+        import torch
+
+        return torch.cat([torch.empty(0), *(b.float() for b in self.blocks())]).reshape(self.shape)
+
     def each(
         self, change: Callable[[torch.Tensor], torch.Tensor], dtype: str | None = None
     ) -> LazyTensor:
@@ -130,7 +141,7 @@ class LazyTensor:
         Raises:
             CheckpointError: On reading, when a value lies outside the range of ``dtype``.
         """
-        if self.dtype == dtype or not _dtype(self.dtype).is_floating_point:
+        if self.dtype == dtype or not self.floating:
             return self
 
         def rounded(block: torch.Tensor) -> torch.Tensor:

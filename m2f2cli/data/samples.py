@@ -1,22 +1,42 @@
-"""A set of labelled pictures: what is in it, who is in it, and how to cut it between identities.
+"""Labelled pictures and videos: what names tell, what is in a set, and how to cut it by identity.
 
-NumPy and the standard library only; pictures are read elsewhere.
+Pictures themselves are read elsewhere.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from m2f2cli.data.naming import looks_like_ddvqa, read_people
-from m2f2cli.errors import InputError
+from m2f2cli.data.images import IMAGE_SUFFIXES
+from m2f2cli.data.video import evenly
+from m2f2cli.errors import ConfigError, InputError
 from m2f2cli.registry import Registry
 
+REAL = "real"
+# The digit that a DD-VQA crop's name begins with.
+DDVQA_KINDS = {
+    "0": "Deepfakes",
+    "1": "Face2Face",
+    "2": "FaceShifter",
+    "3": "FaceSwap",
+    "5": REAL,
+    "6": "NeuralTextures",
+}
+DDVQA_CROPS = Path("images", "c40")
+DDVQA_NAME = re.compile(r"([01236])_\d{3}_\d{3}|5_\d{3}")
+# FaceForensics++ video names: 005, 005_010, 0_005_010, each perhaps with a frame number behind.
+_VIDEO = re.compile(r"(?:\d_)?(\d{3})(?:_(\d{3}))?(?:[_-](?:frame[_-]?)?\d+)?")
+# A trailing number of a file name: holiday_003, holiday-3, holiday frame 3.
+_NUMBER = re.compile(r"(.*?)[ _.-]+(?:frame[ _.-]*)?\d+")
 # Layouts of picture sets, each a function of its folder that returns a SampleSet.
 LAYOUTS = Registry(
     "data layout",
@@ -30,7 +50,7 @@ LAYOUTS = Registry(
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled picture, or one labelled video in an HDF5 file.
+    """A labelled picture, or a labelled video in an HDF5 file.
 
     Attributes:
         path: Its file.
@@ -50,20 +70,38 @@ class Sample:
     clip: str | None = None
     frames: int = 1
 
+    def frame_name(self, index: int) -> str:
+        """Names a frame uniquely within the set: ``Deepfakes/000_003/17``, ``real/000/17``."""
+        return f"{self.name}/{index}"
+
+    def spread(self, count: int | None = None) -> list[int]:
+        """Up to ``count`` frame numbers, evenly spaced; all of them for None.
+
+        Raises:
+            ConfigError: ``count`` is below 1.
+        """
+        if count is not None and count < 1:
+            raise ConfigError(f"At least one frame a video is needed, not {count}.")
+        return evenly(self.frames, self.frames if count is None else count)
+
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Labelled pictures of one folder.
+    """Labelled pictures or videos of one folder.
 
     Attributes:
         root: The folder.
         layout: Which reader found them.
-        samples: Sorted by name.
+        samples: Pictures sorted by name; of FaceForensics++ the originals first.
+        split: Which official split they are; ``all`` where there is none.
+        missing: ``FILE: KEY`` of the split's videos that the files lack; empty unless allowed.
     """
 
     root: Path
     layout: str
     samples: tuple[Sample, ...]
+    split: str = "all"
+    missing: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -111,8 +149,8 @@ def read_samples(source: str | Path, identities: Path | None = None) -> SampleSe
 
     Args:
         source: A folder; ``folder:DIR`` or ``ddvqa:DIR`` (any name in ``LAYOUTS``) settles its
-            layout, otherwise it is recognised by its contents.
-        identities: CSV file that says who is in which picture (see ``data.naming.read_people``).
+            layout, otherwise it is recognized by its contents.
+        identities: CSV file that says who is in which picture (see ``read_people``).
 
     Raises:
         InputError: The folder is missing, holds no pictures, or lacks one of the two classes.
@@ -235,3 +273,91 @@ def split_by_identity(whole: SampleSet, share: float, seed: int) -> tuple[Sample
             "Give --validation DIR, another --validation-share, or --identities FILE.csv.",
         )
     return parts
+
+
+def people_in(token: str) -> tuple[str, ...]:
+    """The identities that a file's or folder's name tells.
+
+    Args:
+        token: A name without suffix.
+
+    Returns:
+        FaceForensics++ video numbers where the name is made of them (both, for a swap), otherwise
+        the name up to its last separator and number.
+    """
+    if video := _VIDEO.fullmatch(token):
+        return tuple(dict.fromkeys(person for person in video.groups() if person))
+    number = _NUMBER.fullmatch(token)
+    return (number.group(1) if number and number.group(1) else token,)
+
+
+def kind_of(name: str) -> str | None:
+    """What a crop's file name says: ``real`` or a manipulation; None for any other name."""
+    stem = Path(name).stem
+    return DDVQA_KINDS[stem[0]] if DDVQA_NAME.fullmatch(stem) else None
+
+
+def looks_like_ddvqa(root: Path) -> bool:
+    """Whether a folder is a DD-VQA data set, or directly holds crops named as its crops are."""
+    if (root / DDVQA_CROPS / "train").is_dir():
+        return True
+    if (root / "real").is_dir() or (root / "fake").is_dir():
+        return False
+    first = next((path for path in list_files(root) if path.parent == root), None)
+    return first is not None and kind_of(first.name) is not None
+
+
+def list_files(folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """Every file under a folder with one of the suffixes (lower case), sorted; none that is hidden.
+
+    Raises:
+        InputError: A sub-folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"'{error.filename}' cannot be read: {error.strerror}.") from error
+
+    found = []
+    for where, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if Path(name).suffix.lower() in suffixes and not name.startswith("."):
+                found.append(Path(where, name))
+    return sorted(found)
+
+
+def read_people(file: Path, names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Read a CSV file with lines ``picture,identity[,identity…]``, without a heading.
+
+    Args:
+        file: The CSV file.
+        names: The pictures it must speak of, as paths inside the data folder.
+
+    Returns:
+        The identities of every picture of ``names``.
+
+    Raises:
+        InputError: The file is unreadable, a line has no identity, or a picture is missing.
+    """
+    people: dict[str, tuple[str, ...]] = {}
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            for number, row in enumerate(csv.reader(lines), start=1):
+                cells = tuple(cell.strip() for cell in row if cell.strip())
+                if not cells:
+                    continue
+                if len(cells) < 2:
+                    raise InputError(
+                        f"Line {number} of '{file}' names no identity.",
+                        hint="Write picture,identity on each line.",
+                    )
+                people[PurePosixPath(cells[0].replace("\\", "/")).as_posix()] = cells[1:]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"The identities file '{file}' cannot be read: {error}.") from error
+    missing = sorted(set(names) - people.keys())
+    if missing:
+        raise InputError(
+            f"'{file}' does not say who is in '{missing[0]}' ({len(missing)} pictures in all).",
+            hint="Give each picture a line, with its path inside the data folder.",
+        )
+    return people

@@ -52,7 +52,7 @@ def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.ascontiguousarray(pixels[top : top + size, left : left + size])
 
 
-def normalise(
+def normalize(
     pixels: np.ndarray, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
 ) -> np.ndarray:
     """Turn uint8 pixels into the network's input, ``(float32(u8 * (1 / 255)) - mean) / std``.
@@ -92,7 +92,7 @@ def preprocess(
     """The preprocessing of the published system, bitwise.
 
     Shortest edge to ``size`` (Pillow bicubic on uint8, longest edge rounded down), center crop
-    with offsets rounded down, then ``normalise``.
+    with offsets rounded down, then ``normalize``.
 
     Args:
         pixels: uint8 (H, W, 3), RGB, any size from 1x1 up.
@@ -103,7 +103,7 @@ def preprocess(
     Returns:
         float32 (3, size, size).
     """
-    return normalise(resize_and_crop(pixels, size), mean, std)
+    return normalize(resize_and_crop(pixels, size), mean, std)
 
 
 def pad_to_square(pixels: np.ndarray, fill: tuple[int, int, int] = (122, 116, 104)) -> np.ndarray:
@@ -137,7 +137,7 @@ def explainer_views(
     """
     center = preprocess(pixels, size=size, mean=mean, std=std)
     padded = padded_square(pixels, size) if aspect == "pad" else None
-    return (center if padded is None else normalise(padded, mean, std)), center
+    return (center if padded is None else normalize(padded, mean, std)), center
 
 
 def padded_square(pixels: np.ndarray, size: int) -> np.ndarray | None:

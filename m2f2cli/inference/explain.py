@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
 from m2f2cli.checkpoints.load import load_explainer
-from m2f2cli.data.judgement import parse
+from m2f2cli.data.conversations import parse_verdict
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.explain_options import ExplainOptions
@@ -534,7 +534,7 @@ def explanation(
 
 def _face_explanation(face: Face, found: Answers, questions: Sequence[Question]) -> FaceExplanation:
     judged, *others = found.completions
-    judgement, verdict = parse(judged.text), found.verdict.verdict
+    judgement, verdict = parse_verdict(judged.text), found.verdict.verdict
     reasons = zip(questions[1:], found.asked[1:], others, strict=True)
     return FaceExplanation(
         crop=face.crop.crop,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from m2f2cli.data.conversations import stated_label
 from m2f2cli.data.images import IMAGE_SUFFIXES
-from m2f2cli.data.judgement import stated_label
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.inference.explain import Answers, ExplainPipeline, Loaded, Request
 from m2f2cli.inference.explain_options import ExplainOptions

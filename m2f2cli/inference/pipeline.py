@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from m2f2cli.data.transforms import normalise
+from m2f2cli.data.transforms import normalize
 from m2f2cli.errors import M2F2Error, UsageError
 from m2f2cli.inference.recordfile import Job, RecordFile, Tally, record_new
 from m2f2cli.inference.render import Renderer
@@ -274,7 +274,7 @@ class Scorer:
         import torch
 
         config = self.detector.config
-        values = [normalise(pixels, config.image_mean, config.image_std) for pixels in pictures]
+        values = [normalize(pixels, config.image_mean, config.image_std) for pixels in pictures]
         tensor = torch.from_numpy(np.stack(values))
         return tensor.to(self.detector.device, self.detector.dtype)
 

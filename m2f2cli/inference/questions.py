@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from m2f2cli.data.judgement import stated_label
+from m2f2cli.data.conversations import stated_label
 from m2f2cli.errors import UsageError
 from m2f2cli.models.conversation import DEEPFAKE, IMAGE, Template, Turn
 

@@ -75,9 +75,10 @@ class Renderer:
         if record.status != "ok" or not self.draws:
             return record
         view = max(
-            (view for view in item.prepared.views if view.pixels is not None),
+            (view for view in item.prepared.views if view.crops),
             key=lambda view: max(scores[crop.digest].fake_probability for crop in view.crops),
         )
+        assert view.pixels is not None  # they are kept when anything is drawn
         picture = Image.fromarray(view.pixels)
         name = item.prepared.source.name
         if self.heatmap:

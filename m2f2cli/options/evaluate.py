@@ -7,6 +7,7 @@ from pathlib import Path
 
 from m2f2cli.errors import ConfigError, UsageError
 from m2f2cli.options.fields import Checked, OptionGroups, flag_name, option
+from m2f2cli.options.training_data import COMPRESSIONS, MANIPULATIONS
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,9 @@ class FfppData(Checked):
     """FaceForensics++ in HDF5 files."""
 
     folder: Path | None = option(None, "Folder of FF++_<manipulation>_<compression>.h5 files.")
-    compression: str = option("c23", "Which files.", "raw", "c23", "c40")
+    compression: str = option("c23", "Which files.", *COMPRESSIONS)
     manipulations: tuple[str, ...] = option(
-        ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"),
+        MANIPULATIONS,
         "A manipulation to measure; may be repeated. The originals always belong to it.",
     )
     frames: int = option(32, "Frames of each video, evenly spaced.", low=1, high=1000)

@@ -19,8 +19,9 @@ from PIL import Image
 
 from m2f2cli.data.video import VIDEO_SUFFIXES, read_frames
 from m2f2cli.errors import InputError, UsageError
+from m2f2cli.inference.pipeline import Judged
 from m2f2cli.inference.questions import REGIONS
-from m2f2cli.inference.session import Judged, Session
+from m2f2cli.inference.session import Session
 from m2f2cli.inference.sources import Source
 from m2f2cli.records import Box, Detection, Explanation
 from m2f2cli.serving.gate import Uploads
@@ -242,7 +243,8 @@ class Service:
         judged = self.session.judge(Source(str(file), kind, PurePosixPath("item")))
         views = {view.index: view for view in judged.prepared.views}
         numbers = worst_frames(judged.record) if kind == "video" else list(views)
-        shown = {number: _jpeg(views[number].pixels) for number in numbers}
+        chosen = [views[number] for number in numbers]
+        shown = {v.index: _jpeg(v.pixels) for v in chosen if v.pixels is not None}
         return Look(_called(judged.reduced(), str(file), name), shown)
 
 

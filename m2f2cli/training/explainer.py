@@ -14,11 +14,10 @@ import torch
 from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from m2f2cli.checkpoints.delta import write_delta
+from m2f2cli.checkpoints.adapters import write_delta
 from m2f2cli.checkpoints.io import check_names_and_shapes
 from m2f2cli.checkpoints.load import load_explainer
-from m2f2cli.data.conversations import Conversation, Pictures
-from m2f2cli.data.judgement import parse
+from m2f2cli.data.conversations import Conversation, Pictures, parse_verdict
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import ConfigError, M2F2Error
@@ -365,7 +364,7 @@ class ExplainerTrainer(Trainer):
             )
             texts = [decode(processor.tokenizer, row.tolist()) for row in said]
             words = [("real", "fake")[c.label or 0] for c, _ in group]
-            right = [parse(text) == word for text, word in zip(texts, words, strict=True)]
+            right = [parse_verdict(text) == word for text, word in zip(texts, words, strict=True)]
             counts = [counted for _, counted in group]
             yield sum(a and b for a, b in zip(right, counts, strict=True)), sum(counts)
 

@@ -191,10 +191,11 @@ def judged_prompt(conversation: Conversation, processor: ExplainerProcessor) -> 
     Raises:
         LookupError: No answer holds a verdict.
     """
-    from m2f2cli.data.judgement import parse
+    from m2f2cli.data.conversations import parse_verdict
 
     turns = turns_of(conversation.parts)
-    last = max((n for n, turn in enumerate(turns) if parse(turn.answer or "")), default=None)
+    verdicts = [n for n, turn in enumerate(turns) if parse_verdict(turn.answer or "")]
+    last = max(verdicts, default=None)
     if last is None:
         raise LookupError(f"Conversation {conversation.number} holds no verdict.")
     asked = [*turns[:last], Turn(turns[last].question)]

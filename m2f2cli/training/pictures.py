@@ -15,8 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from m2f2cli.data.augment import augment
-from m2f2cli.data.naming import REAL
-from m2f2cli.data.samples import Sample
+from m2f2cli.data.samples import REAL, Sample
 from m2f2cli.data.synthesis import Forgery, compress_h264, forge
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.data.video import evenly

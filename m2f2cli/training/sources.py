@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from m2f2cli.data.naming import read_people
 from m2f2cli.data.readers.ffpp import looks_like_ffpp, read_ffpp
 from m2f2cli.data.samples import (
     LAYOUTS,
-    Sample,
     SampleSet,
     check_classes,
     identity_groups,
+    read_people,
     read_samples,
     split_by_identity,
 )
@@ -103,19 +102,8 @@ def _read_videos(source: str, data: DataOptions, split: str, tell: Tell) -> Samp
     )
     for name in found.missing:
         tell(name)
-    samples = [
-        Sample(
-            clip.file,
-            f"{clip.kind}/{clip.key}",
-            clip.label,
-            clip.kind,
-            clip.identities,
-            clip.key,
-            clip.frames,
-        )
-        for clip in found.clips
-    ]
-    videos = SampleSet(found.root, "ffpp", tuple(sorted(samples, key=lambda sample: sample.name)))
+    ordered = sorted(found.samples, key=lambda sample: sample.name)
+    videos = SampleSet(found.root, "ffpp", tuple(ordered))
     check_classes(videos, f"the split '{split}' of '{found.root}'")
     return videos
 

@@ -23,11 +23,11 @@ import numpy as np
 import pytest
 import torch
 
-from m2f2cli.data.judgement import parse
-from m2f2cli.data.naming import REAL, kind_of
+from m2f2cli.data.conversations import parse_verdict
 from m2f2cli.data.prepare import explanations
 from m2f2cli.data.prepare.ddvqa import QUESTIONS_FILE, TRUTH_FILE, prepare_ddvqa
 from m2f2cli.data.readers.ddvqa import read_annotations
+from m2f2cli.data.samples import REAL, kind_of
 from m2f2cli.inference.explain import ExplainPipeline, Prompt
 from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.pipeline import DetectOptions, detect
@@ -130,7 +130,7 @@ def test_judgements(part):
     asked = ("explain", "--dataset", part["questions"], "--images", part["images"], "--judge")
     run(*asked, *SPEAKING, "--condition", "none", "--output", answers, "--quiet")
     said = {
-        Path(one["image"]).stem: parse(one["text"])
+        Path(one["image"]).stem: parse_verdict(one["text"])
         for one in map(json.loads, answers.read_text().splitlines())
     }
     paths = [str(part["images"] / f"{stem}.jpg") for stem in labels]
@@ -226,7 +226,7 @@ def test_how_far_words_follow_the_evidence(part):
 
     print("\n| input | judged fake | sounds fake | judgements changed | reasons changed |")
     for name, rows in {"as it is": as_it_is, **changed}.items():
-        judged = np.mean([parse(row[0]) == "fake" for row in rows])
+        judged = np.mean([parse_verdict(row[0]) == "fake" for row in rows])
         shares = judged, fake_sounding(rows), unlike(rows, slice(1)), unlike(rows, slice(1, None))
         print(f"| {name} | {' | '.join(f'{share:.0%}' for share in shares)} |")
     labels = [json.loads(line)["label"] for line in part["truth"].read_text().splitlines()]

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from m2f2cli.data.images import read_picture
-from m2f2cli.data.naming import REAL, kind_of
 from m2f2cli.data.prepare import explanations
 from m2f2cli.data.readers.ddvqa import Answer, read_annotations
+from m2f2cli.data.samples import REAL, kind_of
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.files import atomic_write
 

@@ -16,8 +16,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from m2f2cli.data.clip_writer import ClipWriter
-from m2f2cli.data.clips import ClipNotes, FrameReader
+from m2f2cli.data.clips import ClipNotes, ClipWriter, FrameReader
 from m2f2cli.data.prepare.sources import Video, list_videos
 from m2f2cli.data.prepare.tracking import CropOptions, cut_faces, detector_name, stored_bytes
 from m2f2cli.data.readers.ffpp import ORIGINAL, find_file

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from m2f2cli.data.images import IMAGE_SUFFIXES
-from m2f2cli.data.naming import list_files
 from m2f2cli.data.readers.ffpp import ORIGINAL, file_name
+from m2f2cli.data.samples import list_files
 from m2f2cli.data.video import VIDEO_SUFFIXES
 from m2f2cli.errors import InputError, UsageError
 

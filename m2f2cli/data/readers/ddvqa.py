@@ -16,8 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from m2f2cli.data.naming import DDVQA_CROPS, DDVQA_NAME, REAL, kind_of, list_pictures, people_in
-from m2f2cli.data.samples import Sample, SampleSet
+from m2f2cli.data.samples import (
+    DDVQA_CROPS,
+    DDVQA_NAME,
+    REAL,
+    Sample,
+    SampleSet,
+    kind_of,
+    list_files,
+    people_in,
+)
 from m2f2cli.errors import InputError
 
 REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
@@ -53,7 +61,7 @@ def read_ddvqa(root: Path) -> SampleSet:
     crops = root / DDVQA_CROPS / "train"
     folder = crops if crops.is_dir() else root
     samples = []
-    for path in list_pictures(folder):
+    for path in list_files(folder):
         kind = kind_of(path.name)
         if kind is None:
             raise InputError(

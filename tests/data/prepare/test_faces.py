@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f2cli.data.clip_writer import ClipWriter
-from m2f2cli.data.clips import FrameReader
+from m2f2cli.data.clips import ClipWriter, FrameReader
 from m2f2cli.data.prepare import faces, tracking
 from m2f2cli.data.prepare.faces import FacesJob, FacesOptions, locked, worker_pool
 from m2f2cli.errors import CheckpointError, ConfigError, InputError, M2F2Error, UsageError
