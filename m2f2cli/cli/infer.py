@@ -54,7 +54,8 @@ def detect(
 
     Exit codes: 0 done, 3 some items have no verdict, 4 a --fail-on gate tripped.
     """
-    from m2f2cli.inference.pipeline import DetectOptions, detect_job
+    from m2f2cli.inference.pipeline import detect_job
+    from m2f2cli.options.detect import DetectOptions
 
     tripping = gates(fail_on)
     job = detect_job(

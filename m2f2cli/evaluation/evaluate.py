@@ -14,7 +14,7 @@ from m2f2cli.evaluation.datasets import data_of
 from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.protocols import Measures, paper, standard
 from m2f2cli.evaluation.truth import Joined, Truth, join
-from m2f2cli.inference.pipeline import DetectOptions
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.evaluate import EvaluateOptions
 
 if TYPE_CHECKING:

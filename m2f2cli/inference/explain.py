@@ -20,7 +20,6 @@ from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.data.conversations import parse_verdict
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.errors import UsageError
-from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.optimize_cpu import optimize_for_cpu
 from m2f2cli.inference.pipeline import (
     Judged,
@@ -31,15 +30,16 @@ from m2f2cli.inference.pipeline import (
     rule_of,
     settings_of,
 )
-from m2f2cli.inference.questions import Question
+from m2f2cli.inference.questions import Question, choose
 from m2f2cli.inference.recordfile import EXPLANATIONS, Job
 from m2f2cli.inference.sources import Crop, Decoder, Source, expand
 from m2f2cli.inference.verdict import Judgement, faces_of
-from m2f2cli.models.conversation import Template
+from m2f2cli.models.conversation import Template, template
 from m2f2cli.models.explainer import Explainer, PictureFeatures
 from m2f2cli.models.prefix import SharedPrompts
 from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.models.tokenizer import decode
+from m2f2cli.options.explain import ExplainOptions
 from m2f2cli.records import Answer, Box, ExplainSettings, Explanation, FaceExplanation, agree
 
 Loaded = tuple[Explainer, ExplainerProcessor]
@@ -124,7 +124,7 @@ def explain_sources(
         )
     with Decoder(sources, options.detect) as decoder:
         pipeline = ExplainPipeline(model, options)
-        questions = options.chosen()
+        questions = choose(options)
         pipeline.reserve(questions)
         settings = pipeline.settings(model)
         requests = (
@@ -246,7 +246,7 @@ class ExplainPipeline:
             )
         self.model, self.processor = model
         self.options = options
-        self.template: Template = options.pick_template(self.model.config.template)
+        self.template: Template = template(options.template or self.model.config.template)
         self.scorer = Scorer(self.model.detector, explainer=self.model, maps=maps)
         self.rule = rule_of(self.model.detector, options.detect)
         self._prompts: dict[tuple[Question, str | None], Prompt] = {}
@@ -265,7 +265,7 @@ class ExplainPipeline:
             **{**vars(base), "model_fingerprint": self.model.fingerprint},
             template=self.template.name,
             condition=options.condition,
-            questions=tuple(q.text for q in options.chosen() if q.text is not None),
+            questions=tuple(q.text for q in choose(options) if q.text is not None),
             max_new_tokens=options.max_new_tokens,
             sampling=options.sampling(),
             quantised=options.quantize,
@@ -275,7 +275,7 @@ class ExplainPipeline:
         """The same explainer asked other questions; what was tokenized stays known."""
         other = copy.copy(self)
         other.options = options
-        other.reserve(options.chosen())
+        other.reserve(choose(options))
         return other
 
     def prompt(self, question: Question, told: str | None) -> Prompt:

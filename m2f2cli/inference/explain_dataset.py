@@ -14,10 +14,10 @@ from m2f2cli.data.conversations import stated_label
 from m2f2cli.data.images import IMAGE_SUFFIXES
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.inference.explain import Answers, ExplainPipeline, Loaded, Request
-from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.questions import JUDGEMENT, Question, untold
 from m2f2cli.inference.recordfile import Layout, RecordFile, open_records
 from m2f2cli.inference.sources import Decoder, Source
+from m2f2cli.options.explain import ExplainOptions
 from m2f2cli.records import SCHEMA_VERSION, ExplainSettings, plain
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class DatasetJob:
         if output is not None and output.resolve() == file.resolve():
             raise UsageError(f"'{output}' is the file of questions.", "Choose another --output.")
         self.model = model
-        self.options = options.for_crops()
+        self.options = replace(options, detect=replace(options.detect, faces="none"))
         self._images = images.rstrip("/")
         rows, self._digest = read_questions(file)
         self._rows = self._judgements(rows) if options.judge else rows

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from m2f2cli.errors import UsageError
-from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.pipeline import (
     Judge,
     Judged,
@@ -18,6 +17,7 @@ from m2f2cli.inference.pipeline import (
     settings_of,
 )
 from m2f2cli.inference.sources import Decoder, Source
+from m2f2cli.options.explain import ExplainOptions
 from m2f2cli.records import Box, Explanation, Settings
 
 if TYPE_CHECKING:
@@ -63,9 +63,10 @@ class Session:
         elif not isinstance(model, tuple):
             return None
         from m2f2cli.inference.explain import ExplainPipeline
+        from m2f2cli.inference.questions import choose
 
         pipeline = ExplainPipeline(model, self.options, maps=True)
-        pipeline.reserve(self.options.chosen())
+        pipeline.reserve(choose(self.options))
         return pipeline
 
     @property
@@ -114,6 +115,7 @@ class Session:
             UsageError: The model is a detector, or a question impossible.
         """
         from m2f2cli.inference.explain import Request, explanation
+        from m2f2cli.inference.questions import choose
 
         if self._pipeline is None:
             raise UsageError(
@@ -126,6 +128,6 @@ class Session:
         if judged.record.kind != "video":
             box = face or judged.record.faces[0].crop
             faces = [one for one in faces if one.crop.crop == box][:1]
-        request = Request(judged, faces, options.chosen())
+        request = Request(judged, faces, choose(options))
         _, answers = next(pipeline.answers([request], on_text=on_text))
         return explanation(request, answers, pipeline.settings(self.name))

@@ -27,11 +27,12 @@ from m2f2cli.data.images import IMAGE_SUFFIXES, Picture, read_picture
 from m2f2cli.data.transforms import padded_square, resize_and_crop
 from m2f2cli.data.video import VIDEO_SUFFIXES, read_frames
 from m2f2cli.errors import InputError, UsageError
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Box
 from m2f2cli.runtime import processors
 
 if TYPE_CHECKING:
-    from m2f2cli.inference.pipeline import DetectOptions
+    from m2f2cli.options.detect import DetectOptions
 
 # A picture without a face that is no larger than this and nearly square is most likely a face crop
 # already, as the published data sets hold them; ``auto`` then judges it whole.

@@ -29,11 +29,12 @@ from m2f2cli.data.prepare.ddvqa import QUESTIONS_FILE, TRUTH_FILE, prepare_ddvqa
 from m2f2cli.data.readers.ddvqa import read_annotations
 from m2f2cli.data.samples import REAL, kind_of
 from m2f2cli.inference.explain import ExplainPipeline, Prompt
-from m2f2cli.inference.explain_options import ExplainOptions
-from m2f2cli.inference.pipeline import DetectOptions, detect
-from m2f2cli.inference.questions import JUDGEMENT, REGIONS, of_region
+from m2f2cli.inference.pipeline import detect
+from m2f2cli.inference.questions import JUDGEMENT, of_region
 from m2f2cli.inference.sources import CropRule, expand, prepare
 from m2f2cli.models.explainer import PictureFeatures
+from m2f2cli.options.detect import DetectOptions
+from m2f2cli.options.explain import REGIONS, ExplainOptions
 
 pytestmark = [
     pytest.mark.bench,

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from m2f2cli.inference.explain import Completion, ExplainPipeline
-from m2f2cli.inference.explain_options import ExplainOptions
-from m2f2cli.inference.pipeline import DetectOptions
+from m2f2cli.options.detect import DetectOptions
+from m2f2cli.options.explain import ExplainOptions
 from tests.models.explainers import tiny_explainer, tiny_processor
 
 TOKENS = 6

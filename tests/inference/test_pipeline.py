@@ -15,9 +15,10 @@ from m2f2cli.data.images import Picture, read_picture
 from m2f2cli.data.video import read_frames
 from m2f2cli.inference import sources as reading
 from m2f2cli.inference.explain import explain_sources
-from m2f2cli.inference.pipeline import DetectOptions, judge_sources
+from m2f2cli.inference.pipeline import judge_sources
 from m2f2cli.inference.session import Session
 from m2f2cli.inference.sources import Source, expand
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Detection
 from tests.inference.conftest import MeanJudge, noise_picture, write_picture
 from tests.inference.explainers import asking, tiny
