@@ -107,6 +107,13 @@ def find_faces(
     return sorted(_without_overlaps(found), key=lambda face: (-face.area, -face.score, face.box))
 
 
+def finder_name() -> str:
+    """What finds the faces, with what its answers depend on."""
+    import dlib
+
+    return f"dlib {dlib.__version__} frontal HOG, score {MIN_SCORE} and above"
+
+
 def crop_face(pixels: np.ndarray, box: Box) -> np.ndarray:
     """Cut a box out; a square box gives a square.
 

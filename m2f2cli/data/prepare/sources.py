@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from m2f2cli.data.images import IMAGE_SUFFIXES
+from m2f2cli.data.images import IMAGE_SUFFIXES, check_file
 from m2f2cli.data.readers.ffpp import ORIGINAL, file_name
 from m2f2cli.data.samples import list_files
 from m2f2cli.data.video import VIDEO_SUFFIXES
@@ -47,6 +47,15 @@ class Video:
     def is_video(self) -> bool:
         """Whether it is a video file."""
         return self.paths[0].suffix.lower() in VIDEO_SUFFIXES
+
+    @property
+    def stored_bytes(self) -> int:
+        """The size of its files.
+
+        Raises:
+            InputError: One is gone.
+        """
+        return sum(map(check_file, self.paths))
 
 
 class Listing(NamedTuple):
@@ -126,13 +135,15 @@ def _ffpp(files: Sequence[Path]) -> Iterator[Video]:
         )
         if match["form"] == "videos":
             yield video
-        else:
-            folder = path.parent.name
-            place = (video.file, folder)
-            before = pictures.get(place)
-            paths = (*before.paths, path) if before else (path,)
-            name = video.name.rpartition("/")[0]
-            pictures[place] = replace(video, paths=paths, name=name, key=folder)
+            continue
+        folder = path.parent.name
+        before = pictures.get((video.file, folder))
+        pictures[video.file, folder] = replace(
+            video,
+            paths=(*before.paths, path) if before else (path,),
+            name=video.name.rpartition("/")[0],
+            key=folder,
+        )
     yield from pictures.values()
 
 
