@@ -33,17 +33,11 @@ _local = threading.local()
 
 @dataclass(frozen=True)
 class Face:
-    """A face as found.
+    """A face as found."""
 
-    Attributes:
-        box: Tight square around brows and chin; may reach beyond the picture.
-        score: The detector's confidence, about 0 to 3.
-        picture: (width, height) of the picture it was found in.
-    """
-
-    box: Box
-    score: float
-    picture: tuple[int, int]
+    box: Box  # tight square around brows and chin; may reach beyond the picture
+    score: float  # the detector's confidence, about 0 to 3
+    picture: tuple[int, int]  # (width, height) of the picture it was found in
 
     @property
     def area(self) -> int:

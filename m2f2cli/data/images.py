@@ -45,19 +45,13 @@ _warnings_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture.
+    """A decoded picture."""
 
-    Attributes:
-        pixels: uint8 (H, W, 3), RGB, upright: the EXIF orientation has been applied. Read-only.
-        sha256: Of the file's bytes, hexadecimal.
-        format: One of ``FORMATS``.
-        note: What a user should know about the reading; None mostly.
-    """
-
+    # uint8 (H, W, 3), RGB, upright: the EXIF orientation has been applied. Read-only.
     pixels: np.ndarray
-    sha256: str
-    format: str
-    note: str | None = None
+    sha256: str  # of the file's bytes, hexadecimal
+    format: str  # one of FORMATS
+    note: str | None = None  # what a user should know about the reading; None mostly
 
     @property
     def size(self) -> tuple[int, int]:

@@ -39,17 +39,11 @@ _HINT = "Play it to see if it is whole; ffmpeg -i IN -c copy OUT.mp4 often mends
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame.
+    """One frame."""
 
-    Attributes:
-        index: Its number in the video, from 0, in order of display.
-        time: Seconds since the first frame.
-        pixels: uint8 (H, W, 3), RGB, upright: the stored rotation has been applied.
-    """
-
-    index: int
-    time: float
-    pixels: np.ndarray
+    index: int  # its number in the video, from 0, in order of display
+    time: float  # seconds since the first frame
+    pixels: np.ndarray  # uint8 (H, W, 3), RGB, upright: the stored rotation has been applied
 
 
 class _Listing(NamedTuple):

@@ -29,42 +29,25 @@ FILES = (JUDGE_FILE, EXPLAIN_FILE, QUESTIONS_FILE, TRUTH_FILE)
 
 @dataclass(frozen=True)
 class PartCounts:
-    """What was found of one manipulation in one part.
+    """What was found of one manipulation in one part."""
 
-    Attributes:
-        part: ``train`` or ``test``.
-        kind: ``real`` or the manipulation.
-        annotated: Pictures with answers.
-        pictures: Of these, how many have a crop.
-        answers: About pictures with a crop.
-        no_crop: Annotated pictures whose crop is missing.
-        unreadable: Annotated pictures whose crop cannot be decoded.
-    """
-
-    part: str
-    kind: str
-    annotated: int
-    pictures: int
-    answers: int
-    no_crop: int
-    unreadable: int
+    part: str  # train or test
+    kind: str  # real or the manipulation
+    annotated: int  # pictures with answers
+    pictures: int  # of these, how many have a crop
+    answers: int  # about pictures with a crop
+    no_crop: int  # annotated pictures whose crop is missing
+    unreadable: int  # annotated pictures whose crop cannot be decoded
 
 
 @dataclass(frozen=True)
 class DdvqaReport:
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        counts: By part and manipulation.
-        rows: Of each file.
-        unreadable: The crops that cannot be decoded, with the reason.
-        unannotated: Crops nobody spoke of; left out.
-    """
-
-    counts: list[PartCounts]
-    rows: dict[str, int]
-    unreadable: dict[str, str]
-    unannotated: list[str]
+    counts: list[PartCounts]  # by part and manipulation
+    rows: dict[str, int]  # of each file
+    unreadable: dict[str, str]  # the crops that cannot be decoded, with the reason
+    unannotated: list[str]  # crops nobody spoke of; left out
 
 
 class _Picture(NamedTuple):

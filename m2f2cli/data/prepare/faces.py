@@ -41,31 +41,18 @@ class FacesOptions(Checked):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What became of one video.
+    """What became of one video."""
 
-    Attributes:
-        file: Name of the HDF5 file.
-        key: Its dataset there.
-        source: The video, as a path inside the named folder.
-        status: ``ok``, or why there are no crops: a key of ``records.STATUSES``.
-        frames: Crops written.
-        looked_at: Frames looked at.
-        without_face: Of these, how many have no crop.
-        interpolated: Crops whose box was filled in between two found ones.
-        earlier: Whether an earlier run made it.
-        message: The reason for a status other than ``ok``, or a remark; None mostly.
-    """
-
-    file: str
-    key: str
-    source: str
-    status: str = "ok"
-    frames: int = 0
-    looked_at: int = 0
-    without_face: int = 0
-    interpolated: int = 0
-    earlier: bool = False
-    message: str | None = None
+    file: str  # name of the HDF5 file
+    key: str  # its dataset there
+    source: str  # the video, as a path inside the named folder
+    status: str = "ok"  # ok, or why there are no crops: a key of records.STATUSES
+    frames: int = 0  # crops written
+    looked_at: int = 0  # frames looked at
+    without_face: int = 0  # of these, how many have no crop
+    interpolated: int = 0  # crops whose box was filled in between two found ones
+    earlier: bool = False  # whether an earlier run made it
+    message: str | None = None  # the reason for a status other than ok, or a remark; None mostly
 
 
 class _Task(NamedTuple):

@@ -25,23 +25,14 @@ _SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 
 @dataclass(frozen=True)
 class Video:
-    """One video, or pictures that stand for one.
+    """One video, or pictures that stand for one."""
 
-    Attributes:
-        paths: The video file, a single picture, or the pictures of a video in order.
-        name: As reports call it: the path inside the named folder.
-        file: The HDF5 file's name.
-        key: Its dataset.
-        compression: Of FaceForensics++; empty for others.
-        original: Whether it is one of FaceForensics++'s unmanipulated videos.
-    """
-
-    paths: tuple[Path, ...]
-    name: str
-    file: str
-    key: str
-    compression: str = ""
-    original: bool = False
+    paths: tuple[Path, ...]  # the video file, a single picture, or the pictures of a video in order
+    name: str  # as reports call it: the path inside the named folder
+    file: str  # the HDF5 file's name
+    key: str  # its dataset
+    compression: str = ""  # of FaceForensics++; empty for others
+    original: bool = False  # whether it is one of FaceForensics++'s unmanipulated videos
 
     @property
     def is_video(self) -> bool:
@@ -59,15 +50,10 @@ class Video:
 
 
 class Listing(NamedTuple):
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        videos: By HDF5 file, originals first, then by key.
-        passed_over: Files beside a FaceForensics++ layout that are no part of it, such as masks.
-    """
-
-    videos: tuple[Video, ...]
-    passed_over: int
+    videos: tuple[Video, ...]  # by HDF5 file, originals first, then by key
+    passed_over: int  # files beside a FaceForensics++ layout that are no part of it, such as masks
 
 
 def list_videos(sources: Sequence[Path]) -> Listing:

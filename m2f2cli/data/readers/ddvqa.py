@@ -77,15 +77,10 @@ def read_ddvqa(root: Path) -> SampleSet:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one annotator said to one question about a picture.
+    """What one annotator said to one question about a picture."""
 
-    Attributes:
-        region: One of ``REGIONS``; None where the question was about the whole picture.
-        text: The annotator's words, which begin with a verdict.
-    """
-
-    region: str | None
-    text: str
+    region: str | None  # one of REGIONS; None where the question was about the whole picture
+    text: str  # the annotator's words, which begin with a verdict
 
 
 def _read_files(folder: Path, read: Callable[[str, dict[str, Any]], T | None]) -> dict[str, T]:
