@@ -12,7 +12,7 @@ from m2f2cli.data.samples import SampleSet
 from m2f2cli.errors import UsageError
 from m2f2cli.evaluation.predictions import Predictions
 from m2f2cli.evaluation.truth import Truth, ddvqa_truth, file_truth, frames_truth
-from m2f2cli.inference.detect import DetectOptions
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.evaluate import (
     EvaluateDdvqaOptions,
     EvaluateFfppOptions,

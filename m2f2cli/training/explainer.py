@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from m2f2cli.checkpoints.delta import write_delta
+from m2f2cli.checkpoints.adapters import write_delta
 from m2f2cli.checkpoints.io import check_names_and_shapes
 from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.data.conversations import Conversation, Pictures, parse_verdict

@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from m2f2cli.checkpoints.delta import adapter_fields
+from m2f2cli.checkpoints.adapters import adapter_fields
 from m2f2cli.models.explainer import Explainer
 from m2f2cli.options.train_explainer import AdapterOptions
 

@@ -53,15 +53,17 @@ def group_of(name: str) -> str:
     return homes[0]
 
 
-def backbone_layers(backbone: Backbone) -> dict[str, int]:
+def backbone_layers(backbone: Backbone | None) -> dict[str, int]:
     """Number each backbone parameter by its stage: 0 the stem, then 1 for the first stage on.
 
     Args:
-        backbone: Its timm network says which of its parts are stages.
+        backbone: Its timm network says which of its parts are stages; None has no parameter.
 
     Returns:
         Parameter names, as in ``Detector``, to numbers.
     """
+    if backbone is None:
+        return {}
     from timm.models import group_parameters
 
     matcher = backbone.net.group_matcher(coarse=True)
@@ -71,7 +73,9 @@ def backbone_layers(backbone: Backbone) -> dict[str, int]:
     }
 
 
-def freeze(named: Mapping[str, nn.Parameter], backbone: Backbone, options: ModelOptions) -> None:
+def freeze(
+    named: Mapping[str, nn.Parameter], backbone: Backbone | None, options: ModelOptions
+) -> None:
     """Let exactly the parameters of a stage train.
 
     Args:
@@ -87,7 +91,7 @@ def freeze(named: Mapping[str, nn.Parameter], backbone: Backbone, options: Model
 
 
 def optimiser_groups(
-    named: Mapping[str, nn.Parameter], backbone: Backbone, options: OptimizerOptions
+    named: Mapping[str, nn.Parameter], backbone: Backbone | None, options: OptimizerOptions
 ) -> list[dict[str, Any]]:
     """The optimiser's parameter groups: every trainable parameter exactly once.
 

@@ -23,12 +23,12 @@ from m2f2cli.data.prepare.tracking import cut_faces
 from m2f2cli.data.readers.ffpp import ORIGINAL, find_file
 from m2f2cli.errors import InputError, M2F2Error, UsageError
 from m2f2cli.files import write_error
-from m2f2cli.options.fields import Checked, option
+from m2f2cli.options.fields import Options, option
 from m2f2cli.runtime import processors
 
 
 @dataclass(frozen=True)
-class FacesOptions(Checked):
+class FacesOptions(Options):
     """How faces are prepared."""
 
     frames: int = option(100, "Frames looked at in a video, evenly spaced.", low=1, high=1000)
