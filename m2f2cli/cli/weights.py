@@ -55,9 +55,7 @@ def import_checkpoint(
         return
     rows = made.listing() if verbose else made.summary()
     out.table(("file", "key", "action", "to or why") if verbose else _SUMMARY, rows)
-    out.text(
-        f"{output}: {made.conversion.kind}, {made.parameters:,} parameters, {made.fingerprint}"
-    )
+    out.text(f"{output}: {made.kind}, {made.parameters:,} parameters, {made.fingerprint}")
     if made.verified is not None:
         out.text(made.verified.sentence() + ".")
     out.note(f"See what it is: m2f2 info {output}")
