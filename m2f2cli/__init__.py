@@ -13,7 +13,7 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from m2f2cli.checkpoints.convert import import_weights
-    from m2f2cli.checkpoints.initialize import InitLlavaOptions, init_llava
+    from m2f2cli.checkpoints.initialize import init_llava
     from m2f2cli.checkpoints.load import load_detector, load_explainer
     from m2f2cli.evaluation.evaluate import evaluate
     from m2f2cli.inference.detect import detect
@@ -65,7 +65,7 @@ _MODULES = {
     "ExplainOptions": "options.explain",
     "Explainer": "models.explainer",
     "ExplainerConfig": "models.explainer",
-    "InitLlavaOptions": "checkpoints.initialize",
+    "InitLlavaOptions": "options.checkpoints",
     "LoraOptions": "options.train_explainer",
     "TrainDetectorOptions": "options.train_detector",
     "detect": "inference.detect",
