@@ -99,33 +99,22 @@ class Worker:
 
 @dataclass(frozen=True)
 class Said:
-    """One answer, as far as it is written.
+    """One answer, as far as it is written."""
 
-    Attributes:
-        region: The region it is about; None for a question of the visitor's own, and for the
-            judgement.
-        asked: The question in words.
-        text: The answer so far.
-        judges: Whether it is the question for the language model's own judgement.
-    """
-
+    # The region it is about; None for a question of the visitor's own, and for the judgement.
     region: str | None
-    asked: str
-    text: str
-    judges: bool = False
+    asked: str  # the question in words
+    text: str  # the answer so far
+    judges: bool = False  # whether it is the question for the language model's own judgement
 
 
 @dataclass(frozen=True)
 class Look:
-    """An answered upload: what is kept of it while its owner looks at it.
+    """An answered upload: what is kept of it while its owner looks at it."""
 
-    Attributes:
-        judged: The verdict, with crops and scores.
-        shown: JPEG files, ``SHOWN_SIDE`` pixels at most: the picture (0), or the worst frames of a
-            video by number; empty where nothing could be decoded.
-    """
-
-    judged: Judged
+    judged: Judged  # the verdict, with crops and scores
+    # JPEG files, SHOWN_SIDE pixels at most: the picture (0), or the worst frames of a video by
+    # number; empty where nothing could be decoded.
     shown: Mapping[int, bytes] = field(default_factory=dict)
 
     @property
