@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from m2f2cli.inference.explain import explain
     from m2f2cli.models.detector import Detector, DetectorConfig
     from m2f2cli.models.explainer import Explainer, ExplainerConfig
+    from m2f2cli.options.checkpoints import InitLlavaOptions
+    from m2f2cli.options.detect import DetectOptions
     from m2f2cli.options.evaluate import (
         EvaluateDdvqaOptions,
         EvaluateFfppOptions,

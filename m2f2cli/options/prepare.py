@@ -32,7 +32,7 @@ class FacesOptions(Options):
     overwrite: bool = option(False, "Replace what is there.", group="Output")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PrepareFacesCommand(Options):
     """Every option of ``m2f2 prepare faces``."""
 

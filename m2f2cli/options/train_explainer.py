@@ -16,9 +16,7 @@ DEEPSPEED = ("zero2", "zero3", "zero3-offload")
 class ConversationOptions(Options):
     """What to learn from."""
 
-    data: Path = required(
-        "Conversation JSON, as 'm2f2 prepare ddvqa' writes it.", metavar="FILE"
-    )
+    data: Path = required("Conversation JSON, as 'm2f2 prepare ddvqa' writes it.", metavar="FILE")
     images: Path = required(
         "Folder of its pictures, or of the HDF5 files that names like "
         "FF++_Deepfakes_c40://000_003_17 speak of."
