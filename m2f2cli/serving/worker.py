@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -124,12 +124,7 @@ class Look:
 
 
 class Service:
-    """Answers about uploads, one at a time.
-
-    Args:
-        session: The loaded model.
-        uploads: Where they are.
-    """
+    """Answers about uploads, one at a time, with a loaded model."""
 
     def __init__(self, session: Session, uploads: Uploads) -> None:
         self.session, self._uploads, self._worker = session, uploads, Worker()
@@ -157,20 +152,12 @@ class Service:
     async def explain(
         self, sent: Sent, *, regions: Sequence[str] = (), question: str = ""
     ) -> dict[str, Any]:
-        """The record of ``m2f2 explain`` about an upload; of a picture, its deciding face.
-
-        Args:
-            sent: As for ``look``.
-            regions: See ``m2f2 explain --region``.
-            question: The visitor's own; empty for none.
-        """
+        """The record of ``m2f2 explain`` about an upload; of a picture, its deciding face."""
         questions = self._questions(question)
         look = await self.look(sent)
         if look.record.status != "ok":
             return look.record.to_dict()
-        ask: Callable[[], Detection] = lambda: self.session.explain(  # noqa: E731
-            look.judged, regions=regions, questions=questions
-        )
+        ask = partial(self.session.explain, look.judged, regions=regions, questions=questions)
         return (await self._worker.run(ask)).to_dict()
 
     async def reasons(
@@ -218,16 +205,17 @@ class Service:
 
     def _look(self, sent: Sent | None, kind: str | None) -> Look:
         with self._uploads.taken(sent) as (path, name):
-            suffix = os.path.splitext(name)[1].lower()
-            return self._judge(
-                Path(path), name, kind or ("video" if suffix in VIDEO_SUFFIXES else "image")
-            )
+            named = "video" if Path(name).suffix.lower() in VIDEO_SUFFIXES else "image"
+            return self._judge(Path(path), name, kind or named)
 
     def _judge(self, file: Path, name: str, kind: str) -> Look:
         if kind == "video":
             _check_length(file, name)
         judged = self.session.judge(Source(str(file), kind, PurePosixPath("item")))
-        judged = _called(judged, str(file), name)
+        # Its owner's name for it: nobody is told where it lay here.
+        record = judged.record
+        message = record.message and record.message.replace(str(file), name)
+        judged = replace(judged, record=replace(record, path=name, message=message))
         if kind == "video":
             return Look(judged, _frames(file, worst_frames(judged.record)))
         if judged.record.width is None:
@@ -247,13 +235,6 @@ def _check_length(file: Path, name: str) -> None:
             "too_large",
             "Cut out the part in question.",
         )
-
-
-def _called(judged: Judged, path: str, name: str) -> Judged:
-    """The same about a file under its owner's name: nobody is told where it lay here."""
-    record = judged.record
-    message = record.message and record.message.replace(path, name)
-    return replace(judged, record=replace(record, path=name, message=message))
 
 
 def worst_frames(record: Detection) -> list[int]:
