@@ -12,19 +12,22 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from m2f2cli.data.images import read_picture
 from m2f2cli.data.video import VIDEO_SUFFIXES, read_frames
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.inference.session import Judged, Session
+from m2f2cli.inference.pipeline import Judged
+from m2f2cli.inference.session import Session
 from m2f2cli.inference.sources import Source
 from m2f2cli.options.explain import REGIONS
 from m2f2cli.records import Box, Detection, Explanation
 from m2f2cli.serving.gate import Uploads
+
+if TYPE_CHECKING:
+    from m2f2cli.inference.explain import TextChunk
 
 MAX_SECONDS = 600.0  # of a video
 MAX_QUESTION = 500  # characters
@@ -177,17 +180,17 @@ class Service:
         said: list[Said] = []
 
         def work(tell: Callable[[tuple[Said, ...] | Explanation], None]) -> None:
-            def hear(heard: Any) -> None:
-                if heard.words:
-                    said[-1] = replace(said[-1], text=said[-1].text + heard.words)
+            def add(chunk: TextChunk) -> None:
+                if chunk.text:
+                    said[-1] = replace(said[-1], text=said[-1].text + chunk.text)
                 else:
-                    asked = heard.question
-                    said.append(Said(asked.region, heard.asked, "", asked.text is None))
+                    asked = chunk.question
+                    said.append(Said(asked.region, chunk.asked, "", asked.text is None))
                 tell(tuple(said))
 
             regions = () if questions else REGIONS
             record = self.session.explain(
-                look.judged, face=face, regions=regions, questions=questions, hear=hear
+                look.judged, face=face, regions=regions, questions=questions, on_text=add
             )
             explained = record.explanations[0]
             whole = (explained.judgement_text, *(reason.text for reason in explained.reasons))
@@ -212,15 +215,16 @@ class Service:
         if kind == "video":
             _check_length(file, name)
         judged = self.session.judge(Source(str(file), kind, PurePosixPath("item")))
-        # Its owner's name for it: nobody is told where it lay here.
-        record = judged.record
-        message = record.message and record.message.replace(str(file), name)
-        judged = replace(judged, record=replace(record, path=name, message=message))
-        if kind == "video":
-            return Look(judged, _frames(file, worst_frames(judged.record)))
-        if judged.record.width is None:
-            return Look(judged)
-        return Look(judged, {0: _jpeg(read_picture(file).pixels)})
+        views = {view.index: view for view in judged.prepared.views}
+        numbers = worst_frames(judged.record) if kind == "video" else list(views)
+        chosen = [views[number] for number in numbers]
+        shown = {v.index: _jpeg(v.pixels) for v in chosen if v.pixels is not None}
+        # Under its owner's name: nobody is told where it lay here.
+        judged = judged.reduced()
+        message = judged.record.message and judged.record.message.replace(str(file), name)
+        return Look(
+            replace(judged, record=replace(judged.record, path=name, message=message)), shown
+        )
 
 
 def _check_length(file: Path, name: str) -> None:
@@ -242,14 +246,6 @@ def worst_frames(record: Detection) -> list[int]:
     scored = [f for f in record.frames if f.fake_probability is not None]
     scored.sort(key=lambda frame: -(frame.fake_probability or 0.0))
     return [frame.index for frame in scored[:WORST_FRAMES]]
-
-
-def _frames(file: Path, numbers: Sequence[int]) -> dict[int, bytes]:
-    if not numbers:
-        return {}
-    with read_frames(file, numbers=sorted(numbers)) as video:
-        found = {frame.index: _jpeg(frame.pixels) for frame in video.frames}
-    return {number: found[number] for number in numbers if number in found}
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:
