@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from m2f2cli.checkpoints.initialize import init_llava
     from m2f2cli.checkpoints.load import load_detector, load_explainer
     from m2f2cli.evaluation.evaluate import evaluate
-    from m2f2cli.inference.detect import detect
     from m2f2cli.inference.explain import explain
+    from m2f2cli.inference.pipeline import detect
     from m2f2cli.models.detector import Detector, DetectorConfig
     from m2f2cli.models.explainer import Explainer, ExplainerConfig
     from m2f2cli.options.checkpoints import InitLlavaOptions
@@ -70,7 +70,7 @@ _MODULES = {
     "InitLlavaOptions": "options.checkpoints",
     "LoraOptions": "options.train_explainer",
     "TrainDetectorOptions": "options.train_detector",
-    "detect": "inference.detect",
+    "detect": "inference.pipeline",
     "evaluate": "evaluation.evaluate",
     "explain": "inference.explain",
     "import_weights": "checkpoints.convert",

@@ -19,9 +19,8 @@ from m2f2cli.data.images import Picture, read_picture
 from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.truth import Item, Truth
-from m2f2cli.inference.job import Tally, judge_and_record
-from m2f2cli.inference.recordfile import RecordFile
-from m2f2cli.inference.scoring import Judge
+from m2f2cli.inference.pipeline import Judge, judge_and_record
+from m2f2cli.inference.recordfile import RecordFile, Tally
 from m2f2cli.inference.sources import Source
 from m2f2cli.options.detect import DetectOptions
 

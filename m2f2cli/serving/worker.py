@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from m2f2cli.data.images import read_picture
 from m2f2cli.data.video import VIDEO_SUFFIXES, read_frames
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.inference.session import Judged, Session
+from m2f2cli.inference.pipeline import Judged
+from m2f2cli.inference.session import Session
 from m2f2cli.inference.sources import Source
 from m2f2cli.options.explain import REGIONS
 from m2f2cli.records import Box, Detection, Explanation
 from m2f2cli.serving.gate import Uploads
+
+if TYPE_CHECKING:
+    from m2f2cli.inference.explain import TextChunk
 
 MAX_SECONDS = 600.0  # of a video
 MAX_QUESTION = 500  # characters
@@ -124,12 +127,7 @@ class Look:
 
 
 class Service:
-    """Answers about uploads, one at a time.
-
-    Args:
-        session: The loaded model.
-        uploads: Where they are.
-    """
+    """Answers about uploads, one at a time, with a loaded model."""
 
     def __init__(self, session: Session, uploads: Uploads) -> None:
         self.session, self._uploads, self._worker = session, uploads, Worker()
@@ -157,20 +155,12 @@ class Service:
     async def explain(
         self, sent: Sent, *, regions: Sequence[str] = (), question: str = ""
     ) -> dict[str, Any]:
-        """The record of ``m2f2 explain`` about an upload; of a picture, its deciding face.
-
-        Args:
-            sent: As for ``look``.
-            regions: See ``m2f2 explain --region``.
-            question: The visitor's own; empty for none.
-        """
+        """The record of ``m2f2 explain`` about an upload; of a picture, its deciding face."""
         questions = self._questions(question)
         look = await self.look(sent)
         if look.record.status != "ok":
             return look.record.to_dict()
-        ask: Callable[[], Detection] = lambda: self.session.explain(  # noqa: E731
-            look.judged, regions=regions, questions=questions
-        )
+        ask = partial(self.session.explain, look.judged, regions=regions, questions=questions)
         return (await self._worker.run(ask)).to_dict()
 
     async def reasons(
@@ -190,17 +180,17 @@ class Service:
         said: list[Said] = []
 
         def work(tell: Callable[[tuple[Said, ...] | Explanation], None]) -> None:
-            def hear(heard: Any) -> None:
-                if heard.words:
-                    said[-1] = replace(said[-1], text=said[-1].text + heard.words)
+            def add(chunk: TextChunk) -> None:
+                if chunk.text:
+                    said[-1] = replace(said[-1], text=said[-1].text + chunk.text)
                 else:
-                    asked = heard.question
-                    said.append(Said(asked.region, heard.asked, "", asked.text is None))
+                    asked = chunk.question
+                    said.append(Said(asked.region, chunk.asked, "", asked.text is None))
                 tell(tuple(said))
 
             regions = () if questions else REGIONS
             record = self.session.explain(
-                look.judged, face=face, regions=regions, questions=questions, hear=hear
+                look.judged, face=face, regions=regions, questions=questions, on_text=add
             )
             explained = record.explanations[0]
             whole = (explained.judgement_text, *(reason.text for reason in explained.reasons))
@@ -218,21 +208,23 @@ class Service:
 
     def _look(self, sent: Sent | None, kind: str | None) -> Look:
         with self._uploads.taken(sent) as (path, name):
-            suffix = os.path.splitext(name)[1].lower()
-            return self._judge(
-                Path(path), name, kind or ("video" if suffix in VIDEO_SUFFIXES else "image")
-            )
+            named = "video" if Path(name).suffix.lower() in VIDEO_SUFFIXES else "image"
+            return self._judge(Path(path), name, kind or named)
 
     def _judge(self, file: Path, name: str, kind: str) -> Look:
         if kind == "video":
             _check_length(file, name)
         judged = self.session.judge(Source(str(file), kind, PurePosixPath("item")))
-        judged = _called(judged, str(file), name)
-        if kind == "video":
-            return Look(judged, _frames(file, worst_frames(judged.record)))
-        if judged.record.width is None:
-            return Look(judged)
-        return Look(judged, {0: _jpeg(read_picture(file).pixels)})
+        views = {view.index: view for view in judged.prepared.views}
+        numbers = worst_frames(judged.record) if kind == "video" else list(views)
+        chosen = [views[number] for number in numbers]
+        shown = {v.index: _jpeg(v.pixels) for v in chosen if v.pixels is not None}
+        # Under its owner's name: nobody is told where it lay here.
+        judged = judged.reduced()
+        message = judged.record.message and judged.record.message.replace(str(file), name)
+        return Look(
+            replace(judged, record=replace(judged.record, path=name, message=message)), shown
+        )
 
 
 def _check_length(file: Path, name: str) -> None:
@@ -249,26 +241,11 @@ def _check_length(file: Path, name: str) -> None:
         )
 
 
-def _called(judged: Judged, path: str, name: str) -> Judged:
-    """The same about a file under its owner's name: nobody is told where it lay here."""
-    record = judged.record
-    message = record.message and record.message.replace(path, name)
-    return replace(judged, record=replace(record, path=name, message=message))
-
-
 def worst_frames(record: Detection) -> list[int]:
     """The frames with the highest fake probability, the highest first."""
     scored = [f for f in record.frames if f.fake_probability is not None]
     scored.sort(key=lambda frame: -(frame.fake_probability or 0.0))
     return [frame.index for frame in scored[:WORST_FRAMES]]
-
-
-def _frames(file: Path, numbers: Sequence[int]) -> dict[int, bytes]:
-    if not numbers:
-        return {}
-    with read_frames(file, numbers=sorted(numbers)) as video:
-        found = {frame.index: _jpeg(frame.pixels) for frame in video.frames}
-    return {number: found[number] for number in numbers if number in found}
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:
