@@ -44,27 +44,26 @@ def read_sources(
         InputError: A source cannot be read or cut, or one identity is on both sides.
     """
     tell = tell or (lambda _: None)
-    prefixes = _prefixes(data.data)
     official: list[SampleSet] = []
-    judged: list[SampleSet] = []
+    official_held: list[SampleSet] = []
     free: list[SampleSet] = []
-    for source in data.data:
-        if not is_ffpp(source):
-            free.append(_prefixed(_read_pictures(source), prefixes[source]))
-            continue
-        official.append(_prefixed(_read_videos(source, data, "train", tell), prefixes[source]))
-        if data.validation is None:
-            videos = _read_videos(source, data, "validation", tell)
-            judged.append(_prefixed(videos, prefixes[source]))
+    for source, prefix in _prefixes(data.data).items():
+        into = official if is_ffpp(source) else free
+        into.append(_read(source, prefix, data, "train", tell))
+        if is_ffpp(source) and data.validation is None:
+            official_held.append(_read(source, prefix, data, "validation", tell))
     if data.identities is not None:
-        free = _with_people(free, data.identities)
+        people = read_people(data.identities, {s.name for part in free for s in part.samples})
+        free = [_each(part, lambda s: replace(s, identities=people[s.name])) for part in free]
     if data.validation is not None:
-        train, held = _joined([*official, *free]), _read_held(data, tell)
+        sources = _prefixes(data.validation).items()
+        train = _joined([*official, *free])
+        held = _joined([_read(s, prefix, data, "validation", tell) for s, prefix in sources])
         _refuse_shared(train, held)
     elif not official:
         train, held = split_by_identity(_joined(free), data.validation_share, data.split_seed)
     else:
-        train, held = _joined(official), _joined(judged)
+        train, held = _joined(official), _joined(official_held)
         _refuse_shared(train, held)
         for part in free:
             more, rest = _cut_along(part, train.people(), held.people(), data)
@@ -83,16 +82,20 @@ def _root(source: str) -> Path:
     return Path(rest if colon and len(layout) > 1 else source).expanduser()
 
 
-def _read_pictures(source: str) -> SampleSet:
-    try:
-        return read_samples(source)
-    except ConfigError as error:
-        known = ", ".join([*LAYOUTS.names(), _FFPP.removesuffix(":")])
-        raise ConfigError(error.message, f"Use one of: {known}.") from error
+def _read(source: str, prefix: str, data: DataOptions, split: str, tell: Tell) -> SampleSet:
+    """A source's pictures, or the videos of its official split, with a prefix to their names."""
+    if is_ffpp(source):
+        found = _read_videos(source, data, split, tell)
+    else:
+        try:
+            found = read_samples(source)
+        except ConfigError as error:
+            known = ", ".join([*LAYOUTS.names(), _FFPP.removesuffix(":")])
+            raise ConfigError(error.message, f"Use one of: {known}.") from error
+    return _each(found, lambda s: replace(s, name=f"{prefix}/{s.name}")) if prefix else found
 
 
 def _read_videos(source: str, data: DataOptions, split: str, tell: Tell) -> SampleSet:
-    """The videos of an official split as samples, sorted by name."""
     found = read_ffpp(
         _root(source),
         compression=data.compression,
@@ -104,36 +107,16 @@ def _read_videos(source: str, data: DataOptions, split: str, tell: Tell) -> Samp
     for name in found.missing:
         tell(name)
     samples = [
-        Sample(
-            clip.file,
-            f"{clip.kind}/{clip.key}",
-            clip.label,
-            clip.kind,
-            clip.identities,
-            clip.key,
-            clip.frames,
-        )
-        for clip in found.clips
+        Sample(c.file, f"{c.kind}/{c.key}", c.label, c.kind, c.identities, c.key, c.frames)
+        for c in found.clips
     ]
     videos = SampleSet(found.root, "ffpp", tuple(sorted(samples, key=lambda sample: sample.name)))
     check_classes(videos, f"the split '{split}' of '{found.root}'")
     return videos
 
 
-def _read_held(data: DataOptions, tell: Tell) -> SampleSet:
-    sources = data.validation or ()
-    prefixes = _prefixes(sources)
-    return _joined(
-        [
-            _prefixed(
-                _read_videos(source, data, "validation", tell)
-                if is_ffpp(source)
-                else _read_pictures(source),
-                prefixes[source],
-            )
-            for source in sources
-        ]
-    )
+def _each(part: SampleSet, change: Callable[[Sample], Sample]) -> SampleSet:
+    return replace(part, samples=tuple(map(change, part.samples)))
 
 
 def _prefixes(sources: Sequence[str]) -> dict[str, str]:
@@ -151,20 +134,6 @@ def _prefixes(sources: Sequence[str]) -> dict[str, str]:
             name, number = f"{base}-{number}", number + 1
         taken[source] = name
     return taken
-
-
-def _prefixed(part: SampleSet, prefix: str) -> SampleSet:
-    if not prefix:
-        return part
-    return replace(part, samples=tuple(replace(s, name=f"{prefix}/{s.name}") for s in part.samples))
-
-
-def _with_people(parts: Sequence[SampleSet], file: Path) -> list[SampleSet]:
-    people = read_people(file, {s.name for part in parts for s in part.samples})
-    return [
-        replace(part, samples=tuple(replace(s, identities=people[s.name]) for s in part.samples))
-        for part in parts
-    ]
 
 
 def _joined(parts: Sequence[SampleSet]) -> SampleSet:
