@@ -61,15 +61,6 @@ def forget_accelerator() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def weights_version(weight: torch.Tensor) -> int:
-    """How often a tensor was written to in place (``Tensor._version``; torch 2.6 to 2.13).
-
-    torch offers no public counter; it tells whether a result that was computed from the weights
-    still holds.
-    """
-    return weight._version
-
-
 def attention_of(config: Any) -> str | None:
     """The attention implementation of a model's configuration.
 

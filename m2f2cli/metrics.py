@@ -5,7 +5,7 @@ exist (one class only) is NaN here; the protocols turn it into "undefined" and t
 
 Everything about ranking is read from one curve, and every function takes many curves at once: with
 ``weights`` of shape (R, N), row r counts picture n ``weights[r, n]`` times, which is what a
-bootstrap resample is.
+bootstrap resample is. The figures that reports have are the table ``METRICS``.
 
 A resample draws as many groups (videos, or pictures that stand alone) with replacement as there
 are, real and forged ones apart, so that every resample has the set's share of forged ones. It is a
@@ -15,7 +15,7 @@ row of weights: how often each group was drawn. The interval is the percentile i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -135,29 +135,29 @@ class Confusion(NamedTuple):
     def accuracy(self) -> np.ndarray:
         """Share of pictures called rightly."""
         right = self.true_positives + self.true_negatives
-        return _ratio(right, right + self.false_positives + self.false_negatives)
+        return ratio(right, right + self.false_positives + self.false_negatives)
 
     @property
     def balanced_accuracy(self) -> np.ndarray:
         """Mean of the shares called rightly among forged and among real pictures."""
         return (
-            self.recall + _ratio(self.true_negatives, self.true_negatives + self.false_positives)
+            self.recall + ratio(self.true_negatives, self.true_negatives + self.false_positives)
         ) / 2
 
     @property
     def precision(self) -> np.ndarray:
         """Share of forged pictures among those called fake."""
-        return _ratio(self.true_positives, self.true_positives + self.false_positives)
+        return ratio(self.true_positives, self.true_positives + self.false_positives)
 
     @property
     def recall(self) -> np.ndarray:
         """Share of forged pictures called fake."""
-        return _ratio(self.true_positives, self.true_positives + self.false_negatives)
+        return ratio(self.true_positives, self.true_positives + self.false_negatives)
 
     @property
     def f1(self) -> np.ndarray:
         """Harmonic mean of precision and recall; NaN if nothing is forged nor called so."""
-        return _ratio(
+        return ratio(
             2 * self.true_positives,
             2 * self.true_positives + self.false_positives + self.false_negatives,
         )
@@ -179,54 +179,56 @@ class Reliability(NamedTuple):
     """How often pictures of about one probability are forged, one entry a bin.
 
     Attributes:
-        edges: (bins + 1,) from 0 to 1; a bin holds its lower edge, the last one also 1.
-        counts: (bins,) pictures.
-        probability: (bins,) their mean fake probability; NaN in an empty bin.
-        frequency: (bins,) share of forged ones; NaN in an empty bin.
+        counts: (BINS,) pictures.
+        probability: (BINS,) their mean fake probability; NaN in an empty bin.
+        frequency: (BINS,) share of forged ones; NaN in an empty bin.
     """
 
-    edges: np.ndarray
     counts: np.ndarray
     probability: np.ndarray
     frequency: np.ndarray
 
 
-def bin_of(probabilities: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """The number of the bin each probability falls into, (N,) in [0, bins)."""
-    edges = np.linspace(0, 1, bins + 1)[1:-1]
-    return np.searchsorted(edges, np.asarray(probabilities, dtype=np.float64), side="right")
+def binned(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """What each picture adds to the bin that its probability falls into.
 
-
-def reliability(labels: np.ndarray, probabilities: np.ndarray, bins: int = BINS) -> Reliability:
-    """Compare probabilities with frequencies, bin by bin.
+    A bin holds its lower edge, the last one also 1.
 
     Args:
         labels: (N,), 0 or 1.
         probabilities: (N,) of being fake, in [0, 1].
-        bins: Of equal width over [0, 1].
+
+    Returns:
+        (N, BINS, 3): 1, the probability and the label, in the picture's own bin; 0 elsewhere.
     """
-    where = bin_of(probabilities, bins)
-    counts, summed, fakes = (
-        np.bincount(where, weights=values, minlength=bins)
-        for values in (None, np.asarray(probabilities, dtype=np.float64), np.asarray(labels) == 1)
-    )
-    return Reliability(
-        np.linspace(0, 1, bins + 1), counts, _ratio(summed, counts), _ratio(fakes, counts)
-    )
+    probabilities = np.asarray(probabilities, dtype=np.float64)
+    bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], probabilities, side="right")
+    found = np.zeros((len(probabilities), BINS, 3))
+    facts = [np.ones(len(probabilities)), probabilities, np.asarray(labels)]
+    found[np.arange(len(probabilities)), bins] = np.stack(facts, axis=1)
+    return found
 
 
-def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error of the fake probability: mean distance in ``reliability``.
+def reliability(labels: np.ndarray, probabilities: np.ndarray) -> Reliability:
+    """Compare probabilities with frequencies, bin by bin; arguments as for ``binned``."""
+    counts, summed, fakes = binned(labels, probabilities).sum(axis=0).T
+    return Reliability(counts.astype(int), ratio(summed, counts), ratio(fakes, counts))
+
+
+def binned_error(bins: np.ndarray) -> np.ndarray:
+    """Expected calibration error of added-up ``binned`` facts, (..., BINS, 3): (...)."""
+    counts, probability, fakes = np.moveaxis(bins, -1, 0)
+    return ratio(np.abs(probability - fakes).sum(axis=-1), counts.sum(axis=-1))
+
+
+def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Expected calibration error of the fake probability; arguments as for ``binned``.
 
     Returns:
         In [0, 1]: over the pictures, how far the mean probability of a picture's bin lies from the
         share of forged ones in it. NaN without pictures.
     """
-    found = reliability(labels, probabilities, bins)
-    if not found.counts.sum():
-        return float("nan")
-    distance = np.abs(found.probability - found.frequency)
-    return float(np.nansum(found.counts * distance) / found.counts.sum())
+    return float(binned_error(binned(labels, probabilities).sum(axis=0)))
 
 
 def roc_auc(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -255,22 +257,71 @@ def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(precision_area(Ranking(labels, scores).curve()))
 
 
+class Weighted(NamedTuple):
+    """What figures are computed from, for R rows of weights at once.
+
+    Attributes:
+        frames: Operating points over pictures or frames; None without probabilities.
+        videos: The same over videos, by the mean of their frames; None without videos.
+        bins: (R, BINS, 3), added-up ``binned`` facts; None as ``frames``.
+        calls: What was called fake; no answer counts as a wrong one.
+    """
+
+    frames: Any
+    videos: Any
+    bins: Any
+    calls: Confusion
+
+
+class Metric(NamedTuple):
+    """One figure of a set of pictures.
+
+    Attributes:
+        needs: The attribute of ``Weighted`` without which the figure is left out.
+        compute: Gives (R,), NaN where it is undefined.
+        undefined: Why it may be undefined; None for "one class only" with the class that is absent.
+    """
+
+    needs: str
+    compute: Callable[[Weighted], np.ndarray]
+    undefined: str | None = None
+
+
+FALSE_POSITIVE_RATES = [0.01, 0.05]  # of tpr_at_fpr_1 and tpr_at_fpr_5
+# Every figure of a set of pictures, in the order of a report. A new one is an entry here.
+METRICS = {
+    "frame_auc": Metric("frames", lambda of: area(of.frames)),
+    "video_auc": Metric("videos", lambda of: area(of.videos)),
+    "ap": Metric("frames", lambda of: precision_area(of.frames)),
+    "eer": Metric("frames", lambda of: equal_error_rate(of.frames)),
+    "tpr_at_fpr_1": Metric("frames", lambda of: detection_rate(of.frames, 0.01)),
+    "tpr_at_fpr_5": Metric("frames", lambda of: detection_rate(of.frames, 0.05)),
+    "calibration_error": Metric("bins", lambda of: binned_error(of.bins)),
+    "accuracy": Metric("calls", lambda of: of.calls.accuracy, "there are no pictures"),
+    "balanced_accuracy": Metric("calls", lambda of: of.calls.balanced_accuracy, "one class only"),
+    "f1": Metric("calls", lambda of: of.calls.f1, "nothing is forged and nothing was called so"),
+    "precision": Metric("calls", lambda of: of.calls.precision, "nothing was called fake"),
+    "recall": Metric("calls", lambda of: of.calls.recall, "there are no forged pictures"),
+}
+
+
 def _shares(counts: np.ndarray) -> np.ndarray:
     """Running counts as shares of the last one; NaN where that is 0."""
-    return _ratio(counts, counts[..., -1:])
+    return ratio(counts, counts[..., -1:])
 
 
 def _from_zero(rates: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros((*rates.shape[:-1], 1)), rates], axis=-1)
 
 
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Divide; NaN where both are 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.divide(above, below)
 
 
 RESAMPLES, SEED, LEVEL = 2000, 0, 0.95
-_CELLS = 4_000_000  # weights held at a time: resamples in a batch times items
+WEIGHTS_HELD = 4_000_000  # at a time: resamples in a batch times items
 
 # From (R, G) weights of groups to the figures' values, (R,) each.
 Measure = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -318,7 +369,7 @@ class Groups:
         """
         kinds = np.unique(self.strata)
         streams = [np.random.default_rng([seed, number]) for number in range(len(kinds))]
-        batch = max(1, _CELLS // max(1, len(self.of_item)))
+        batch = max(1, WEIGHTS_HELD // max(1, len(self.of_item)))
         for start in range(0, resamples, batch):
             rows = min(batch, resamples - start)
             drawn = np.zeros((rows, len(self)))

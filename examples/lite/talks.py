@@ -22,11 +22,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m2f2cli.data.naming import REAL, kind_of, people_in
 from m2f2cli.data.prepare import explanations
 from m2f2cli.data.readers.ddvqa import Answer, read_annotations, read_ddvqa
-from m2f2cli.data.samples import split_by_identity
-from m2f2cli.inference.explain_questions import untold
+from m2f2cli.data.samples import REAL, kind_of, people_in, split_by_identity
+from m2f2cli.inference.questions import untold
 
 HELD_OUT = {"share": 0.15, "seed": 0}  # as train.yaml has it
 JUDGE = (explanations.JUDGE, "Determine the authenticity. Is the image real or fake?")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from m2f2cli import files
-from m2f2cli.checkpoints import configs, delta, import_delta, io, keymaps
+from m2f2cli.checkpoints import adapters, configs, io, keymaps
 from m2f2cli.checkpoints.io import (
     LazyTensor,
     Weights,
@@ -113,7 +113,7 @@ class Conversion:
         with progress("Writing", len(self.tensors)) as advance:
             tensors = watched(self.tensors, advance)
             if self.source.kind in keymaps.DELTAS:
-                mark = delta.write_delta(
+                mark = adapters.write_delta(
                     output,
                     tensors=tensors,
                     stage=self._stage,
@@ -260,7 +260,7 @@ def _source_and_tower(opened: Sequence[Weights]) -> tuple[Weights, Weights | Non
             keymaps.DELTA: "It is a delta already: use it as it is.",
             keymaps.LANGUAGE: "Give the whole folder if this is a part of an explainer.",
         }.get(one.kind)
-        if hint or (one.kind == keymaps.PEFT and import_delta.is_ours(one)):
+        if hint or (one.kind == keymaps.PEFT and adapters.is_ours(one)):
             raise CheckpointError(f"'{one.path}' is a {one.kind}, nothing to import.", hint)
     if len(opened) == 1 and opened[0].kind in (keymaps.LLAVA, keymaps.LLAVA_HF):
         raise UsageError(
@@ -385,14 +385,10 @@ def _explainer(source: Weights, tower: Weights | None, clip_config: Path | None)
 
 
 def _delta(source: Weights, tower: Weights | None, clip_config: Path | None) -> Conversion:
-    config, tensors, entries = import_delta.read_published(source)
+    delta = adapters.read_delta(source)
+    entries = {str(source.path): delta.entries}
     return Conversion(
-        source=source,
-        kind=source.kind,
-        config=config,
-        tensors=tensors,
-        entries={str(source.path): entries},
-        sources=[describe_file(source)],
+        source, source.kind, delta.config, delta.tensors(), entries, sources=[delta.source]
     )
 
 
@@ -632,7 +628,7 @@ def verify_import(folder: Path, made: Conversion) -> Verification:
     Raises:
         CheckpointError: A value differs from its source, or an output is not finite.
     """
-    parts = [folder / name for name in (delta.TENSORS, delta.ADAPTER)]
+    parts = [folder / name for name in (adapters.TENSORS, adapters.ADAPTER)]
     part = next((path for path in parts if path.is_file()), None)
     found = open_weight_file(part).tensors if part else io.open_tensors(folder)
     io.check_names_and_shapes(found, made.tensors, what=f"'{folder}'")

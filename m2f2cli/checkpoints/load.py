@@ -61,7 +61,8 @@ def load_detector(name: str = "lite", *, device: str = "auto", dtype: str = "aut
     model.load_state_dict(cast, assign=True)
     model.requires_grad_(False)
     # Convolutions are about half again as fast on this layout; the numbers stay.
-    model.backbone.to(memory_format=torch.channels_last)
+    if model.backbone is not None:
+        model.backbone.to(memory_format=torch.channels_last)
     model.fingerprint = io.fingerprint(folder)
     return model.eval()
 

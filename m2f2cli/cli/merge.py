@@ -10,7 +10,7 @@ from m2f2cli.cli.output import Output
 
 if TYPE_CHECKING:
     from m2f2cli.checkpoints.merge import Merge
-    from m2f2cli.checkpoints.merge_proof import Proof
+    from m2f2cli.checkpoints.verify import Proof
 
 EXAMPLES = {
     "merge": (
@@ -147,7 +147,7 @@ def _show_plan(out: Output, job: Merge) -> None:
 
 
 def _verify(out: Output, job: Merge) -> Proof:
-    from m2f2cli.checkpoints.merge_proof import prove
+    from m2f2cli.checkpoints.verify import prove
 
     with out.progress("Verifying", None) as advance:
         return prove(job, advance)

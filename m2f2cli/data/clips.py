@@ -10,17 +10,23 @@ The layout, which is that of the published FaceForensics++ files:
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
-from collections.abc import Mapping
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 
 from m2f2cli.data.images import check_file
 from m2f2cli.errors import InputError
+from m2f2cli.files import sync_folder, write_error
 
 COMPLETE = "complete"
 # What h5py raises on damaged files.
@@ -30,48 +36,32 @@ _HINT = "Copy the file again, or make it anew with 'm2f2 prepare faces'."
 
 @dataclass(frozen=True)
 class ClipNotes:
-    """How a clip was made: the attributes of its dataset, in this order.
+    """How a clip was made: the attributes of its dataset, in this order."""
 
-    Attributes:
-        source: The video, as a path inside the folder it was taken from.
-        source_sha256: Of the video's bytes, hexadecimal.
-        source_bytes: The video's size.
-        detector: What finds the faces, with its version.
-        margin: Share by which a crop is larger than the face box.
-        fps: Frames a second of the video; 0 where unknown, and for pictures.
-        asked: The largest number of frames wanted.
-        looked_at: How many frames were looked at; those without a face are left out.
-        interpolated: How many of the boxes were filled in between two found ones.
-        boxes_from: SHA-256 of the video whose boxes these are; empty for the clip's own.
-        picture: int32 (2,), width and height of the video in pixels.
-        frames: int32 (F,), each crop's frame number in the video.
-        boxes: int32 (F, 4), each face box x0, y0, x1, y1 in pixels of the video, without margin.
-    """
-
-    source: str
-    source_sha256: str
-    source_bytes: int
-    detector: str
-    margin: float
-    fps: float
-    asked: int
-    looked_at: int
-    interpolated: int
-    boxes_from: str
-    picture: np.ndarray
-    frames: np.ndarray
+    source: str  # the video, as a path inside the folder it was taken from
+    source_sha256: str  # of the video's bytes, hexadecimal
+    source_bytes: int  # the video's size
+    detector: str  # what finds the faces, with its version
+    margin: float  # share by which a crop is larger than the face box
+    fps: float  # frames a second of the video; 0 where unknown, and for pictures
+    asked: int  # the largest number of frames wanted
+    looked_at: int  # how many frames were looked at; those without a face are left out
+    interpolated: int  # how many of the boxes were filled in between two found ones
+    boxes_from: str  # SHA-256 of the video whose boxes these are; empty for the clip's own
+    picture: np.ndarray  # int32 (2,), width and height of the video in pixels
+    frames: np.ndarray  # int32 (F,), each crop's frame number in the video
+    # int32 (F, 4), each face box x0, y0, x1, y1 in pixels of the video, without margin.
     boxes: np.ndarray
 
 
-@dataclass(frozen=True)
-class ClipShape:
-    """The size of a clip.
+_NUMBERS: dict[str, type] = {
+    "source_bytes": int, "margin": float, "fps": float,
+    "asked": int, "looked_at": int, "interpolated": int,
+}  # fmt: skip
 
-    Attributes:
-        frames: How many, at least one.
-        height: In pixels.
-        width: In pixels.
-    """
+
+class ClipShape(NamedTuple):
+    """The size of a clip: how many frames, at least one, and their pixels."""
 
     frames: int
     height: int
@@ -111,7 +101,13 @@ class FrameReader:
                 f"Video '{key}' in '{file}' has no frame {index}: it has {dataset.shape[0]}.",
                 "no_frames",
             )
-        return self._read(file, key, dataset, index)
+        try:
+            pixels: np.ndarray = dataset[index]
+        except _FAULTS as error:
+            raise InputError(
+                f"Video '{key}' in '{file}' is damaged: {_reason(error)}.", "unreadable", _HINT
+            ) from error
+        return pixels
 
     def shapes(self, file: Path) -> dict[str, ClipShape]:
         """Every clip of a file by its key, in the order of keys; groups inside are entered.
@@ -123,13 +119,11 @@ class FrameReader:
 
         def visit(key: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset):
-                check_pixels(file, key, item)
+                _check_pixels(file, key, item)
                 found[key] = ClipShape(*item.shape[:3])
 
-        try:
+        with _reading(file):
             self._open(file).visititems(visit)
-        except _FAULTS as error:
-            raise _broken(file, error) from error
         if not found:
             raise InputError(f"'{file}' holds no videos.", "empty", _HINT)
         return found
@@ -141,10 +135,14 @@ class FrameReader:
             InputError: As ``frame`` does.
         """
         attributes = self._dataset(file, key).attrs
-        try:
-            return read_notes(attributes)
-        except _FAULTS as error:
-            raise _broken(file, error) from error
+        with _reading(file):
+            if not attributes.get(COMPLETE, False):
+                return None
+            values = {item.name: attributes.get(item.name) for item in fields(ClipNotes)}
+            if any(value is None for value in values.values()):
+                return None
+            numbers = {name: kind(values[name]) for name, kind in _NUMBERS.items()}
+            return ClipNotes(**values | numbers)
 
     def close(self) -> None:
         """Close every file."""
@@ -169,60 +167,166 @@ class FrameReader:
             self._files, self._process = {}, os.getpid()
         if path not in self._files:
             check_file(path)
-            try:  # nothing is kept between reads: a cache of 1 MiB a video adds up
+            with _reading(path):  # nothing is kept between reads: a cache of 1 MiB a video adds up
                 self._files[path] = h5py.File(path, "r", rdcc_nbytes=0)
-            except _FAULTS as error:
-                raise _broken(path, error) from error
         return self._files[path]
 
     def _dataset(self, path: Path, key: str) -> h5py.Dataset:
         file = self._open(path)
-        try:
+        with _reading(path):
             item = file.get(key)
-        except _FAULTS as error:
-            raise _broken(path, error) from error
         if not isinstance(item, h5py.Dataset):
             raise InputError(f"'{path}' has no video '{key}'.", "missing")
-        check_pixels(path, key, item)
+        _check_pixels(path, key, item)
         return item
 
-    def _read(self, path: Path, key: str, dataset: h5py.Dataset, where: Any) -> np.ndarray:
-        try:
-            pixels: np.ndarray = dataset[where]
-        except _FAULTS as error:
-            raise InputError(
-                f"Video '{key}' in '{path}' is damaged: {_reason(error)}.", "unreadable", _HINT
-            ) from error
-        return pixels
 
+class ClipWriter:
+    """Writes one HDF5 file of clips so that a killed run loses little and leaves nothing half-made.
 
-def read_notes(attributes: Mapping[str, Any]) -> ClipNotes | None:
-    """Turn a dataset's attributes into notes; None where they are not ours or not complete."""
-    if not attributes.get(COMPLETE, False):
-        return None
-    values: dict[str, Any] = {item.name: attributes.get(item.name) for item in fields(ClipNotes)}
-    if any(value is None for value in values.values()):
-        return None
-    for name in ("source_bytes", "asked", "looked_at", "interpolated"):
-        values[name] = int(values[name])
-    for name in ("margin", "fps"):
-        values[name] = float(values[name])
-    return ClipNotes(**values)
+    An HDF5 file that is being written is lost when its process is killed. So every video first
+    becomes a small file of its own, atomically, in the hidden folder ``.NAME.parts`` beside the
+    wanted file; ``finish`` copies them, sorted by key, into a new file that then takes the wanted
+    name in one step. A later run finds the parts that are there and goes on. Equal clips give equal
+    files, byte for byte.
 
+    Different processes may write different keys of one file at the same time, each with a writer
+    of its own; only one may call ``finish``, when the others are done.
 
-def write_notes(dataset: h5py.Dataset, notes: ClipNotes | None) -> None:
-    """Attach notes to a dataset; the mark of completeness comes last."""
-    for item in fields(notes) if notes is not None else ():
-        dataset.attrs[item.name] = getattr(notes, item.name)
-    dataset.attrs[COMPLETE] = True
-
-
-def check_pixels(path: Path, key: str, clip: h5py.Dataset | np.ndarray) -> None:
-    """Refuse what is not uint8 (frames, H, W, 3) with at least one frame.
-
-    Raises:
-        InputError: Naming the file, the key and what is wrong.
+    Args:
+        path: The HDF5 file. What it already holds is kept; a clip written anew replaces its own.
     """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.parts = path.parent / f".{path.name}.parts"
+
+    def write(self, key: str, frames: np.ndarray, notes: ClipNotes | None = None) -> None:
+        """Store one clip as a part, atomically.
+
+        Args:
+            key: Its dataset's name; slashes make groups.
+            frames: uint8 (F, H, W, 3), RGB, at least one.
+            notes: How it was made; None stores the pixels alone.
+
+        Raises:
+            InputError: The frames have another type or shape.
+            CheckpointError: It cannot be written, for example because the disk is full.
+        """
+        _check_pixels(self.path, key, frames)
+        # Keys may be longer than a file's name, or differ in case alone.
+        name = hashlib.sha256(key.encode()).hexdigest()[:32] + ".h5"
+        with self._replacing(self.parts / name) as file:
+            dataset = file.create_dataset(key, data=frames, chunks=(1, *frames.shape[1:]))
+            for item in fields(notes) if notes is not None else ():
+                dataset.attrs[item.name] = getattr(notes, item.name)
+            dataset.attrs[COMPLETE] = True
+
+    def done(self) -> dict[str, tuple[ClipShape, ClipNotes | None]]:
+        """The size and notes of every clip there is, in the file or in a part, by key.
+
+        Raises:
+            InputError: The file is there but broken or of another layout.
+        """
+        with FrameReader() as reader:
+            return {
+                key: (shape, reader.notes(file, key))
+                for file in self._files()
+                for key, shape in reader.shapes(file).items()
+            }
+
+    def discard(self) -> None:
+        """Remove the file and its parts."""
+        try:
+            self.path.unlink(missing_ok=True)
+            shutil.rmtree(self.parts, ignore_errors=True)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def finish(self) -> None:
+        """Put the file together from what it held and the parts, then remove the parts.
+
+        Nothing happens when there are no parts.
+
+        Raises:
+            InputError: The old file is broken.
+            CheckpointError: It cannot be written; the old file and the parts are kept.
+        """
+        if not self.parts.is_dir():
+            return
+        with FrameReader() as reader:
+            where = {key: file for file in self._files() for key in reader.shapes(file)}
+        if any(file != self.path for file in where.values()):
+            with self._replacing(self.path) as whole:
+                for key in sorted(where):
+                    with h5py.File(where[key], "r") as file:
+                        file.copy(file[key], whole, name=key)
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+    def _files(self) -> list[Path]:
+        """The file, where it exists, and the parts, which are newer."""
+        parts = sorted(self.parts.glob("*.h5")) if self.parts.is_dir() else []
+        return [*([self.path] if self.path.exists() else []), *parts]
+
+    @contextmanager
+    def _replacing(self, path: Path) -> Iterator[h5py.File]:
+        """Give an HDF5 file to fill; when the block ends well it takes the place of ``path``."""
+        partial = self.parts / f"{os.getpid()}-{secrets.token_hex(4)}.partial"
+        try:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            with Sink(partial) as sink:
+                try:
+                    with h5py.File(sink, "w") as file:
+                        yield file
+                except (OSError, RuntimeError):
+                    if sink.failure is None:
+                        raise
+                if sink.failure is not None:  # whatever HDF5 then made of it
+                    raise sink.failure
+                os.fsync(sink.fileno())
+            os.replace(partial, path)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+class Sink(io.FileIO):
+    """A file that lets HDF5 believe that every write went well.
+
+    HDF5 cannot close a file that it failed to write to: it raises over and over and in the end
+    brings the process down. So the first failure is kept in ``failure`` for the caller to raise.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data``, or remember why not."""
+        view = memoryview(data).cast("B")
+        written = 0
+        try:
+            while written < len(view) and self.failure is None:
+                written += super().write(view[written:])
+        except OSError as error:
+            self.failure = error
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the size, or remember why not."""
+        try:
+            if self.failure is None:
+                super().truncate(size)
+        except OSError as error:
+            self.failure = error
+        return self.tell() if size is None else size
+
+
+def _check_pixels(path: Path, key: str, clip: h5py.Dataset | np.ndarray) -> None:
+    """Refuse what is not uint8 (frames, H, W, 3) with at least one frame."""
     if clip.dtype != np.uint8:
         raise InputError(
             f"Video '{key}' in '{path}' holds {clip.dtype} values, not uint8.",
@@ -237,10 +341,15 @@ def check_pixels(path: Path, key: str, clip: h5py.Dataset | np.ndarray) -> None:
         raise InputError(f"Video '{key}' in '{path}' has no frames.", "no_frames")
 
 
-def _broken(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"'{path}' is not a readable HDF5 file: {_reason(error)}.", "unreadable", _HINT
-    )
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what h5py raises on a damaged file into one sentence."""
+    try:
+        yield
+    except _FAULTS as error:
+        raise InputError(
+            f"'{path}' is not a readable HDF5 file: {_reason(error)}.", "unreadable", _HINT
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -1,22 +1,42 @@
-"""A set of labelled pictures: what is in it, who is in it, and how to cut it between identities.
+"""Labelled pictures and videos: what names tell, what is in a set, and how to cut it by identity.
 
-NumPy and the standard library only; pictures are read elsewhere.
+Pictures themselves are read elsewhere.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from m2f2cli.data.naming import looks_like_ddvqa, read_people
-from m2f2cli.errors import InputError
+from m2f2cli.data.images import IMAGE_SUFFIXES
+from m2f2cli.data.video import evenly
+from m2f2cli.errors import ConfigError, InputError
 from m2f2cli.registry import Registry
 
+REAL = "real"
+# The digit that a DD-VQA crop's name begins with.
+DDVQA_KINDS = {
+    "0": "Deepfakes",
+    "1": "Face2Face",
+    "2": "FaceShifter",
+    "3": "FaceSwap",
+    "5": REAL,
+    "6": "NeuralTextures",
+}
+DDVQA_CROPS = Path("images", "c40")
+DDVQA_NAME = re.compile(r"([01236])_\d{3}_\d{3}|5_\d{3}")
+# FaceForensics++ video names: 005, 005_010, 0_005_010, each perhaps with a frame number behind.
+_VIDEO = re.compile(r"(?:\d_)?(\d{3})(?:_(\d{3}))?(?:[_-](?:frame[_-]?)?\d+)?")
+# A trailing number of a file name: holiday_003, holiday-3, holiday frame 3.
+_NUMBER = re.compile(r"(.*?)[ _.-]+(?:frame[ _.-]*)?\d+")
 # Layouts of picture sets, each a function of its folder that returns a SampleSet.
 LAYOUTS = Registry(
     "data layout",
@@ -30,40 +50,40 @@ LAYOUTS = Registry(
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled picture, or one labelled video in an HDF5 file.
-
-    Attributes:
-        path: Its file.
-        name: The path inside the set's folder, with slashes: its key in side files.
-        label: 0 real, 1 fake.
-        kind: ``real``, or which manipulation made it.
-        identities: The people in it, at least one; a face swap has two.
-        clip: The video's dataset in an HDF5 file; None for a picture.
-        frames: How many the video has; 1 for a picture.
-    """
+    """A labelled picture, or a labelled video in an HDF5 file."""
 
     path: Path
-    name: str
-    label: int
-    kind: str
-    identities: tuple[str, ...]
-    clip: str | None = None
-    frames: int = 1
+    name: str  # the path inside the set's folder, with slashes: its key in side files
+    label: int  # 0 real, 1 fake
+    kind: str  # "real", or which manipulation made it
+    identities: tuple[str, ...]  # the people in it, at least one; a face swap has two
+    clip: str | None = None  # the video's dataset in an HDF5 file; None for a picture
+    frames: int = 1  # how many the video has
+
+    def frame_name(self, index: int) -> str:
+        """Names a frame uniquely within the set: ``Deepfakes/000_003/17``, ``real/000/17``."""
+        return f"{self.name}/{index}"
+
+    def spread(self, count: int | None = None) -> list[int]:
+        """Up to ``count`` frame numbers, evenly spaced; all of them for None.
+
+        Raises:
+            ConfigError: ``count`` is below 1.
+        """
+        if count is not None and count < 1:
+            raise ConfigError(f"At least one frame a video is needed, not {count}.")
+        return evenly(self.frames, self.frames if count is None else count)
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Labelled pictures of one folder.
-
-    Attributes:
-        root: The folder.
-        layout: Which reader found them.
-        samples: Sorted by name.
-    """
+    """Labelled pictures or videos of one folder."""
 
     root: Path
-    layout: str
-    samples: tuple[Sample, ...]
+    layout: str  # which reader found them
+    samples: tuple[Sample, ...]  # sorted by name; of FaceForensics++ the originals first
+    split: str = "all"  # which official split they are, where there is one
+    missing: tuple[str, ...] = ()  # "FILE: KEY" of the split's videos that the files lack
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -89,6 +109,11 @@ class SampleSet:
         """The pictures at the given positions, in order."""
         return replace(self, samples=tuple(self.samples[index] for index in sorted(keep)))
 
+    def with_people(self, people: Mapping[str, tuple[str, ...]]) -> SampleSet:
+        """The same with other identities, by name (see ``read_people``)."""
+        samples = tuple(replace(one, identities=people[one.name]) for one in self.samples)
+        return replace(self, samples=samples)
+
     def fingerprint(self) -> str:
         """``sha256:`` over every picture's name, size in bytes, label and identities.
 
@@ -111,8 +136,8 @@ def read_samples(source: str | Path, identities: Path | None = None) -> SampleSe
 
     Args:
         source: A folder; ``folder:DIR`` or ``ddvqa:DIR`` (any name in ``LAYOUTS``) settles its
-            layout, otherwise it is recognised by its contents.
-        identities: CSV file that says who is in which picture (see ``data.naming.read_people``).
+            layout, otherwise it is recognized by its contents.
+        identities: CSV file that says who is in which picture (see ``read_people``).
 
     Raises:
         InputError: The folder is missing, holds no pictures, or lacks one of the two classes.
@@ -125,13 +150,10 @@ def read_samples(source: str | Path, identities: Path | None = None) -> SampleSe
     if not root.is_dir():
         raise InputError(f"There is no data folder '{root}'.", "missing", "Check the path.")
     if not layout:
-        layout = "ddvqa" if looks_like_ddvqa(root) else "folder"
+        layout = "ddvqa" if _looks_like_ddvqa(root) else "folder"
     found: SampleSet = LAYOUTS.get(layout)(root)
     if identities is not None:
-        people = read_people(identities, {sample.name for sample in found.samples})
-        found = replace(
-            found, samples=tuple(replace(s, identities=people[s.name]) for s in found.samples)
-        )
+        found = found.with_people(read_people(identities, {s.name for s in found.samples}))
     check_classes(found, f"'{root}'")
     return found
 
@@ -206,17 +228,10 @@ def hold_out(
 
 
 def split_by_identity(whole: SampleSet, share: float, seed: int) -> tuple[SampleSet, SampleSet]:
-    """Cut a set in two between identities.
-
-    Both parts get real and forged pictures alike; see ``hold_out``.
-
-    Args:
-        whole: The pictures.
-        share: Wanted share of the second part, in (0, 1).
-        seed: Decides the cut; equal seeds give equal cuts.
+    """Cut a set between identities, with real and forged pictures alike; see ``hold_out``.
 
     Returns:
-        The larger and the held-out part.
+        The larger part, and the held-out one of about ``share``, in (0, 1).
 
     Raises:
         InputError: A part would lack real or forged pictures.
@@ -235,3 +250,84 @@ def split_by_identity(whole: SampleSet, share: float, seed: int) -> tuple[Sample
             "Give --validation DIR, another --validation-share, or --identities FILE.csv.",
         )
     return parts
+
+
+def people_in(token: str) -> tuple[str, ...]:
+    """The identities that a file's or folder's name, without suffix, tells.
+
+    FaceForensics++ video numbers where the name is made of them (both, for a swap), otherwise the
+    name up to its last separator and number.
+    """
+    if video := _VIDEO.fullmatch(token):
+        return tuple(dict.fromkeys(person for person in video.groups() if person))
+    number = _NUMBER.fullmatch(token)
+    return (number.group(1) if number and number.group(1) else token,)
+
+
+def kind_of(name: str) -> str | None:
+    """What a DD-VQA crop's file name says: ``real`` or a manipulation; None for any other name."""
+    stem = Path(name).stem
+    return DDVQA_KINDS[stem[0]] if DDVQA_NAME.fullmatch(stem) else None
+
+
+def _looks_like_ddvqa(root: Path) -> bool:
+    """Whether a folder is a DD-VQA data set, or directly holds crops named as its crops are."""
+    if (root / DDVQA_CROPS / "train").is_dir():
+        return True
+    if (root / "real").is_dir() or (root / "fake").is_dir():
+        return False
+    first = next((path for path in list_files(root) if path.parent == root), None)
+    return first is not None and kind_of(first.name) is not None
+
+
+def list_files(folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """Every file under a folder with one of the suffixes (lower case), sorted; none that is hidden.
+
+    Raises:
+        InputError: A sub-folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"'{error.filename}' cannot be read: {error.strerror}.") from error
+
+    found = []
+    for where, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if Path(name).suffix.lower() in suffixes and not name.startswith("."):
+                found.append(Path(where, name))
+    return sorted(found)
+
+
+def read_people(file: Path, names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Read a CSV file with lines ``picture,identity[,identity…]``, without a heading.
+
+    Args:
+        file: The CSV file.
+        names: The pictures it must speak of, as paths inside the data folder.
+
+    Raises:
+        InputError: The file is unreadable, a line has no identity, or a picture is missing.
+    """
+    people: dict[str, tuple[str, ...]] = {}
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            for number, row in enumerate(csv.reader(lines), start=1):
+                cells = tuple(cell.strip() for cell in row if cell.strip())
+                if not cells:
+                    continue
+                if len(cells) < 2:
+                    raise InputError(
+                        f"Line {number} of '{file}' names no identity.",
+                        hint="Write picture,identity on each line.",
+                    )
+                people[PurePosixPath(cells[0].replace("\\", "/")).as_posix()] = cells[1:]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"The identities file '{file}' cannot be read: {error}.") from error
+    missing = sorted(set(names) - people.keys())
+    if missing:
+        raise InputError(
+            f"'{file}' does not say who is in '{missing[0]}' ({len(missing)} pictures in all).",
+            hint="Give each picture a line, with its path inside the data folder.",
+        )
+    return people

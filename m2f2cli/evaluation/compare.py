@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m2f2cli.errors import InputError
-from m2f2cli.evaluation import standard
+from m2f2cli.evaluation import protocols
 from m2f2cli.evaluation.report import SavedReport, call_of, find_mistakes, read_report
 from m2f2cli.evaluation.truth import Joined, fingerprint
 from m2f2cli.metrics import LEVEL, RESAMPLES, SEED
@@ -49,7 +49,7 @@ def compare_reports(
     notes = [
         f"'{saved.path}' was made with the paper protocol; compared are the standard figures."
         for saved in (one, other)
-        if saved.report["protocol"]["name"] != standard.PROTOCOL
+        if saved.report["protocol"]["name"] != "standard"
     ]
     if one.scored.data_fingerprint != other.scored.data_fingerprint and not common_items:
         raise InputError(
@@ -67,7 +67,7 @@ def compare_reports(
     if mine.task != theirs.task:
         mine, theirs = _by_verdict(mine, one), _by_verdict(theirs, other)
         notes.append("Probabilities against texts: compared by their verdicts alone.")
-    changes = standard.difference(mine, theirs, resamples=resamples, seed=seed)
+    changes = protocols.difference(mine, theirs, resamples=resamples, seed=seed)
     values = _values(mine), _values(theirs)
     rows = {
         name: _row(values[0].get(name), values[1].get(name), changes.get(name))
@@ -125,7 +125,7 @@ def _by_verdict(scored: Joined, saved: SavedReport) -> Joined:
 
 def _values(scored: Joined) -> dict[str, float | None]:
     """The standard figures without intervals, ``KIND.figure`` for those of one manipulation."""
-    measures = standard.measure(scored, resamples=0, java=False)
+    measures = protocols.standard(scored, resamples=0, java=False)
     found = {name: figure.value for name, figure in measures.figures.items()}
     for kind, figures in measures.per_kind.items():
         found |= {f"{kind}.{n}": f.value for n, f in figures.items() if n != "count"}

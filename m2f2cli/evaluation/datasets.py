@@ -8,12 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from m2f2cli.data.readers.ffpp import FfppSet
 from m2f2cli.data.samples import SampleSet
 from m2f2cli.errors import UsageError
 from m2f2cli.evaluation.predictions import Predictions
 from m2f2cli.evaluation.truth import Truth, ddvqa_truth, file_truth, frames_truth
-from m2f2cli.inference.detect import DetectOptions
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.evaluate import (
     EvaluateDdvqaOptions,
     EvaluateFfppOptions,
@@ -25,7 +24,7 @@ from m2f2cli.options.evaluate import (
 class DataSet(Protocol):
     """What an evaluation asks of its data."""
 
-    def samples(self) -> SampleSet | FfppSet:
+    def samples(self) -> SampleSet:
         """The pictures or videos, for a model to judge."""
 
     def truth(self, predictions: Predictions | None, detect: DetectOptions) -> Truth:
@@ -128,7 +127,7 @@ class Ffpp:
         if options.answers.predictions is None and self._data.folder is None:
             raise UsageError("The folder of HDF5 files is missing.", "m2f2 evaluate ffpp DIR")
 
-    def samples(self) -> FfppSet:
+    def samples(self) -> SampleSet:
         """The videos of the split."""
         from m2f2cli.data.readers.ffpp import read_ffpp
 

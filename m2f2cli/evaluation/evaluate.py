@@ -12,8 +12,9 @@ from m2f2cli.errors import UsageError
 from m2f2cli.evaluation import report as reports
 from m2f2cli.evaluation.datasets import data_of
 from m2f2cli.evaluation.predictions import read_predictions
-from m2f2cli.evaluation.truth import Joined, Measures, Truth, join
-from m2f2cli.inference.detect import DetectOptions
+from m2f2cli.evaluation.protocols import Measures, paper, standard
+from m2f2cli.evaluation.truth import Joined, Truth, join
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.evaluate import EvaluateOptions
 
 if TYPE_CHECKING:
@@ -175,12 +176,8 @@ class Evaluator:
     def _measure(self, scored: Joined) -> Measures:
         chosen = self.options.protocol
         if chosen.protocol == "paper":
-            from m2f2cli.evaluation import paper
-
-            return paper.measure(scored)
-        from m2f2cli.evaluation import standard
-
-        return standard.measure(scored, resamples=chosen.resamples, seed=chosen.seed)
+            return paper(scored)
+        return standard(scored, resamples=chosen.resamples, seed=chosen.seed)
 
     def _calibrate(self, scored: Joined) -> tuple[str, ...]:
         from m2f2cli.evaluation.calibrate import calibrate

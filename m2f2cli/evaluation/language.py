@@ -20,14 +20,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from m2f2cli.errors import MissingExtraError
 
 ORDER = 4  # longest n-gram
-TOKENISER = "none: raw strings split at blanks, case kept"
+FIGURES = (*(f"bleu_{n + 1}" for n in range(ORDER)), "bleu", "rouge_l", "cider")
 # pycocoevalcap's guards against a division by zero; part of the published numbers.
 _SMALL, _TINY = 1e-9, 1e-15
 TIMEOUT = 600.0  # seconds for each Java program
@@ -138,39 +138,30 @@ def _bleu_row(test: Mapping[str, Any]) -> list[float]:
     return [words, closest, *test["guess"], *test["correct"]]
 
 
-class JavaScore(NamedTuple):
-    """What a Java program gave.
-
-    Attributes:
-        value: Of the whole set; None when it did not run.
-        reason: Why it did not; None otherwise.
-    """
-
-    value: float | None
-    reason: str | None = None
-
-
 def java_score(
     program: str,
     references: Mapping[str, Sequence[str]],
     answers: Mapping[str, str],
     timeout: float = TIMEOUT,
-) -> JavaScore:
-    """METEOR 1.5 or SPICE of a set of answers, or why there is none.
+) -> tuple[float | None, str | None]:
+    """METEOR 1.5 or SPICE of a whole set of answers, or why there is none.
 
     Args:
         program: A key of ``JAVA_PROGRAMS``.
         references: Key to one or more texts, at least one key.
         answers: The same keys.
         timeout: Seconds that it may take.
+
+    Returns:
+        The value, None when it did not run; and why it did not.
     """
     if shutil.which("java") is None:
-        return JavaScore(None, "skipped: there is no program 'java'")
+        return None, "skipped: there is no program 'java'"
     package = find_spec("pycocoevalcap")
     root = Path(next(iter(package.submodule_search_locations or ()))) if package else Path()
     for file, missing in JAVA_PROGRAMS[program].items():
         if not (root / file).is_file():
-            return JavaScore(None, f"skipped: {missing}")
+            return None, f"skipped: {missing}"
     texts = (
         {key: [_one_field(text) for text in found] for key, found in references.items()},
         {key: [_one_field(answers[key])] for key in references},
@@ -186,17 +177,17 @@ def java_score(
         try:
             told, complaints = process.communicate(json.dumps(texts).encode(), timeout)
         except subprocess.TimeoutExpired:
-            return JavaScore(None, f"skipped: not done within {timeout:g} seconds")
+            return None, f"skipped: not done within {timeout:g} seconds"
         finally:
             _stop(process)
     last = (complaints.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
     try:
         value, reason = json.loads(told.splitlines()[-1])
     except (ValueError, IndexError):
-        return JavaScore(None, f"skipped: java ended early ({last})")
+        return None, f"skipped: java ended early ({last})"
     if reason is None and not math.isfinite(value):
         reason = "it gave no number"
-    return JavaScore(value) if reason is None else JavaScore(None, f"skipped: {reason}")
+    return (value, None) if reason is None else (None, f"skipped: {reason}")
 
 
 def _one_field(text: str) -> str:

@@ -19,7 +19,7 @@ from PIL import Image
 from m2f2cli.data.images import read_picture
 from m2f2cli.errors import InputError
 from m2f2cli.evaluation import plots
-from m2f2cli.evaluation.report import Mistake, find_mistakes, threshold_of
+from m2f2cli.evaluation.report import Mistake, find_mistakes
 from m2f2cli.evaluation.truth import FAKE, REAL, Joined
 from m2f2cli.metrics import roc_auc
 
@@ -131,7 +131,7 @@ def _mistakes(joined: Joined) -> dict[str, Any]:
     titles = {"scores": "Most confident mistakes", "explanation": "Questions without an answer"}
     return {
         "title": titles.get(joined.task, "Wrong and unread answers"),
-        "rule": f"at the threshold {threshold_of(joined):g}" if joined.task == "scores" else "",
+        "rule": f"at the threshold {joined.threshold_used:g}" if joined.task == "scores" else "",
         "found": len(found),
         "whole": len(joined.items),
         "shown": [_mistake(mistake) for mistake in found[:SHOWN]],

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from m2f2cli.data.judgement import plain
+from m2f2cli.data.conversations import plain
 from m2f2cli.errors import InputError
 from m2f2cli.records import SCHEMA_VERSION, STATUSES, VERDICTS
 

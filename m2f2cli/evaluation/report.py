@@ -17,16 +17,8 @@ from typing import Any, NamedTuple
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.predictions import read_text, refuse_constant
-from m2f2cli.evaluation.truth import (
-    DEFAULT_THRESHOLD,
-    FAKE,
-    REAL,
-    UNKNOWN,
-    Figure,
-    Item,
-    Joined,
-    Measures,
-)
+from m2f2cli.evaluation.protocols import Figure, Measures
+from m2f2cli.evaluation.truth import FAKE, REAL, UNKNOWN, Item, Joined
 from m2f2cli.files import atomic_write
 from m2f2cli.records import STATUSES, VERDICTS, to_line
 
@@ -290,11 +282,6 @@ class Mistake(NamedTuple):
     words: str
 
 
-def threshold_of(scored: Joined) -> float:
-    """Fake from here on: what the predictions name, else the default."""
-    return DEFAULT_THRESHOLD if scored.threshold is None else scored.threshold
-
-
 def call_of(item: Item, scored: Joined) -> str | None:
     """What an item counts as: ``real``, ``fake``, or None without an answer.
 
@@ -304,7 +291,7 @@ def call_of(item: Item, scored: Joined) -> str | None:
         return item.verdict
     if item.fake_probability is None:
         return None
-    return "fake" if item.fake_probability >= threshold_of(scored) else "real"
+    return "fake" if item.fake_probability >= scored.threshold_used else "real"
 
 
 def find_mistakes(scored: Joined) -> list[Mistake]:

@@ -16,21 +16,20 @@ from typing import Any
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.corruptions import CORRUPTIONS, SEVERITIES, find_corruption
 from m2f2cli.data.images import Picture
-from m2f2cli.data.readers.ffpp import FfppSet
 from m2f2cli.data.samples import SampleSet
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, MissingExtraError, UsageError
-from m2f2cli.evaluation import standard
 from m2f2cli.evaluation.predictions import read_predictions
+from m2f2cli.evaluation.protocols import Figure, standard
 from m2f2cli.evaluation.report import read_json
 from m2f2cli.evaluation.runs import check_same_data, count_items, list_sources, truth_of
-from m2f2cli.evaluation.truth import Figure, Joined, Truth, fingerprint, join
+from m2f2cli.evaluation.truth import Joined, Truth, fingerprint, join
 from m2f2cli.files import atomic_write, json_bytes
-from m2f2cli.inference.detect import DetectOptions, judge_sources, load, settings_of
+from m2f2cli.inference.pipeline import Judge, judge_sources, load, settings_of
 from m2f2cli.inference.recordfile import RecordFile
-from m2f2cli.inference.scoring import Judge
 from m2f2cli.inference.sources import Source
 from m2f2cli.metrics import LEVEL, RESAMPLES, SEED
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Settings
 
 SCHEMA_VERSION, KIND = 1, "robustness"
@@ -164,7 +163,7 @@ class Sweep:
 
 
 def sweep(
-    samples: SampleSet | FfppSet,
+    samples: SampleSet,
     *,
     model: str | Judge,
     folder: Path,
@@ -214,9 +213,7 @@ def sweep(
     return _finish(folder, truth, options)
 
 
-def count_records(
-    samples: SampleSet | FfppSet, options: SweepOptions, detect: DetectOptions
-) -> int:
+def count_records(samples: SampleSet, options: SweepOptions, detect: DetectOptions) -> int:
     """How many records a whole sweep has."""
     return len(options.conditions()) * count_items(samples, detect)
 
@@ -312,9 +309,7 @@ def _finish(folder: Path, truth: Truth, options: SweepOptions) -> Sweep:
 
 def _row(condition: Condition, scored: Joined, options: SweepOptions) -> Row:
     name, severity = condition
-    measures = standard.measure(
-        scored, resamples=options.resamples, seed=options.seed, level=options.level
-    )
+    measures = standard(scored, resamples=options.resamples, seed=options.seed, level=options.level)
     judged = [item for item in scored.items if item.fake_probability is not None]
     inside = [item.in_domain for item in judged if item.in_domain is not None]
     return Row(

@@ -16,22 +16,20 @@ from typing import Any
 from m2f2cli.checkpoints import io
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.images import Picture, read_picture
-from m2f2cli.data.readers.ffpp import FfppSet
 from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.truth import Item, Truth
-from m2f2cli.inference.detect import DetectOptions
-from m2f2cli.inference.job import Tally, judge_and_record
-from m2f2cli.inference.recordfile import RecordFile
-from m2f2cli.inference.scoring import Judge
+from m2f2cli.inference.pipeline import Judge, judge_and_record
+from m2f2cli.inference.recordfile import RecordFile, Tally
 from m2f2cli.inference.sources import Source
+from m2f2cli.options.detect import DetectOptions
 
 SPLITS = ("all", "train", "validation", "test")
 _COMPARED = 64  # records of a resumed file whose pictures are looked at again
 
 
 def score_set(
-    samples: SampleSet | FfppSet,
+    samples: SampleSet,
     *,
     model: str | Judge,
     output: Path,
@@ -72,14 +70,12 @@ def score_set(
     return tally
 
 
-def count_items(samples: SampleSet | FfppSet, options: DetectOptions) -> int:
+def count_items(samples: SampleSet, options: DetectOptions) -> int:
     """How many records ``score_set`` writes for a set."""
-    if isinstance(samples, FfppSet):
-        return sum(min(options.frames, clip.frames) for clip in samples.clips)
-    return len(samples)
+    return sum(min(options.frames, sample.frames) for sample in samples.samples)
 
 
-def list_sources(samples: SampleSet | FfppSet, reader: FrameReader, *, frames: int) -> list[Source]:
+def list_sources(samples: SampleSet, reader: FrameReader, *, frames: int) -> list[Source]:
     """The items of a set for the detecting pipeline.
 
     Args:
@@ -88,13 +84,14 @@ def list_sources(samples: SampleSet | FfppSet, reader: FrameReader, *, frames: i
         frames: Of each video, evenly spaced.
     """
     found = []
-    if isinstance(samples, FfppSet):
-        for clip in samples.clips:
-            for index in clip.spread(frames):
-                read = partial(_frame, reader, clip.file, clip.key, index)
-                found.append(_source(clip.frame_name(index), read))
-        return found
-    return [_source(item.name, partial(read_picture, item.path)) for item in samples.samples]
+    for item in samples.samples:
+        if item.clip is None:
+            found.append(_source(item.name, partial(read_picture, item.path)))
+            continue
+        for index in item.spread(frames):
+            read = partial(_frame, reader, item.path, item.clip, index)
+            found.append(_source(item.frame_name(index), read))
+    return found
 
 
 def _source(name: str, read: Callable[[], Picture]) -> Source:
@@ -205,7 +202,7 @@ def _cut_of(stage: Mapping[str, Any], model: Path, split: str) -> Mapping[str, A
     return checked
 
 
-def truth_of(samples: SampleSet | FfppSet, options: DetectOptions, split: str = "all") -> Truth:
+def truth_of(samples: SampleSet, options: DetectOptions, split: str = "all") -> Truth:
     """What is true of the items that ``score_set`` writes for a set, by the same names.
 
     Args:
@@ -214,10 +211,10 @@ def truth_of(samples: SampleSet | FfppSet, options: DetectOptions, split: str = 
         split: As the report shall call it; a test set is called ``test`` whatever is said here.
     """
     marked = "test" if is_test_set(samples, split) else split
-    if isinstance(samples, FfppSet):
+    if samples.layout == "ffpp":
         items = [
-            Item(clip.frame_name(index), clip.label, clip.kind, f"{clip.kind}/{clip.key}")
-            for clip in samples.clips
+            Item(clip.frame_name(index), clip.label, clip.kind, clip.name)
+            for clip in samples.samples
             for index in clip.spread(options.frames)
         ]
         return Truth("ffpp", tuple(items), marked)
@@ -226,17 +223,15 @@ def truth_of(samples: SampleSet | FfppSet, options: DetectOptions, split: str = 
     return Truth(dataset, tuple(pictures), marked)
 
 
-def is_test_set(samples: SampleSet | FfppSet, split: str = "all") -> bool:
+def is_test_set(samples: SampleSet, split: str = "all") -> bool:
     """Whether figures of a set are a test's, so that nothing may be tuned on it.
 
     A set is one when ``split`` says so, when it holds the official test videos of FaceForensics++
     (``split`` test, or files that are named ``_test_only``), or when its folder is called ``test``,
     as DD-VQA's ``images/c40/test`` is.
     """
-    if split == "test":
+    if split == "test" or samples.split == "test":
         return True
-    if isinstance(samples, FfppSet):
-        return samples.split == "test" or any(
-            clip.file.stem.endswith("_test_only") for clip in samples.clips
-        )
+    if samples.layout == "ffpp":
+        return any(clip.path.stem.endswith("_test_only") for clip in samples.samples)
     return samples.root.resolve().name.lower() == "test"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from m2f2cli.data.judgement import parse, stated_label
+from m2f2cli.data.conversations import parse_verdict, stated_label
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.predictions import (
     BadRow,
@@ -31,7 +30,6 @@ from m2f2cli.evaluation.predictions import (
 
 TASKS = ("scores", "judgement", "explanation")
 REAL, FAKE, UNKNOWN = 0, 1, -1
-DEFAULT_THRESHOLD = 0.5  # where the predictions name none
 
 
 @dataclass(frozen=True)
@@ -126,61 +124,10 @@ class Joined:
         if self.task not in TASKS:
             raise UsageError(f"The task is one of {', '.join(TASKS)}, not '{self.task}'.")
 
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured number.
-
-    Attributes:
-        value: None when it is undefined; never NaN.
-        low: Lower end of its interval; None without one.
-        high: Upper end.
-        note: Why it is undefined, or what to know about it.
-    """
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    note: str | None = None
-
-    def __post_init__(self) -> None:
-        for number in (self.value, self.low, self.high):
-            if number is not None and not math.isfinite(number):
-                raise ValueError("a figure is finite or None")
-
-
-@dataclass(frozen=True)
-class Measures:
-    """All figures of one set under one protocol.
-
-    Attributes:
-        protocol: ``standard`` or ``paper``.
-        figures: Name to figure (``docs/metrics.md`` lists the names).
-        per_kind: Manipulation to its figures.
-        counts: How many items of which sort.
-        definition: Everything the figures depend on besides the data.
-        notes: What to know about them.
-    """
-
-    protocol: str
-    figures: Mapping[str, Figure]
-    per_kind: Mapping[str, Mapping[str, Figure]]
-    counts: Mapping[str, int]
-    definition: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
-
     @property
-    def protocol_hash(self) -> str:
-        """``sha256:…`` of the protocol's name and definition as canonical JSON."""
-        return canonical_hash({"protocol": self.protocol, "definition": self.definition})
-
-
-def canonical_hash(value: Mapping[str, Any]) -> str:
-    """``sha256:…`` of plain values written as JSON with sorted keys and no spaces."""
-    text = json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
-    return f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+    def threshold_used(self) -> float:
+        """Fake from here on: what the predictions name, else 0.5."""
+        return 0.5 if self.threshold is None else self.threshold
 
 
 def fingerprint(items: Iterable[Item]) -> str:
@@ -282,7 +229,7 @@ def _answered(item: Item, rows: Sequence[Prediction], task: str) -> Item:
     if not rows:
         return item
     row = rows[-1]
-    verdict = parse(row.answer or "") if task == "judgement" else row.verdict
+    verdict = parse_verdict(row.answer or "") if task == "judgement" else row.verdict
     return replace(
         item,
         fake_probability=row.fake_probability,
@@ -482,8 +429,8 @@ def _picture(name: str, kind: str, file: Path | None) -> Item:
 
 
 def _truth_from_names(data: Path | None, predictions: Predictions | None, split: str) -> Truth:
-    from m2f2cli.data.naming import kind_of
     from m2f2cli.data.readers.ddvqa import read_ddvqa
+    from m2f2cli.data.samples import kind_of
 
     notes = ["The labels were read from file names, as asked."]
     if data is not None:

@@ -30,11 +30,11 @@ _SMALLEST = 512  # features of a linear layer; below, packing costs more than it
 
 def optimize_for_cpu(detector: Detector) -> Detector:
     """Prepare a loaded detector for judging, in place; see the module for what that costs."""
-    folded = fold_batch_norms(detector.backbone.net)
-    if folded and detector.device.type == "cpu" and detector.config.bridge is None:
-        detector.backbone.net = optimize_convolutions(
-            detector.backbone.net, detector.config.image_size
-        )
+    backbone = detector.backbone
+    if backbone is not None:
+        folded = fold_batch_norms(backbone.net)
+        if folded and detector.device.type == "cpu" and detector.config.bridge is None:
+            backbone.net = optimize_convolutions(backbone.net, detector.config.image_size)
     vision = detector.clip.vision
     if detector.device.type == "cpu" and isinstance(vision, VisionPart):
         layers = list(vision.encoder.layers)

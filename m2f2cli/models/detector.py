@@ -2,11 +2,15 @@
 
 logits = head([alpha_text · forgery map, alpha_vision · class token, backbone feature] (+ bridge)),
 the arithmetic of the published explainer's detector (M2F2-Det, CVPR 2025, arXiv 2503.20188).
+
+Parts can be left out or changed by the configuration: no backbone; a prompt without a text tower;
+class token and patch mean of several CLIP blocks in the head (as DINO's linear probes read them);
+an L2-normalized feature before the head (GenD, arXiv 2508.06248); a logit for each kind of forgery.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +19,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from m2f2cli.compat import attention_of, weights_version
+from m2f2cli.compat import attention_of
 from m2f2cli.data.transforms import CLIP_MEAN as CLIP_MEAN
 from m2f2cli.data.transforms import CLIP_STD as CLIP_STD
 from m2f2cli.errors import ConfigError
@@ -29,13 +33,19 @@ class DetectorConfig(PretrainedConfig):
     """What a detector is and how its answers are to be read.
 
     Args:
-        backbone: A timm architecture.
+        backbone: A timm architecture; None for a detector that reads CLIP alone.
         backbone_kwargs: Further arguments of ``timm.create_model``.
         clip: The CLIP tower's spec (see ``models.clip.ClipTower``); None means a tiny random tower.
         hidden_size: Width of the projected CLIP and backbone features.
         prompt_tokens: Number of learnable prompt tokens.
         vision_layer: The CLIP hidden state read; -2 as published.
-        forgery_map: Whether the head sees the forgery map; without it there is no text part.
+        clip_blocks: CLIP blocks, counted from 1, whose class token and patch mean the head reads;
+            empty as published, where it reads the projected class token of ``vision_layer``.
+        forgery_map: Whether the head sees the forgery map; without it there is no text part. A
+            ``clip`` spec without ``text`` makes the mean of the prompt tokens the prompt's feature.
+        head_normalize: Whether the head's input is divided by its L2 norm.
+        kinds: Names of the kinds of forgery the head has a logit for; the fake logit is the largest
+            of them, the real logit is 0. None: two logits, real and fake.
         bridge: ``{"width", "heads", "size", "clip_layers": [three block numbers]}`` or None.
         image_size: Side of the input in pixels.
         image_mean: Mean of the three channels taken off the input, in [0, 1].
@@ -52,13 +62,16 @@ class DetectorConfig(PretrainedConfig):
     def __init__(  # noqa: PLR0913 - a configuration is its fields
         self,
         *,
-        backbone: str = "densenet121",
+        backbone: str | None = "densenet121",
         backbone_kwargs: dict[str, Any] | None = None,
         clip: Mapping[str, Any] | None = None,
         hidden_size: int = 1024,
         prompt_tokens: int = 7,
         vision_layer: int = -2,
+        clip_blocks: Sequence[int] = (),
         forgery_map: bool = True,
+        head_normalize: bool = False,
+        kinds: Sequence[str] | None = None,
         bridge: dict[str, Any] | None = None,
         image_size: int = 336,
         image_mean: list[float] | None = None,
@@ -76,7 +89,10 @@ class DetectorConfig(PretrainedConfig):
         self.hidden_size = hidden_size
         self.prompt_tokens = prompt_tokens
         self.vision_layer = vision_layer
+        self.clip_blocks = list(clip_blocks)
         self.forgery_map = forgery_map
+        self.head_normalize = head_normalize
+        self.kinds = list(kinds) if kinds else None
         self.bridge = dict(bridge) if bridge else None
         self.image_size = image_size
         self.image_mean = list(image_mean or CLIP_MEAN)
@@ -112,7 +128,8 @@ class DetectorOutput(ModelOutput):
         logits: (B, 2), order (real, fake).
         forgery_map: (B, g, g) cosine similarities in [-1, 1] of patches with the forgery prompt.
         features: (B, F), what the head saw.
-        pooled: (B, C), the pooled backbone features.
+        pooled: (B, C), the pooled backbone features; None without a backbone.
+        kind_logits: (B, K), one for each of ``config.kinds``; None without kinds.
         clip_hidden: (B, 1 + g², W), the CLIP hidden state read, class token first; when asked for.
     """
 
@@ -121,6 +138,7 @@ class DetectorOutput(ModelOutput):
     forgery_map: torch.Tensor | None = None
     features: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
+    kind_logits: torch.Tensor | None = None
     clip_hidden: torch.Tensor | None = None
 
 
@@ -142,37 +160,52 @@ class Detector(PreTrainedModel):
         super().__init__(config)
         width = config.hidden_size
         bridge = config.bridge
-        bridge_stages = [-3, -2, -1] if bridge else []
-        self.backbone = Backbone(config.backbone, config.backbone_kwargs, stages=bridge_stages)
+        self.backbone: Backbone | None = None
+        if config.backbone is not None:
+            stages = [-3, -2, -1] if bridge else []
+            self.backbone = Backbone(config.backbone, config.backbone_kwargs, stages=stages)
+        elif bridge:
+            raise ConfigError("A bridge needs a backbone.", "Leave out the bridge.")
         self.clip = ClipTower(
             config.clip,
             config.vision_layer,
-            text=config.forgery_map,
+            text=config.forgery_map and "text" in config.clip,
             attention=attention_of(config) or "sdpa",
         )
-        self.vision_proj = _projection(self.clip.vision.width, width)
-        self.backbone_proj = _projection(self.backbone.channels, width)
-        self.alpha_vision = nn.Parameter(torch.tensor(0.5))
-        size = 2 * width
+        seen = self.clip.vision
+        size = 0
+        if config.forgery_map or not config.clip_blocks:
+            self.vision_proj = _projection(seen.width, width)
+        if self.backbone is not None:
+            self.backbone_proj = _projection(self.backbone.channels, width)
+            size += width
+        if config.clip_blocks:
+            reads = 2 * len(config.clip_blocks)
+            self.block_norms = nn.ModuleList(nn.LayerNorm(seen.width) for _ in range(reads))
+            size += reads * seen.width
+        else:
+            self.alpha_vision = nn.Parameter(torch.tensor(0.5))
+            size += width
         self.forgery_prompt: ForgeryPrompt | None = None
-        if self.clip.text is not None:
-            self.forgery_prompt = ForgeryPrompt(config.prompt_tokens, self.clip.text.width)
-            self.text_proj = _projection(self.clip.text.width, width)
+        if config.forgery_map:
+            text = self.clip.text
+            prompt_width = width if text is None else text.width
+            self.forgery_prompt = ForgeryPrompt(config.prompt_tokens, prompt_width)
+            self.text_proj = nn.Identity() if text is None else _projection(prompt_width, width)
             self.alpha_text = nn.Parameter(torch.tensor(4.0))
-            size += self.clip.vision.grid**2
+            size += seen.grid**2
         self.bridge: Bridge | None = None
-        if bridge:
+        if bridge and self.backbone is not None:
             self.bridge = Bridge(
                 self.backbone.stage_channels,
-                self.clip.vision.width,
+                seen.width,
                 width=bridge["width"],
                 heads=bridge["heads"],
                 size=bridge["size"],
             )
             size += bridge["size"]
-        self.head = _linear(size, 2)
+        self.head = _linear(size, len(config.kinds) if config.kinds else 2)
         self.fingerprint: str | None = None
-        self._text_cache: tuple[tuple[int, ...], torch.Tensor] | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -188,23 +221,11 @@ class Detector(PreTrainedModel):
         return self
 
     def text_feature(self) -> torch.Tensor:
-        """The projected forgery prompt, (1, hidden_size).
-
-        Without gradients it is computed once and reused until one of its weights changes.
-        """
-        prompt, text = self.forgery_prompt, self.clip.text
-        if prompt is None or text is None:
+        """The projected forgery prompt, (1, hidden_size)."""
+        if self.forgery_prompt is None:
             raise ConfigError("This detector has no forgery prompt.")
-        if torch.is_grad_enabled():
-            projected: torch.Tensor = self.text_proj(prompt(text))
-            return projected
-        weights = [*prompt.parameters(), *text.parameters(), *self.text_proj.parameters()]
-        if any(w.is_inference() for w in weights):
-            return self.text_proj(prompt(text))
-        key = tuple(n for w in weights for n in (w.data_ptr(), weights_version(w)))
-        if self._text_cache is None or self._text_cache[0] != key:
-            self._text_cache = (key, self.text_proj(prompt(text)))
-        return self._text_cache[1]
+        feature: torch.Tensor = self.text_proj(self.forgery_prompt(self.clip.text))
+        return feature
 
     def forward(
         self,
@@ -227,23 +248,34 @@ class Detector(PreTrainedModel):
         Returns:
             Logits and what they were made from.
         """
-        layers = self.config.bridge["clip_layers"] if self.config.bridge else []
+        config = self.config
+        layers = list(config.clip_blocks) + (config.bridge["clip_layers"] if config.bridge else [])
         hidden, extra = self.clip(pixel_values, layers)
-        projected = self.vision_proj(hidden)
-        pooled, maps = self.backbone(
-            pixel_values if backbone_pixel_values is None else backbone_pixel_values
-        )
-        parts = [self.alpha_vision * projected[:, 0], self.backbone_proj(pooled)]
-        where = None
+        states, extra = extra[: len(config.clip_blocks)], extra[len(config.clip_blocks) :]
+        parts, pooled, where, maps = [], None, None, []
+        if self.forgery_prompt is not None or not config.clip_blocks:
+            projected = self.vision_proj(hidden)
         if self.forgery_prompt is not None:
             scores = forgery_map(projected[:, 1:], self.text_feature())
-            parts.insert(0, self.alpha_text * scores)
+            parts.append(self.alpha_text * scores)
             grid = self.clip.vision.grid
             where = scores.unflatten(1, (grid, grid))
+        if config.clip_blocks:
+            read = [part for state in states for part in (state[:, 0], state[:, 1:].mean(1))]
+            parts += [norm(part) for norm, part in zip(self.block_norms, read, strict=True)]
+        else:
+            parts.append(self.alpha_vision * projected[:, 0])
+        if self.backbone is not None:
+            pooled, maps = self.backbone(
+                pixel_values if backbone_pixel_values is None else backbone_pixel_values
+            )
+            parts.append(self.backbone_proj(pooled))
         if self.bridge is not None:
             parts.append(self.bridge(maps, extra))
         features = torch.cat(parts, dim=1)
-        logits = self.head(features)
+        if config.head_normalize:
+            features = nn.functional.normalize(features)
+        logits, kind_logits = self.classify(features)
         loss = nn.functional.cross_entropy(logits.float(), labels) if labels is not None else None
         return DetectorOutput(
             loss=loss,
@@ -251,8 +283,25 @@ class Detector(PreTrainedModel):
             forgery_map=where,
             features=features,
             pooled=pooled,
+            kind_logits=kind_logits,
             clip_hidden=hidden if return_hidden else None,
         )
+
+    def classify(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the head.
+
+        Args:
+            features: (B, F), as ``DetectorOutput.features``.
+
+        Returns:
+            logits: (B, 2), order (real, fake).
+            kind_logits: (B, K), or None without kinds.
+        """
+        scores = self.head(features)
+        if not self.config.kinds:
+            return scores, None
+        largest = scores.max(dim=1).values
+        return torch.stack([torch.zeros_like(largest), largest], dim=1), scores
 
     def fake_probability(self, logits: torch.Tensor) -> torch.Tensor:
         """Softmax over (real, fake) at the stored temperature: (B, 2) logits to (B,) float32."""

@@ -11,16 +11,16 @@ class ForgeryPrompt(nn.Module):
 
     Args:
         tokens: How many tokens.
-        width: The text part's width.
+        width: The text part's width; without one, that of the projected patches.
     """
 
     def __init__(self, tokens: int, width: int) -> None:
         super().__init__()
         self.tokens = nn.Parameter(torch.randn(1, tokens, width))
 
-    def forward(self, text: nn.Module) -> torch.Tensor:
-        """The prompt's feature, (1, width), through the given text part."""
-        feature: torch.Tensor = text(self.tokens)
+    def forward(self, text: nn.Module | None) -> torch.Tensor:
+        """The prompt's feature, (1, width): through the text part, or the tokens' mean without."""
+        feature: torch.Tensor = self.tokens.mean(1) if text is None else text(self.tokens)
         return feature
 
 

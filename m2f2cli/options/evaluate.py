@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2f2cli.errors import ConfigError, UsageError
-from m2f2cli.options.fields import Checked, OptionGroups, flag_name, option
+from m2f2cli.options.fields import Options, flag_name, option
+from m2f2cli.options.training_data import COMPRESSIONS, MANIPULATIONS
 
 
 @dataclass(frozen=True)
-class AnswerOptions(Checked):
+class AnswerOptions(Options):
     """What is measured."""
 
     predictions: Path | None = option(
@@ -26,7 +27,7 @@ class AnswerOptions(Checked):
 
 
 @dataclass(frozen=True)
-class ModelOptions(Checked):
+class ModelOptions(Options):
     """The detector that judges the data when there are no predictions."""
 
     model: str = option("lite", "The detector: 'lite' (bundled), a checkpoint folder, or a hub id.")
@@ -52,7 +53,7 @@ class ModelOptions(Checked):
 
 
 @dataclass(frozen=True)
-class ProtocolOptions(Checked):
+class ProtocolOptions(Options):
     """How it is measured."""
 
     protocol: str = option(
@@ -66,7 +67,7 @@ class ProtocolOptions(Checked):
 
 
 @dataclass(frozen=True)
-class ResultOptions(Checked):
+class ResultOptions(Options):
     """What comes of it."""
 
     report: Path | None = option(
@@ -75,7 +76,7 @@ class ResultOptions(Checked):
 
 
 @dataclass(frozen=True)
-class CalibrationOptions(Checked):
+class CalibrationOptions(Options):
     """Storing a threshold in the checkpoint."""
 
     calibrate: bool = option(
@@ -100,7 +101,7 @@ class CalibrationOptions(Checked):
 
 
 @dataclass(frozen=True)
-class RobustnessOptions(Checked):
+class RobustnessOptions(Options):
     """Corrupted pictures."""
 
     robustness: bool = option(
@@ -114,7 +115,7 @@ class RobustnessOptions(Checked):
 
 
 @dataclass(frozen=True)
-class DdvqaData(Checked):
+class DdvqaData(Options):
     """DD-VQA."""
 
     data: Path | None = option(
@@ -127,7 +128,7 @@ class DdvqaData(Checked):
 
 
 @dataclass(frozen=True)
-class ImagesData(Checked):
+class ImagesData(Options):
     """A folder of pictures."""
 
     folder: Path | None = option(None, "Folder with real/ and fake/, or of DD-VQA crops.")
@@ -143,13 +144,13 @@ class ImagesData(Checked):
 
 
 @dataclass(frozen=True)
-class FfppData(Checked):
+class FfppData(Options):
     """FaceForensics++ in HDF5 files."""
 
     folder: Path | None = option(None, "Folder of FF++_<manipulation>_<compression>.h5 files.")
-    compression: str = option("c23", "Which files.", "raw", "c23", "c40")
+    compression: str = option("c23", "Which files.", *COMPRESSIONS)
     manipulations: tuple[str, ...] = option(
-        ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"),
+        MANIPULATIONS,
         "A manipulation to measure; may be repeated. The originals always belong to it.",
     )
     frames: int = option(32, "Frames of each video, evenly spaced.", low=1, high=1000)
@@ -160,7 +161,7 @@ class FfppData(Checked):
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(OptionGroups):
+class EvaluateOptions(Options):
     """Options that every evaluation has; a data set's own are in its subclass.
 
     Raises:
@@ -175,7 +176,8 @@ class EvaluateOptions(OptionGroups):
     calibration: CalibrationOptions = CalibrationOptions()
     robustness: RobustnessOptions = RobustnessOptions()
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """What excludes what."""
         if self.answers.predictions is not None:
             clash = [
                 flag_name(name)

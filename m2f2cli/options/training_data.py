@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2f2cli.errors import ConfigError
-from m2f2cli.options.fields import Checked, option, required
+from m2f2cli.options.fields import Options, option, required
 
-# As ``data.ffpp`` knows them; that module needs h5py, which the command line must not wait for.
-_COMPRESSIONS = ("raw", "c23", "c40")
-_MANIPULATIONS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
+COMPRESSIONS = ("raw", "c23", "c40")
+MANIPULATIONS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
 
 
 @dataclass(frozen=True)
-class DataOptions(Checked):
+class DataOptions(Options):
     """What to train on and what to measure on."""
 
     data: tuple[str, ...] = required(
@@ -35,11 +34,11 @@ class DataOptions(Checked):
         open_low=True,
     )
     split_seed: int = option(0, "Seed that decides which identities are held out.", low=0, key=True)
-    compression: str = option("c23", "Which files of FF++ (published: c40).", *_COMPRESSIONS)
+    compression: str = option("c23", "Which files of FF++ (published: c40).", *COMPRESSIONS)
     manipulations: tuple[str, ...] = option(
-        _MANIPULATIONS,
+        MANIPULATIONS,
         "Which forgeries of FF++. Repeat it to name several; FaceShifter may be added.",
-        *_MANIPULATIONS,
+        *MANIPULATIONS,
         "FaceShifter",
         key=True,
     )

@@ -386,7 +386,7 @@ def build_detector(options: ModelOptions, crop_margin: float) -> Detector:
     vision = spec["vision"]
     total = vision["num_hidden_layers" if spec["library"] == "transformers" else "layers"]
     config = DetectorConfig(
-        backbone=options.backbone,
+        backbone=None if options.backbone == "none" else options.backbone,
         clip=spec,
         hidden_size=options.hidden_size,
         prompt_tokens=options.prompt_tokens,
@@ -400,7 +400,8 @@ def build_detector(options: ModelOptions, crop_margin: float) -> Detector:
     )
     detector = Detector(config)
     _load_part(detector.clip, clip_tensors, f"The CLIP tower '{options.clip}'")
-    load_backbone(detector.backbone, options.backbone, options.backbone_weights)
+    if detector.backbone is not None:
+        load_backbone(detector.backbone, options.backbone, options.backbone_weights)
     return detector
 
 

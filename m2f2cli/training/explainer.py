@@ -23,13 +23,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from m2f2cli.checkpoints.delta import adapter_fields, write_delta
+from m2f2cli.checkpoints.adapters import adapter_fields, write_delta
 from m2f2cli.checkpoints.io import check_names_and_shapes
 from m2f2cli.checkpoints.load import load_explainer
-from m2f2cli.data.conversations import Conversation, Pictures
-from m2f2cli.data.judgement import parse
+from m2f2cli.data.conversations import Conversation, Pictures, parse_verdict
 from m2f2cli.data.transforms import explainer_views
-from m2f2cli.environment import library_versions
 from m2f2cli.errors import ConfigError, M2F2Error
 from m2f2cli.models.explainer import Explainer
 from m2f2cli.models.processing import ExplainerProcessor
@@ -132,6 +130,7 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Explainer
     record = run_record(
         "align" if isinstance(options, AlignOptions) else "lora",
         options,
+        "deepspeed",
         parent=explainer.fingerprint,
         data={
             "conversations": data.data.name,
@@ -141,7 +140,6 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Explainer
         },
         trained_values=sum(weight.numel() for _, weight in trained(model)),
     )
-    record["versions"] |= library_versions("deepspeed")
     trainer = ExplainerTrainer(
         model,
         adapter=adapter,
@@ -423,7 +421,7 @@ class ExplainerTrainer(Trainer):
             )
             texts = [decode(self.processor.tokenizer, row.tolist()) for row in said]
             right = [
-                counts and parse(text) == ("real", "fake")[c.label or 0]
+                counts and parse_verdict(text) == ("real", "fake")[c.label or 0]
                 for text, (c, counts) in zip(texts, group, strict=True)
             ]
             yield sum(right), sum(counts for _, counts in group)

@@ -12,10 +12,10 @@ from m2f2cli.data.conversations import (
     Conversation,
     Pictures,
     find_missing,
+    parse_verdict,
     read_conversations,
     split_conversations,
 )
-from m2f2cli.data.judgement import parse
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.models.conversation import IMAGE, Turn, encode_with_labels, turns_of
 from m2f2cli.models.processing import ExplainerProcessor, check_placeholders
@@ -183,9 +183,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             LookupError: No answer holds a verdict.
         """
         turns = turns_of(conversation.parts)
-        last = max((n for n, turn in enumerate(turns) if parse(turn.answer or "")), default=None)
-        if last is None:
+        verdicts = [n for n, turn in enumerate(turns) if parse_verdict(turn.answer or "")]
+        if not verdicts:
             raise LookupError(f"Conversation {conversation.number} holds no verdict.")
+        last = verdicts[-1]
         asked = [*turns[:last], Turn(turns[last].question)]
         text, _ = self.processor.template.render(asked, end=self.processor.tokenizer.eos_token)
         return text

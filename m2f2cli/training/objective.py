@@ -56,11 +56,13 @@ def group_of(name: str) -> str:
     return homes[0]
 
 
-def backbone_layers(backbone: Backbone) -> dict[str, int]:
+def backbone_layers(backbone: Backbone | None) -> dict[str, int]:
     """The stage of each backbone parameter by its name: 0 the stem, then 1 for the first stage on.
 
-    Its timm network says which of its parts are stages.
+    Its timm network says which of its parts are stages; None has no parameter.
     """
+    if backbone is None:
+        return {}
     from timm.models import group_parameters
 
     layers = group_parameters(backbone.net, backbone.net.group_matcher(coarse=True))
@@ -69,7 +71,9 @@ def backbone_layers(backbone: Backbone) -> dict[str, int]:
     }
 
 
-def freeze(named: Mapping[str, nn.Parameter], backbone: Backbone, options: ModelOptions) -> None:
+def freeze(
+    named: Mapping[str, nn.Parameter], backbone: Backbone | None, options: ModelOptions
+) -> None:
     """Let exactly the parameters of a stage train.
 
     Args:
@@ -85,7 +89,7 @@ def freeze(named: Mapping[str, nn.Parameter], backbone: Backbone, options: Model
 
 
 def optimizer_groups(
-    named: Mapping[str, nn.Parameter], backbone: Backbone, options: OptimizerOptions
+    named: Mapping[str, nn.Parameter], backbone: Backbone | None, options: OptimizerOptions
 ) -> list[dict[str, Any]]:
     """The optimizer's parameter groups: every trainable parameter exactly once.
 
@@ -156,15 +160,17 @@ class Objective(nn.Module):
         super().__init__()
         self.detector = detector
         # Depthwise convolutions train twice as fast on the CPU with channels last.
-        detector.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        backbone = detector.backbone
+        if backbone is not None:
+            backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.options = options
-        channels = detector.backbone.channels
+        channels = detector.head.in_features if backbone is None else backbone.channels
         self.heads = nn.ModuleDict()
         if options.objective.kind_weight:
             self.heads["kind"] = nn.Linear(channels, 1 + kinds)
         if options.objective.judgement_weight:
             self.heads["judgement"] = nn.Linear(channels, judgements)
-        freeze(self.named_weights(), detector.backbone, options.model)
+        freeze(self.named_weights(), backbone, options.model)
         self.average = (
             RunningAverage(detector, options.optimizer.ema_decay)
             if options.optimizer.ema_decay
@@ -179,7 +185,7 @@ class Objective(nn.Module):
     def train(self, mode: bool = True) -> Objective:
         """Set the mode; whatever is frozen keeps its BatchNorm statistics."""
         super().train(mode)
-        for module in self.detector.backbone.modules():
+        for module in self.detector.modules():
             if isinstance(module, _BATCH_NORMS):
                 trainable = any(p.requires_grad for p in module.parameters())
                 if self.options.model.freeze_batch_norm or not trainable:
@@ -217,14 +223,15 @@ class Objective(nn.Module):
         output = self.detector(pixel_values=pixel_values)
         logits = output.logits
         if aims.dropout:
-            logits = self.detector.head(functional.dropout(output.features, aims.dropout))
+            logits, _ = self.detector.classify(functional.dropout(output.features, aims.dropout))
+        pooled = output.features if output.pooled is None else output.pooled
         target = target * (1 - aims.label_smoothing) + aims.label_smoothing / 2
         loss = _soft_cross_entropy(logits, torch.stack([1 - target, target], dim=1))
         if "kind" in more:
-            told = self.heads["kind"](output.pooled)
+            told = self.heads["kind"](pooled)
             loss = loss + aims.kind_weight * _soft_cross_entropy(told, more["kind"])
         if "judgement" in more:
-            told = self.heads["judgement"](output.pooled)
+            told = self.heads["judgement"](pooled)
             loss = loss + aims.judgement_weight * _known_binary(
                 told, more["judgement"], more["judgement_known"]
             )
@@ -314,7 +321,7 @@ def _buffer(name: str) -> str:
 def _moving(detector: Detector) -> Mapping[str, torch.Tensor]:
     """Trainable parameters, and the statistics of BatchNorm layers that have such parameters."""
     moving: dict[str, Any] = {n: p for n, p in detector.named_parameters() if p.requires_grad}
-    for prefix, module in detector.backbone.named_modules(prefix="backbone"):
+    for prefix, module in detector.named_modules():
         if isinstance(module, _BATCH_NORMS) and f"{prefix}.weight" in moving:
             moving[f"{prefix}.running_mean"] = module.running_mean
             moving[f"{prefix}.running_var"] = module.running_var

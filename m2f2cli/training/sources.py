@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from m2f2cli.data.naming import read_people
 from m2f2cli.data.readers.ffpp import looks_like_ffpp, read_ffpp
 from m2f2cli.data.samples import (
     LAYOUTS,
-    Sample,
     SampleSet,
     check_classes,
     identity_groups,
+    read_people,
     read_samples,
     split_by_identity,
 )
@@ -54,7 +53,7 @@ def read_sources(
             official_held.append(_read(source, prefix, data, "validation", tell))
     if data.identities is not None:
         people = read_people(data.identities, {s.name for part in free for s in part.samples})
-        free = [_each(part, lambda s: replace(s, identities=people[s.name])) for part in free]
+        free = [part.with_people(people) for part in free]
     if data.validation is not None:
         sources = _prefixes(data.validation).items()
         train = _joined([*official, *free])
@@ -92,7 +91,8 @@ def _read(source: str, prefix: str, data: DataOptions, split: str, tell: Tell) -
         except ConfigError as error:
             known = ", ".join([*LAYOUTS.names(), _FFPP.removesuffix(":")])
             raise ConfigError(error.message, f"Use one of: {known}.") from error
-    return _each(found, lambda s: replace(s, name=f"{prefix}/{s.name}")) if prefix else found
+    named = (replace(s, name=f"{prefix}/{s.name}" if prefix else s.name) for s in found.samples)
+    return replace(found, samples=tuple(named))
 
 
 def _read_videos(source: str, data: DataOptions, split: str, tell: Tell) -> SampleSet:
@@ -106,17 +106,10 @@ def _read_videos(source: str, data: DataOptions, split: str, tell: Tell) -> Samp
     )
     for name in found.missing:
         tell(name)
-    samples = [
-        Sample(c.file, f"{c.kind}/{c.key}", c.label, c.kind, c.identities, c.key, c.frames)
-        for c in found.clips
-    ]
-    videos = SampleSet(found.root, "ffpp", tuple(sorted(samples, key=lambda sample: sample.name)))
+    ordered = sorted(found.samples, key=lambda sample: sample.name)
+    videos = SampleSet(found.root, "ffpp", tuple(ordered))
     check_classes(videos, f"the split '{split}' of '{found.root}'")
     return videos
-
-
-def _each(part: SampleSet, change: Callable[[Sample], Sample]) -> SampleSet:
-    return replace(part, samples=tuple(map(change, part.samples)))
 
 
 def _prefixes(sources: Sequence[str]) -> dict[str, str]:

@@ -416,9 +416,14 @@ def eval_figures(entry: Mapping[str, float]) -> dict[str, float]:
 
 
 def run_record(
-    stage: str, options: Any, *, parent: str | None, data: dict[str, Any], trained_values: Any
+    stage: str,
+    options: Any,
+    *packages: str,
+    parent: str | None,
+    data: dict[str, Any],
+    trained_values: Any,
 ) -> dict[str, Any]:
-    """What ``stage.json`` says of a run beside its figures."""
+    """What ``stage.json`` says of a run beside its figures; versions also of ``packages``."""
     return {
         "stage": stage,
         "parent": parent,
@@ -426,5 +431,7 @@ def run_record(
         "data": data,
         "trained_values": trained_values,
         PROCESSES: process_count(),
-        "versions": library_versions() | {"cuda": torch.version.cuda or "none"},
+        "versions": library_versions()
+        | library_versions(*packages)
+        | {"cuda": torch.version.cuda or "none"},
     }

@@ -20,9 +20,8 @@ import torch
 
 from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.data.images import read_picture
-from m2f2cli.data.naming import REAL, kind_of
 from m2f2cli.data.readers.ddvqa import read_ddvqa, read_judgements
-from m2f2cli.data.samples import split_by_identity
+from m2f2cli.data.samples import REAL, kind_of, split_by_identity
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.metrics import Ranking, area
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2f2cli.checkpoints import delta, io
+from m2f2cli.checkpoints import adapters, io
 from m2f2cli.checkpoints.load import build_empty
 from m2f2cli.models.explainer import ExplainerConfig
 from tests.bench.test_init_llava import measured
@@ -84,7 +84,7 @@ def adapter(folder: Path, parent: Path) -> Path:
         "modules_to_save": ["mm_projector", "forgery_projector"],
     }
     stage = {"stage": "lora", "parent": io.fingerprint(parent)}
-    delta.write_delta(folder, tensors=tensors, stage=stage, adapter=config)
+    adapters.write_delta(folder, tensors=tensors, stage=stage, adapter=config)
     return folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from m2f2cli.checkpoints import delta, io
+from m2f2cli.checkpoints import adapters, io
 from tests.models import explainers
 
 PREFIX = "base_model.model."
@@ -55,7 +55,7 @@ def stage_2(folder: Path, parent: Path, seed: int = 1, **changes: Any) -> Path:
     }
     tensors = {key: t for key, t in {**tensors, **changes}.items() if t is not None}
     stage = {"stage": "align", "parent": io.fingerprint(parent)}
-    delta.write_delta(folder, tensors=tensors, stage=stage)
+    adapters.write_delta(folder, tensors=tensors, stage=stage)
     return folder
 
 
@@ -78,7 +78,7 @@ def stage_3(folder: Path, parent: Path, *, config: Any = None, **changes: Any) -
     """A PEFT adapter of ours; a tensor given as None is left out."""
     tensors = {key: t for key, t in {**adapter(parent), **changes}.items() if t is not None}
     stage = {"stage": "lora", "parent": io.fingerprint(parent)}
-    delta.write_delta(folder, tensors=tensors, stage=stage, adapter=config or CONFIG)
+    adapters.write_delta(folder, tensors=tensors, stage=stage, adapter=config or CONFIG)
     return folder
 
 
@@ -86,7 +86,7 @@ def foreign(folder: Path, parent: Path, *, config: Any = None, **changes: Any) -
     """The same as PEFT alone writes it, without a stage.json."""
     stage_3(folder, parent, config=config)
     tensors = {key: t for key, t in {**adapter(parent), **changes}.items() if t is not None}
-    save_file(tensors, folder / delta.ADAPTER)
+    save_file(tensors, folder / adapters.ADAPTER)
     (folder / "stage.json").unlink()
     return folder
 

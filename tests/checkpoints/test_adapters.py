@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
+from m2f2cli.checkpoints.adapters import adapter_fields, check_adapter
 from m2f2cli.checkpoints.convert import import_weights
-from m2f2cli.checkpoints.delta import adapter_fields, check_adapter
 from m2f2cli.checkpoints.merge import Merge
 from m2f2cli.errors import CheckpointError
 from tests.checkpoints import merges

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2f2cli.checkpoints import delta, io, keymaps
-from m2f2cli.checkpoints.delta_reading import open_delta
+from m2f2cli.checkpoints import adapters, io, keymaps
+from m2f2cli.checkpoints.adapters import open_delta
 from m2f2cli.checkpoints.io import write_tensor_file
 from m2f2cli.errors import CheckpointError
 from tests.checkpoints import merges
@@ -46,7 +46,7 @@ def test_a_peft_configuration_becomes_plain_json():
     from m2f2cli.models import explainer  # noqa: F401 - makes torchvision importable
 
     config = LoraConfig(r=4, target_modules=["b", "a"], base_model_name_or_path="/home/x")
-    fields = delta.adapter_fields(config.to_dict())
+    fields = adapters.adapter_fields(config.to_dict())
     assert json.loads(json.dumps(fields)) == fields
     assert fields["target_modules"] == ["a", "b"]
     assert fields["peft_type"] == "LORA"
@@ -132,7 +132,7 @@ def test_a_difference_holds_what_moved(base, tmp_path):
         tensors["forgery_projector.2.bias"] += 1
 
     other = variant(tmp_path / "x", base, change)
-    delta.diff(base, other, tmp_path / "d")
+    adapters.diff(base, other, tmp_path / "d")
     assert set(load_file(tmp_path / "d" / "delta.safetensors")) == {
         "language_model.lm_head.weight",
         "forgery_projector.2.bias",
@@ -160,5 +160,5 @@ def drop(tensors):
 )
 def test_what_is_no_difference_of_values(base, tmp_path, change, words):
     with pytest.raises(CheckpointError, match=words):
-        delta.diff(base, variant(tmp_path / "x", base, change), tmp_path / "d")
+        adapters.diff(base, variant(tmp_path / "x", base, change), tmp_path / "d")
     assert not (tmp_path / "d").exists()

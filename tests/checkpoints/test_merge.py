@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from m2f2cli.checkpoints import delta, io, merge_plan
-from m2f2cli.checkpoints.delta_reading import Pair
+from m2f2cli.checkpoints import adapters, io
+from m2f2cli.checkpoints.adapters import Pair
 from m2f2cli.checkpoints.io import open_weight_file
-from m2f2cli.checkpoints.merge import Merge
+from m2f2cli.checkpoints.merge import Merge, Row
 from m2f2cli.errors import CheckpointError, UsageError
 from tests.checkpoints import merges
 
@@ -148,7 +148,7 @@ def test_merging_a_difference_gives_the_other_back(half, tmp_path, data):
             tensors[name] = tensors[name] + 1
     config = io.read_config(half)
     mark = io.write_checkpoint(here / "x", config=config, tensors=tensors, stage={})
-    delta.diff(half, here / "x", here / "d")
+    adapters.diff(half, here / "x", here / "d")
     found = merged(half, [here / "d"], here / "out")
     assert all(torch.equal(bits(found[k]), bits(t)) for k, t in tensors.items())
     assert io.fingerprint(here / "out") == mark
@@ -171,9 +171,9 @@ def test_folding_does_not_depend_on_the_blocks(rows, columns, rank, count, block
 
     matrix = some(rows, columns)
     factors = [(some(rows, rank), some(rank, columns)) for _ in range(count)]
-    pairs = [Pair(io.from_tensor(d), io.from_tensor(u), 0.5) for u, d in factors]
+    pairs = tuple(Pair(io.from_tensor(d), io.from_tensor(u), 0.5) for u, d in factors)
     pieces = io.LazyTensor((rows, columns), "float32", lambda: iter(matrix.view(-1).split(block)))
-    found = merge_plan.values(merge_plan.merged(pieces, pairs, "float32", what="x"))
+    found = Row("x", pieces, pairs, "float32").result.load()
     wanted = matrix.double() + sum(0.5 * (u.double() @ d.double()) for u, d in factors)
     assert (found - wanted).abs().max() < 1e-4
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from m2f2cli.cli import app
-from m2f2cli.data.clip_writer import ClipWriter
+from m2f2cli.data.clips import ClipWriter
 from tests.inference.conftest import noise_picture
 
 ANSWERS = {

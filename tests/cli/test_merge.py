@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2f2cli.checkpoints import delta, io, merge_proof
+from m2f2cli.checkpoints import adapters, io, verify
 from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.checkpoints.merge import Merge
 from m2f2cli.cli.app import run
@@ -86,7 +86,7 @@ def test_verify_says_what_it_loaded(do, monkeypatch):
     assert code == 0
     assert "12 changed tensors read back" in out
     assert "Loaded: the whole model in float32, twice." in out
-    monkeypatch.setattr(merge_proof, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(verify, "_free_memory", lambda: 1000)
     code, out, _ = do("adapter", extra=("--verify",))
     assert code == 0
     assert "Loaded: one tensor at a time; running the whole model takes 0.0 GB" in out
@@ -107,8 +107,8 @@ def test_verify_finds_a_wrong_value(home, tmp_path, name):
         stage={},
         overwrite=True,
     )
-    with pytest.raises(merge_proof.CheckpointError, match="is not base plus update"):
-        merge_proof.prove(job)
+    with pytest.raises(verify.CheckpointError, match="is not base plus update"):
+        verify.prove(job)
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +124,11 @@ def trained(home) -> Path:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-    delta.write_delta(
+    adapters.write_delta(
         home / "trained",
         tensors=get_peft_model_state_dict(model),
         stage={"stage": "lora", "parent": io.fingerprint(home / "base")},
-        adapter=delta.adapter_fields(model.peft_config["default"].to_dict()),
+        adapter=adapters.adapter_fields(model.peft_config["default"].to_dict()),
     )
     return home / "trained"
 

@@ -16,9 +16,8 @@ import h5py
 import numpy as np
 import pytest
 
-from m2f2cli.data import clip_writer
-from m2f2cli.data.clip_writer import ClipWriter
-from m2f2cli.data.clips import ClipNotes, FrameReader
+from m2f2cli.data import clips
+from m2f2cli.data.clips import ClipNotes, ClipWriter, FrameReader
 from m2f2cli.errors import CheckpointError, InputError
 
 
@@ -215,13 +214,13 @@ def test_a_full_disk_leaves_the_old_file_and_the_parts(file, tmp_path, monkeypat
     writer = ClipWriter(file)
     writer.write("005", clip(5))
 
-    class Full(clip_writer._Sink):
+    class Full(clips.Sink):
         def write(self, data):
             if self.tell() > 1500:
                 self.failure = OSError(errno.ENOSPC, "No space left on device")
             return super().write(data)
 
-    monkeypatch.setattr(clip_writer, "_Sink", Full)
+    monkeypatch.setattr(clips, "Sink", Full)
     for act in (writer.finish, lambda: writer.write("006", clip(6, frames=40))):
         with pytest.raises(CheckpointError, match="No space left on device") as error:
             act()
@@ -238,7 +237,7 @@ def test_a_real_refusal_to_write_does_not_bring_the_process_down(tmp_path):
     script = (
         "import sys, numpy as np\n"
         "from pathlib import Path\n"
-        "from m2f2cli.data.clip_writer import ClipWriter\n"
+        "from m2f2cli.data.clips import ClipWriter\n"
         "from m2f2cli.errors import CheckpointError\n"
         "for n in range(5):\n"
         "    try:\n"

@@ -13,7 +13,7 @@ from PIL import Image
 from m2f2cli.data.transforms import (
     CLIP_MEAN,
     CLIP_STD,
-    normalise,
+    normalize,
     pad_to_square,
     preprocess,
     resize_and_crop,
@@ -71,7 +71,7 @@ def test_levels_equal_the_formula():
     pixels = _noise(16, 16)
     unit = (pixels * (1 / 255)).astype(np.float32)
     expected = (unit - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
-    assert np.array_equal(normalise(pixels), expected.transpose(2, 0, 1))
+    assert np.array_equal(normalize(pixels), expected.transpose(2, 0, 1))
 
 
 @settings(deadline=None, max_examples=40)

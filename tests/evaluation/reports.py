@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from m2f2cli.evaluation.truth import Figure, Item, Joined, Measures, fingerprint
+from m2f2cli.evaluation.protocols import Figure, Measures
+from m2f2cli.evaluation.truth import Item, Joined, fingerprint
 
 KINDS = ("real", "real", "Deepfakes", "FaceSwap")
 

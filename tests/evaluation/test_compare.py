@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from m2f2cli.errors import InputError
-from m2f2cli.evaluation import standard
+from m2f2cli.evaluation import protocols
 from m2f2cli.evaluation.compare import compare_reports
 from m2f2cli.evaluation.report import build_report, write_report
 from m2f2cli.evaluation.truth import Joined, fingerprint
@@ -15,7 +15,7 @@ from tests.evaluation.reports import explanation_set, judgement_set, scores_set
 
 
 def saved(folder, scored, protocol="standard"):
-    measures = replace(standard.measure(scored, resamples=0, java=False), protocol=protocol)
+    measures = replace(protocols.standard(scored, resamples=0, java=False), protocol=protocol)
     write_report(folder, build_report(scored, measures), scored, "")
     return folder
 
@@ -71,7 +71,7 @@ def test_pairing_makes_the_interval_narrow(tmp_path):
     found = compare_reports(
         saved(tmp_path / "a", old), saved(tmp_path / "b", better(old, 0.02)), resamples=300
     )
-    alone = standard.measure(old, resamples=300).figures["frame_auc"]
+    alone = protocols.standard(old, resamples=300).figures["frame_auc"]
     row = found["figures"]["frame_auc"]
     assert row["high"] - row["low"] < (alone.high - alone.low) / 3
 
@@ -87,7 +87,7 @@ def test_other_data_are_refused_unless_common_items_are_asked_for(tmp_path):
     found = compare_reports(one, two, common_items=True, resamples=50)
     assert found["items"] == {"both": 40, "only_first": 40, "only_second": 0}
     assert "40 items that both have" in found["notes"][0]
-    expected = standard.measure(half, resamples=0).figures["accuracy"].value
+    expected = protocols.standard(half, resamples=0).figures["accuracy"].value
     assert found["figures"]["accuracy"]["first"] == expected
 
 

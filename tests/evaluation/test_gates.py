@@ -6,8 +6,8 @@ import pytest
 
 from m2f2cli.errors import InputError
 from m2f2cli.evaluation.gates import ACCURACY, AUC, below, drifts, read_expectation
+from m2f2cli.evaluation.protocols import Figure
 from m2f2cli.evaluation.report import build_report
-from m2f2cli.evaluation.truth import Figure
 from tests.evaluation.reports import scores_set, some_measures
 
 

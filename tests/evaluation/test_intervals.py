@@ -37,7 +37,7 @@ def test_every_resample_has_as_many_groups_of_each_class():
 def test_resamples_depend_on_the_seed_alone(monkeypatch):
     groups = Groups(NAMES, LABELS)
     first = np.concatenate(list(groups.weights(50, seed=3)))
-    monkeypatch.setattr("m2f2cli.metrics._CELLS", 7 * 8)  # batches of 8 rows
+    monkeypatch.setattr("m2f2cli.metrics.WEIGHTS_HELD", 7 * 8)  # batches of 8 rows
     batches = list(groups.weights(50, seed=3))
     assert len(batches) == 7
     assert (np.concatenate(batches) == first).all()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from m2f2cli.checkpoints.hub import resolve_checkpoint
-from m2f2cli.data.clip_writer import ClipWriter
-from m2f2cli.data.readers.ffpp import FfppSet, read_ffpp
-from m2f2cli.data.samples import read_samples, split_by_identity
+from m2f2cli.data.clips import ClipWriter
+from m2f2cli.data.readers.ffpp import read_ffpp
+from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.runs import (
@@ -23,8 +23,9 @@ from m2f2cli.evaluation.runs import (
     truth_of,
 )
 from m2f2cli.evaluation.truth import join
-from m2f2cli.inference.detect import DetectOptions, detect
-from m2f2cli.inference.job import Tally
+from m2f2cli.inference.pipeline import detect
+from m2f2cli.inference.recordfile import Tally
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.records import Detection
 from m2f2cli.training.sources import read_sources
@@ -47,7 +48,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def clips(tmp_path: Path) -> FfppSet:
+def clips(tmp_path: Path) -> SampleSet:
     """Two originals and two fakes of 7 frames; frame n has the level 10 n + 1."""
     root = tmp_path / "ffpp"
     for file, keys in (("original", ("000", "003")), ("FaceSwap", ("000_003", "003_000"))):
@@ -143,7 +144,7 @@ def test_frames_are_read_one_by_one_evenly_spaced(clips, tmp_path, monkeypatch):
     assert sorted(read) == sorted([1, 3, 5] * 4)  # whole slices of one frame, nothing else
     found = {record.path: record for record in lines(out)}
     assert set(found) == {
-        f"{clip.kind}/{clip.key}/{index}" for clip in clips.clips for index in (1, 3, 5)
+        f"{clip.kind}/{clip.clip}/{index}" for clip in clips.samples for index in (1, 3, 5)
     }
     assert count_items(clips, CROPS) == len(found) == 12
     for name, record in found.items():
@@ -263,5 +264,5 @@ def test_test_sets_are_known_as_such(data, clips):
     assert truth_of(read_samples(test_folder), CROPS, "all").split == "test"
     assert not is_test_set(clips)
     assert is_test_set(replace(clips, split="test"))
-    only = replace(clips.clips[0], file=Path("FF++_original_c23_test_only.h5"))
-    assert is_test_set(replace(clips, clips=(only,)))
+    only = replace(clips.samples[0], path=Path("FF++_original_c23_test_only.h5"))
+    assert is_test_set(replace(clips, samples=(only,)))

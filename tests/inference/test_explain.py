@@ -14,9 +14,9 @@ from PIL import Image
 
 from m2f2cli.data.images import read_picture
 from m2f2cli.errors import UsageError
-from m2f2cli.inference.explain import explain, explain_sources
-from m2f2cli.inference.explain_asker import Asker
-from m2f2cli.inference.explain_sampling import SeededDraws
+from m2f2cli.inference.explain import SeededSampling, explain, explain_sources
+from m2f2cli.inference.pipeline import Scorer
+from m2f2cli.inference.questions import choose
 from m2f2cli.inference.sources import expand
 from m2f2cli.models.conversation import DDVQA, Template
 from m2f2cli.models.tokenizer import decode
@@ -75,14 +75,14 @@ def test_one_by_one_batched_and_shared_give_the_same_words(tmp_path: Path):
         records = list(explain(files, model=loaded, options=sized))
         found.append([words(record) for record in records])
     prompts = [
-        [q.prompt(DDVQA, record.explanations[0].told) for q in options.chosen()]
+        [q.prompt(DDVQA, record.explanations[0].told) for q in choose(options)]
         for record in records
     ]
     one_by_one = [
         [alone(loaded, file, prompt, 12) for prompt in texts]
         for file, texts in zip(files, prompts, strict=True)
     ]
-    views = [[read_picture(file).pixels] for file in files for _ in options.chosen()]
+    views = [[read_picture(file).pixels] for file in files for _ in choose(options)]
     batch = processor([prompt for texts in prompts for prompt in texts], views)
     out = model.generate(**batch, do_sample=False, max_new_tokens=12).tolist()
     assert found[0] == found[1] == one_by_one
@@ -134,8 +134,8 @@ def test_equal_pictures_are_asked_about_once(loaded, pictures, tmp_path, monkeyp
     copy = tmp_path / "copy.png"
     copy.write_bytes(Path(pictures[0]).read_bytes())
     looked: list[int] = []
-    look = Asker.look
-    monkeypatch.setattr(Asker, "look", lambda s, c: (looked.append(len(c)), look(s, c))[1])
+    score = Scorer.score
+    monkeypatch.setattr(Scorer, "score", lambda s, c: (looked.append(len(c)), score(s, c))[1])
     first, *_, last = explain([*pictures, str(copy)], model=loaded, options=asking())
     assert sum(looked) == len(pictures)
     assert first.explanations == last.explanations
@@ -225,12 +225,12 @@ def test_words_are_told_as_they_come(loaded, pictures):
     order = []
     sources = expand(pictures[:1])
 
-    def hear(piece):
-        if not piece.words:
-            order.append(piece.asked)
-        heard[piece.asked] = heard.get(piece.asked, "") + piece.words
+    def collect(chunk):
+        if not chunk.text:
+            order.append(chunk.asked)
+        heard[chunk.asked] = heard.get(chunk.asked, "") + chunk.text
 
-    (record,) = explain_sources(sources, model=loaded, options=asking(), hear=hear)
+    (record,) = explain_sources(sources, model=loaded, options=asking(), on_text=collect)
     (face,) = record.explanations
     assert order == [loaded[1].template.judge, *(reason.question for reason in face.reasons)]
     for told, text in zip(heard.values(), words(record), strict=True):
@@ -257,12 +257,12 @@ def test_draws_depend_on_seed_face_and_question_alone(loaded, pictures):
 def test_draws_follow_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     rows = logits.repeat(4000, 1)
-    draws = SeededDraws(range(4000), temperature=0.8, top_p=1.0)
+    draws = SeededSampling(range(4000), temperature=0.8, top_p=1.0)
     counts = Counter(draws(torch.zeros(4000, 0), rows).argmax(dim=1).tolist())
     expected = (logits / 0.8).softmax(dim=0)
     for token, share in enumerate(expected.tolist()):
         assert counts[token] / 4000 == pytest.approx(share, abs=0.03)
-    likely = SeededDraws(range(4000), temperature=0.8, top_p=float(expected[2]) - 1e-3)
+    likely = SeededSampling(range(4000), temperature=0.8, top_p=float(expected[2]) - 1e-3)
     assert set(likely(torch.zeros(4000, 0), rows).argmax(dim=1).tolist()) == {2}
 
 
@@ -278,7 +278,7 @@ def test_answers_end_where_the_context_does(loaded, pictures):
     """And all end alike, whatever they are asked beside."""
     model, processor = loaded
     question = "Why " * 85
-    prompt = asking(questions=(question,)).chosen()[1].prompt(processor.template, "fake")
+    prompt = choose(asking(questions=(question,)))[1].prompt(processor.template, "fake")
     room = model.config.text_config.max_position_embeddings - len(processor.tokens(prompt, 1))
     assert 0 < room < 40
     found = [
@@ -306,7 +306,7 @@ def test_impossible_questions_are_refused_before_any_work(loaded, pictures, ques
 
 def test_a_template_without_placeholders_is_refused(loaded, pictures, monkeypatch):
     blind = Template("blind", "", "Q: ", " A:", "", judge="Real or fake?", judge_head="")
-    monkeypatch.setattr("m2f2cli.inference.explain_options.template", lambda name: blind)
+    monkeypatch.setattr("m2f2cli.inference.explain.template", lambda name: blind)
     with pytest.raises(UsageError, match="no <image> or <deepfake>"):
         next(explain(pictures, model=loaded, options=asking(judge=True)))
 

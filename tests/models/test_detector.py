@@ -63,19 +63,72 @@ def test_every_parameter_gets_a_gradient(whole):
     assert silent == []
 
 
-def test_the_text_feature_is_computed_once_and_follows_its_weights():
-    model, calls = build(), []
-    model.clip.text.register_forward_hook(lambda *_: calls.append(1))
+def test_the_text_feature_follows_every_way_of_changing_its_weights():
+    """Fused optimizers and ``param.data`` change weights without a trace on the tensor."""
+    model = build()
+    seen = []
+
+    def judged() -> torch.Tensor:
+        with torch.no_grad():
+            seen.append(model(pixels(1)).logits)
+        assert not any(torch.equal(seen[-1], earlier) for earlier in seen[:-1])
+
+    judged()
     with torch.no_grad():
-        first = model(pixels(1)).logits
-        model(pixels(2))
-        assert len(calls) == 1
         model.forgery_prompt.tokens[:, 0].zero_()
-        changed = model(pixels(1)).logits
-    assert len(calls) == 2
-    assert not torch.equal(first, changed)
-    model(pixels(1))
-    assert len(calls) == 3, "with gradients the text part must run"
+    judged()
+    model.text_proj[0].weight.data *= torch.rand(20, 1)
+    judged()
+    text = list(model.clip.text.parameters())
+    optimizer = torch.optim.AdamW(text, lr=0.1, fused=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(pixels(2), labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+        judged()
+
+
+def test_kinds_of_forgery_have_a_logit_each_and_the_largest_counts():
+    model = build(kinds=["swapped or edited", "generated"])
+    with torch.no_grad():
+        model.head.bias -= model(pixels(8)).kind_logits.mean(0)
+        out = model(pixels(8), labels=torch.tensor([0, 1] * 4))
+    assert out.kind_logits.shape == (8, 2)
+    assert len(set(out.kind_logits.argmax(1).tolist())) == 2
+    assert torch.equal(out.logits[:, 1], out.kind_logits.amax(1))
+    assert torch.equal(out.logits[:, 0], torch.zeros(8))
+    expected = torch.nn.functional.cross_entropy(out.logits, torch.tensor([0, 1] * 4))
+    assert torch.allclose(out.loss, expected)
+
+
+@pytest.mark.parametrize("forgery_map", [True, False])
+def test_a_detector_of_clip_alone_reads_several_blocks(forgery_map, tmp_path):
+    spec = {k: v for k, v in tiny_fields()["clip"].items() if k != "text"}
+    model = build(
+        backbone=None, clip=spec, clip_blocks=[1, 2], head_normalize=True, forgery_map=forgery_map
+    )
+    out = model(pixels(3))
+    grid, width = TINY_SIDE // 8, model.clip.vision.width
+    assert out.features.shape == (3, forgery_map * grid**2 + 4 * width)
+    assert torch.allclose(out.features.norm(dim=1), torch.ones(3), atol=1e-5)
+    assert out.pooled is None
+    assert (out.forgery_map is not None) == forgery_map
+    assert model.clip.text is None
+    with torch.no_grad():
+        states = model.clip(pixels(3), [1, 2])[1]
+        last = model.block_norms[3](states[1][:, 1:].mean(1))
+    length = out.features[:, -width:] / last
+    assert torch.allclose(length, length.mean(1, keepdim=True).expand_as(length), rtol=1e-3)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(
+            Detector.from_pretrained(tmp_path)(pixels(3)).logits, model(pixels(3)).logits
+        )
+
+
+def test_a_bridge_without_a_backbone_is_refused():
+    with pytest.raises(ConfigError, match="needs a backbone"):
+        build(backbone=None, bridge=BRIDGE)
 
 
 def test_frozen_parts_stay_in_evaluation_mode():

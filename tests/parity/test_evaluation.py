@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from m2f2cli.errors import InputError
-from m2f2cli.evaluation import paper, standard
+from m2f2cli.evaluation import protocols
 from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.truth import ddvqa_truth, file_truth, frames_truth, join
 
@@ -59,7 +59,7 @@ def test_judgements(name):
         with pytest.raises(InputError, match=r"Line 2 .* lacks 'image'"):
             read_predictions(file)
         return
-    measures = paper.measure(read_predictions(file))
+    measures = protocols.paper(read_predictions(file))
     if "error" in case:
         assert set(values(measures).values()) == {None}
         assert "divides by zero" in measures.figures["accuracy"].note
@@ -76,7 +76,7 @@ def test_explanations(name):
             read_predictions(file)
         return
     predictions = read_predictions(file)
-    measures = paper.measure(predictions, references=truth.references)
+    measures = protocols.paper(predictions, references=truth.references)
     if "error" in case:
         assert set(values(measures).values()) == {None}
         counted = measures.counts["missing"], measures.counts["unknown"]
@@ -84,14 +84,14 @@ def test_explanations(name):
         return
     check_texts(measures, case)
     # A joined set is measured by its file, so that nothing is lost on the way.
-    assert paper.measure(join(truth, predictions)) == measures
+    assert protocols.paper(join(truth, predictions)) == measures
 
 
 @pytest.mark.parametrize("name", cases("auc"))
 def test_videos(name):
     case = EXPECTED[name]
     predictions = read_predictions(GOLDEN / case["file"])
-    measures = paper.measure(predictions)
+    measures = protocols.paper(predictions)
     found = values(measures)
     if "error" in case["reference"]:
         assert found["video_auc"] is None
@@ -104,14 +104,14 @@ def test_videos(name):
         assert found["video_auc_fixed"] == pytest.approx(fixed["auc"], abs=1e-9)
         assert found["best_accuracy_fixed"] == pytest.approx(fixed["best_accuracy"], abs=1e-9)
     if untrimmed := case.get("own_correct_labels_with_last_untrimmed"):
-        own = standard.measure(join(frames_truth(predictions), predictions), resamples=0)
+        own = protocols.standard(join(frames_truth(predictions), predictions), resamples=0)
         assert own.figures["video_auc"].value == pytest.approx(untrimmed["auc"], abs=1e-9)
 
 
 def test_a_joined_set_of_frames_is_measured_as_its_file():
     predictions = read_predictions(GOLDEN / "frames_uneven.csv")
     joined = join(frames_truth(predictions), predictions)
-    assert values(paper.measure(joined)) == values(paper.measure(predictions))
+    assert values(protocols.paper(joined)) == values(protocols.paper(predictions))
 
 
 @needs_ddvqa
@@ -121,34 +121,34 @@ class TestPublishedAnswers:
 
     def test_judgements(self):
         predictions = read_predictions(self.reference / "published_det_c40.jsonl")
-        check_judgement(paper.measure(predictions), EXPECTED["judgement_published_outputs"])
+        check_judgement(protocols.paper(predictions), EXPECTED["judgement_published_outputs"])
 
     def test_judgements_under_another_path(self):
         """Every truth becomes fake."""
         predictions = read_predictions(self.reference / "published_det_c40.jsonl")
         moved = [replace(row, name=row.name.replace("./", "/data/", 1)) for row in predictions.rows]
-        measures = paper.measure(replace(predictions, rows=tuple(moved)))
+        measures = protocols.paper(replace(predictions, rows=tuple(moved)))
         check_judgement(measures, EXPECTED["judgement_same_answers_but_absolute_image_paths"])
         assert "every picture counts as fake" in " ".join(measures.notes)
 
     def test_judgements_with_a_second_run_appended(self):
         predictions = read_predictions(self.reference / "published_det_c40.jsonl")
         twice = replace(predictions, rows=predictions.rows + predictions.rows[:100])
-        measures = paper.measure(twice)
+        measures = protocols.paper(twice)
         check_judgement(measures, EXPECTED["judgement_file_appended_by_a_second_partial_run"])
         assert "counted again: 100." in " ".join(measures.notes)
 
     def test_explanations(self):
         predictions = read_predictions(self.reference / "published_exp_c40.jsonl")
         truth = file_truth(self.reference / "test_c40.jsonl")
-        measures = paper.measure(predictions, references=truth.references)
+        measures = protocols.paper(predictions, references=truth.references)
         check_texts(measures, EXPECTED["explanation_published_outputs"], self.tolerance)
 
     def test_standard_judgements_count_words(self):
         """Two fakes that "unrealistic" made real are read rightly, one answer says neither."""
         predictions = read_predictions(self.reference / "published_det_c40.jsonl")
         truth = ddvqa_truth(task="judgement", data=self.reference.parent)
-        measures = standard.measure(join(truth, predictions), resamples=100)
+        measures = protocols.standard(join(truth, predictions), resamples=100)
         assert measures.figures["accuracy"].value == pytest.approx(133 / 144)
         assert measures.counts["unparsed"] == 1
         assert measures.counts["items"] == 144
@@ -156,7 +156,7 @@ class TestPublishedAnswers:
     def test_standard_explanations_agree_and_say_what_questions_contain(self):
         predictions = read_predictions(self.reference / "published_exp_c40.jsonl")
         truth = ddvqa_truth(task="explanation", file=self.reference / "test_c40.jsonl")
-        measures = standard.measure(join(truth, predictions), resamples=0, java=False)
+        measures = protocols.standard(join(truth, predictions), resamples=0, java=False)
         found = {name: f for name, f in values(measures).items() if name in TEXTS.values()}
         expected = EXPECTED["explanation_published_outputs"]
         assert found == pytest.approx({TEXTS[k]: expected[k] for k in TEXTS}, abs=self.tolerance)

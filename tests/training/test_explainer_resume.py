@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from m2f2cli.checkpoints import delta, io
+from m2f2cli.checkpoints import io
 from m2f2cli.checkpoints.io import write_tensor_file
 from m2f2cli.errors import CheckpointError, ConfigError, UsageError
 from m2f2cli.training import trainer
@@ -115,7 +115,7 @@ def test_a_full_disk_costs_no_step_that_was_saved(stage, root, tmp_path, monkeyp
     assert "--resume" in refused.value.hint
     lines: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(delta, "write_tensor_file", full)
+        patch.setattr(io, "write_tensor_file", full)
         with pytest.raises(CheckpointError, match="No space left"):
             train(wanted(resume=True), notify=lines.append)
     assert "Going on after step 2 of 6." in lines

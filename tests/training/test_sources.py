@@ -36,8 +36,8 @@ def crops(tmp_path):
 def test_the_words_for_ffpp_are_those_of_its_reader():
     from m2f2cli.data.readers import ffpp
 
-    assert data_options._COMPRESSIONS == ffpp.COMPRESSIONS
-    assert data_options._MANIPULATIONS == ffpp.MANIPULATIONS
+    assert data_options.COMPRESSIONS == ffpp.COMPRESSIONS
+    assert data_options.MANIPULATIONS == ffpp.MANIPULATIONS
     assert DataOptions(("x",), manipulations=ffpp.KNOWN).manipulations == ffpp.KNOWN
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from m2f2cli.data.images import IMAGE_SUFFIXES
-from m2f2cli.data.naming import REAL, list_pictures, people_in
-from m2f2cli.data.samples import Sample, SampleSet
+from m2f2cli.data.samples import REAL, Sample, SampleSet, list_files, people_in
 from m2f2cli.errors import InputError
 
 
@@ -30,7 +29,7 @@ def read_folder(root: Path) -> SampleSet:
                 "missing",
                 "Put pictures in DIR/real/ and DIR/fake/, or name the layout: ddvqa:DIR.",
             )
-        listed[label] = [(path, path.relative_to(folder).parts) for path in list_pictures(folder)]
+        listed[label] = [(path, path.relative_to(folder).parts) for path in list_files(folder)]
         if not listed[label]:
             known = ", ".join(sorted(IMAGE_SUFFIXES))
             raise InputError(f"There are no pictures in '{folder}'.", "empty", f"Known: {known}.")

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f2cli.data.clip_writer import ClipWriter
-from m2f2cli.data.clips import FrameReader
+from m2f2cli.data.clips import ClipWriter, FrameReader
 from m2f2cli.data.prepare import faces, tracking
 from m2f2cli.data.prepare.faces import FacesJob, FacesOptions, locked, worker_pool
 from m2f2cli.errors import CheckpointError, ConfigError, InputError, M2F2Error, UsageError
@@ -181,7 +180,7 @@ def test_going_on_adds_what_is_new_and_repeats_what_changed(scene, tmp_path, mon
     worked: list[str] = []
     cut = tracking.cut_faces
     monkeypatch.setattr(
-        faces, "cut_faces", lambda video, *rest: worked.append(video.key) or cut(video, *rest)
+        faces, "cut_faces", lambda video, **how: worked.append(video.key) or cut(video, **how)
     )
     done = prepare(folder, tmp_path / "out")
     assert worked == ["b.mp4"]

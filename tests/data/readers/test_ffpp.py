@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from m2f2cli.data.clip_writer import ClipWriter
+from m2f2cli.data.clips import ClipWriter
 from m2f2cli.data.readers.ffpp import (
     KNOWN,
     MANIPULATIONS,
@@ -32,11 +32,11 @@ def fill(path, keys, frames=4):
 
 
 def kinds_of(found):
-    return dict(Counter(clip.kind for clip in found.clips))
+    return dict(Counter(clip.kind for clip in found.samples))
 
 
 def people_of(found):
-    return {person for clip in found.clips for person in clip.identities}
+    return {person for clip in found.samples for person in clip.identities}
 
 
 @pytest.fixture
@@ -59,15 +59,15 @@ def root(tmp_path):
 def test_a_split_has_its_originals_and_both_directions(root):
     found = read_ffpp(root, compression="c40")
     assert kinds_of(found) == {"real": 2, **dict.fromkeys(MANIPULATIONS, 2)}
-    assert [clip.key for clip in found.clips[:4]] == ["000", "003", "000_003", "003_000"]
-    assert [clip.label for clip in found.clips[:4]] == [0, 0, 1, 1]
-    assert found.clips[1].identities == ("003",)
-    assert found.clips[3].identities == ("003", "000")
+    assert [clip.clip for clip in found.samples[:4]] == ["000", "003", "000_003", "003_000"]
+    assert [clip.label for clip in found.samples[:4]] == [0, 0, 1, 1]
+    assert found.samples[1].identities == ("003",)
+    assert found.samples[3].identities == ("003", "000")
     assert people_of(found) == {"000", "003"}
-    assert {clip.frames for clip in found.clips} == {4}
-    names = [clip.frame_name(index) for clip in found.clips for index in clip.spread()]
+    assert {clip.frames for clip in found.samples} == {4}
+    names = [clip.frame_name(index) for clip in found.samples for index in clip.spread()]
     assert len(set(names)) == len(names) == 10 * 4
-    assert found.clips[2].frame_name(3) == "Deepfakes/000_003/3"
+    assert found.samples[2].frame_name(3) == "Deepfakes/000_003/3"
 
 
 def test_official_splits_share_no_identity(root):
@@ -90,7 +90,7 @@ def test_files_with_only_the_test_videos_serve_the_test_split(root):
     whole = root / file_name(ORIGINAL, "c40")
     whole.rename(root / file_name(ORIGINAL, "c40", test_only=True))
     found = read_ffpp(root, compression="c40", split="test")
-    assert found.clips[0].file.name == "FF++_original_c40_test_only.h5"
+    assert found.samples[0].path.name == "FF++_original_c40_test_only.h5"
     with pytest.raises(InputError, match=r"no file 'FF\+\+_original_c40\.h5'"):
         read_ffpp(root, compression="c40", split="train")
     assert find_file(root, "FaceSwap", "c40", split="test").name == "FF++_FaceSwap_c40.h5"
@@ -101,7 +101,7 @@ def test_what_is_missing_is_named(root, tmp_path):
     with pytest.raises(InputError, match=r"1 videos .* FF\+\+_original_c23\.h5: 003"):
         read_ffpp(root, compression="c23", manipulations=[])
     lenient = read_ffpp(root, compression="c23", manipulations=[], allow_missing=True)
-    assert [clip.key for clip in lenient.clips] == ["000"]
+    assert [clip.clip for clip in lenient.samples] == ["000"]
     assert lenient.missing == ("FF++_original_c23.h5: 003",)
     with pytest.raises(InputError, match=r"no split file '.*elsewhere/train\.json'"):
         read_ffpp(root, compression="c40", splits=tmp_path / "elsewhere")
@@ -135,7 +135,7 @@ def test_a_malformed_split_is_one_sentence(tmp_path, text):
 
 
 def test_frames_are_spread_evenly(root):
-    clip = read_ffpp(root, compression="c40").clips[0]
+    clip = read_ffpp(root, compression="c40").samples[0]
     assert clip.spread(2) == [1, 3]
     assert clip.spread(100) == [0, 1, 2, 3]
     with pytest.raises(ConfigError):

@@ -6,8 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2f2cli.data.naming import people_in, read_people
-from m2f2cli.data.samples import Sample, SampleSet, identity_groups, read_samples, split_by_identity
+from m2f2cli.data.samples import (
+    Sample,
+    SampleSet,
+    identity_groups,
+    people_in,
+    read_people,
+    read_samples,
+    split_by_identity,
+)
 from m2f2cli.errors import ConfigError, InputError
 
 

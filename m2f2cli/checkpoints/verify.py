@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from m2f2cli.checkpoints import io, keymaps, merge_plan
+from m2f2cli.checkpoints import io, keymaps
 from m2f2cli.checkpoints.io import LazyTensor
 from m2f2cli.checkpoints.load import load_explainer
-from m2f2cli.checkpoints.merge import Merge
-from m2f2cli.checkpoints.merge_plan import Row, values
+from m2f2cli.checkpoints.merge import COPIED, Merge, Row
 from m2f2cli.errors import CheckpointError
 from m2f2cli.models.explainer import Explainer
 
@@ -97,7 +96,7 @@ def prove(job: Merge, advance: Callable[..., None] = lambda steps=1, note="": No
         )
         return Proof(len(changed), worst, None, None, said)
     # What was only rounded to another type is rounded on both sides.
-    beside = [row for row in job.rows.values() if row.changes or row.action != merge_plan.COPIED]
+    beside = [row for row in job.rows.values() if row.changes or row.action != COPIED]
     apart, merged = _logits(job.base.path, beside), _logits(job.output, [])
     difference, scale = float((apart - merged).abs().max()), float(apart.abs().max())
     coarse = max((row.result.dtype for row in changed), key=lambda name: _SHARES[name])
@@ -123,18 +122,16 @@ def _free_memory() -> int:
 
 def _compare(row: Row, written: LazyTensor) -> float:
     """Read a changed tensor back; gives the share of one rounding that its outputs are off."""
-    pairs, found = merge_plan.pairs_of(row.changes), written
-    if not pairs:
-        if io.largest_difference(found, row.result):
+    if not row.pairs:
+        if io.largest_difference(written, row.result):
             raise _different(row)
         return 0.0
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn((_PROBES, row.result.shape[1]), generator=generator)
-    start = merge_plan.start_of(row.before, row.changes)
-    expected = _apply(start, inputs)[0]
-    for pair in pairs:
-        expected += pair.scale * (inputs @ values(pair.down).T) @ values(pair.up).T
-    got, size = _apply(found, inputs)
+    expected = _apply(row.start, inputs)[0]
+    for pair in row.pairs:
+        expected += pair.scale * (inputs @ pair.down.floats().T) @ pair.up.floats().T
+    got, size = _apply(written, inputs)
     unit = torch.finfo(getattr(torch, row.result.dtype)).eps / 2
     share = float(((got - expected).abs() / ((unit + _SLACK) * size + 1e-30)).max())
     if not share <= 1:
@@ -144,8 +141,8 @@ def _compare(row: Row, written: LazyTensor) -> float:
 
 def _apply(matrix: io.LazyTensor, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs times a matrix, and absolute inputs times the absolute matrix."""
-    whole = values(matrix)
-    pieces = [(inputs @ part.T, inputs.abs() @ part.abs().T) for part in whole.split(_ROWS)]
+    parts = matrix.floats().split(_ROWS)
+    pieces = [(inputs @ part.T, inputs.abs() @ part.abs().T) for part in parts]
     return torch.cat([p[0] for p in pieces], dim=1), torch.cat([p[1] for p in pieces], dim=1)
 
 
@@ -176,11 +173,10 @@ def _logits(folder: Path, changes: list[Row]) -> torch.Tensor:
 def _keep_apart(model: Explainer, row: Row) -> None:
     """Put a tensor that was replaced in its place, and updates beside their layer."""
     parameter = model.get_parameter(row.name)
-    start = merge_plan.start_of(row.before, row.changes) if row.changes else row.result
     with torch.no_grad():
-        parameter.copy_(values(start))
-    for pair in merge_plan.pairs_of(row.changes):
-        down, up = values(pair.down), pair.scale * values(pair.up)
+        parameter.copy_((row.start if row.changes else row.result).floats())
+    for pair in row.pairs:
+        down, up = pair.down.floats(), pair.scale * pair.up.floats()
 
         def beside(
             module: torch.nn.Module,

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m2f2cli.errors import UsageError
-from m2f2cli.evaluation import standard
-from m2f2cli.evaluation.truth import Figure, Item, Joined, fingerprint
+from m2f2cli.evaluation import protocols
+from m2f2cli.evaluation.protocols import Figure
+from m2f2cli.evaluation.truth import Item, Joined, fingerprint
 from m2f2cli.metrics import (
     average_precision,
     calibration_error,
@@ -51,7 +52,7 @@ def values(measures):
 
 def test_figures_of_frames_and_videos():
     items = videos()
-    found = standard.measure(scored(items, threshold=0.6), resamples=200)
+    found = protocols.standard(scored(items, threshold=0.6), resamples=200)
     labels = np.array([item.label for item in items])
     scores = np.array([item.fake_probability for item in items])
     got = values(found)
@@ -76,14 +77,14 @@ def test_figures_of_frames_and_videos():
 @given(st.randoms(use_true_random=False))
 def test_the_order_of_frames_and_videos_does_not_matter(shuffler):
     items = videos()
-    before = values(standard.measure(scored(items), resamples=0))
+    before = values(protocols.standard(scored(items), resamples=0))
     shuffler.shuffle(items)
-    assert values(standard.measure(scored(items), resamples=0)) == pytest.approx(before)
+    assert values(protocols.standard(scored(items), resamples=0)) == pytest.approx(before)
 
 
 def test_intervals_repeat_with_the_seed():
     items = videos()
-    runs = [standard.measure(scored(items), resamples=100, seed=s).figures for s in (1, 1, 2)]
+    runs = [protocols.standard(scored(items), resamples=100, seed=s).figures for s in (1, 1, 2)]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
 
@@ -93,7 +94,7 @@ def test_frames_of_one_video_widen_the_interval():
     items = videos(count=40)
     alone = [replace(item, group=item.name) for item in items]
     together, apart = (
-        standard.measure(scored(rows), resamples=300).figures["frame_auc"]
+        protocols.standard(scored(rows), resamples=300).figures["frame_auc"]
         for rows in (items, alone)
     )
     assert together.value == apart.value
@@ -101,14 +102,14 @@ def test_frames_of_one_video_widen_the_interval():
 
 
 def test_pictures_have_no_video_figure():
-    found = standard.measure(scored([picture(0, 0, 0.1), picture(1, 1, 0.9)]), resamples=10)
+    found = protocols.standard(scored([picture(0, 0, 0.1), picture(1, 1, 0.9)]), resamples=10)
     assert "video_auc" not in found.figures
     assert found.counts["videos"] == 0
 
 
 @pytest.mark.parametrize(("label", "absent"), [(0, "no forged"), (1, "no real")])
 def test_one_class_leaves_the_auc_undefined_and_says_so(label, absent):
-    found = standard.measure(scored([picture(n, label, 0.7) for n in range(3)]), resamples=10)
+    found = protocols.standard(scored([picture(n, label, 0.7) for n in range(3)]), resamples=10)
     for name in ("frame_auc", "eer", "tpr_at_fpr_1", "balanced_accuracy"):
         assert found.figures[name].value is None
     assert absent in found.figures["frame_auc"].note
@@ -117,18 +118,18 @@ def test_one_class_leaves_the_auc_undefined_and_says_so(label, absent):
 
 
 def test_a_lone_video_has_no_interval():
-    found = standard.measure(scored([picture(n, 1, 0.7, group="v") for n in range(3)]))
+    found = protocols.standard(scored([picture(n, 1, 0.7, group="v") for n in range(3)]))
     assert found.figures["accuracy"] == Figure(1.0)
 
 
 def test_an_empty_set_has_no_figures():
-    found = standard.measure(scored([]), resamples=10)
+    found = protocols.standard(scored([]), resamples=10)
     assert all(f.value is None and f.note for f in found.figures.values())
 
 
 def test_scores_that_failed_everywhere():
     items = [picture(n, n % 2, None, status="no_face") for n in range(4)]
-    found = standard.measure(scored(items), resamples=10)
+    found = protocols.standard(scored(items), resamples=10)
     assert found.figures["frame_auc"] == Figure(None, note="no picture has a probability")
     assert found.figures["accuracy"].value == 0
     assert found.counts["failed"] == 4
@@ -141,7 +142,7 @@ def test_what_has_no_answer_is_wrong_but_not_ranked():
         picture(2, 1, None, status="no_face"),
         picture(3, 0, None),
     ]
-    found = standard.measure(scored(items, missing=("3.jpg",), unknown=("x",)), resamples=0)
+    found = protocols.standard(scored(items, missing=("3.jpg",), unknown=("x",)), resamples=0)
     got = values(found)
     assert (got["frame_auc"], got["accuracy"], got["recall"], got["precision"]) == (
         1,
@@ -158,13 +159,13 @@ def test_what_has_no_answer_is_wrong_but_not_ranked():
 
 def test_uncertain_verdicts_are_called_by_the_threshold():
     items = [picture(0, 0, 0.4, verdict="uncertain"), picture(1, 1, 0.6, verdict="uncertain")]
-    found = standard.measure(scored(items), resamples=0)
+    found = protocols.standard(scored(items), resamples=0)
     assert found.figures["accuracy"].value == 1
     assert "Uncertain verdicts, called by the threshold: 2." in found.notes
 
 
 def test_an_unknown_threshold_is_said():
-    found = standard.measure(scored([picture(0, 0, 0.5)], threshold=None), resamples=0)
+    found = protocols.standard(scored([picture(0, 0, 0.5)], threshold=None), resamples=0)
     assert found.figures["accuracy"].value == 0
     assert "The predictions name no threshold: 0.5 is used." in found.notes
     assert found.definition["threshold_from"] == "the default"
@@ -172,8 +173,8 @@ def test_an_unknown_threshold_is_said():
 
 def test_a_video_of_both_classes_is_left_out_and_said():
     items = [*videos(), *(picture(f"x/{n}", n % 2, 0.5, group="x") for n in range(4))]
-    found = standard.measure(scored(items), resamples=20)
-    alone = standard.measure(scored(videos()), resamples=20)
+    found = protocols.standard(scored(items), resamples=20)
+    alone = protocols.standard(scored(videos()), resamples=20)
     assert found.figures["video_auc"].value == alone.figures["video_auc"].value
     assert "Videos with both real and forged frames, left out of the video AUC: 1." in found.notes
 
@@ -191,7 +192,7 @@ def test_judgements_count_unparsed_as_wrong():
         said(4, 1, "real"),
         picture(5, 1, None),
     ]
-    found = standard.measure(scored(items, task="judgement", missing=("5.jpg",)), resamples=50)
+    found = protocols.standard(scored(items, task="judgement", missing=("5.jpg",)), resamples=50)
     got = values(found)
     assert set(got) == {"accuracy", "balanced_accuracy", "f1", "precision", "recall"}
     assert got["accuracy"] == pytest.approx(2 / 6)
@@ -212,12 +213,12 @@ def explanations(texts):
 
 def test_explanations_resample_pictures_and_take_silence_as_an_empty_text():
     perfect = {f"p{n}_{k}": "<s> the nose is smooth</s>" for n in range(4) for k in (0, 1)}
-    found = standard.measure(explanations(perfect), resamples=50, java=False)
+    found = protocols.standard(explanations(perfect), resamples=50, java=False)
     assert found.figures["rouge_l"] == Figure(1.0, 1.0, 1.0)
     assert found.figures["meteor"].note == "skipped: not asked for"
     assert found.per_kind == {}
     silent = {key: text for key, text in perfect.items() if key[0:2] != "p0"}
-    found = standard.measure(explanations(silent), resamples=50, java=False)
+    found = protocols.standard(explanations(silent), resamples=50, java=False)
     assert found.figures["rouge_l"].value == pytest.approx(0.75)
     # Both answers of a picture come and go together: only quarters occur.
     assert found.figures["rouge_l"].low in (0.0, 0.25, 0.5)
@@ -227,19 +228,19 @@ def test_explanations_resample_pictures_and_take_silence_as_an_empty_text():
 def test_difference_is_paired_and_refuses_other_items():
     items = videos()
     better = [replace(i, fake_probability=0.3 * i.fake_probability + 0.7 * i.label) for i in items]
-    found = standard.difference(scored(items), scored(better), resamples=100)
+    found = protocols.difference(scored(items), scored(better), resamples=100)
     value, low, high = found["frame_auc"]
     assert value > 0
     assert low <= value <= high
     assert found["swap.auc"][0] >= 0
     with pytest.raises(UsageError, match="not of the same"):
-        standard.difference(scored(items), scored(items[1:]))
+        protocols.difference(scored(items), scored(items[1:]))
 
 
 def test_the_protocol_hash_tells_settings_apart():
     items = videos()
     hashes = {
-        standard.measure(scored(items, threshold=threshold), resamples=n, seed=s).protocol_hash
+        protocols.standard(scored(items, threshold=threshold), resamples=n, seed=s).protocol_hash
         for threshold, n, s in ((0.5, 0, 0), (0.5, 0, 0), (0.6, 0, 0), (0.5, 1, 0), (0.5, 0, 1))
     }
     assert len(hashes) == 4
@@ -248,7 +249,7 @@ def test_the_protocol_hash_tells_settings_apart():
 @pytest.mark.parametrize("wrong", [{"resamples": -1}, {"level": 0.0}, {"level": 1.0}])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(UsageError):
-        standard.measure(scored(videos()), **wrong)
+        protocols.standard(scored(videos()), **wrong)
 
 
 def test_a_figure_is_never_nan():
@@ -263,12 +264,12 @@ def test_measuring_files_loads_no_torch(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from m2f2cli.evaluation import paper, standard, truth
+from m2f2cli.evaluation import protocols, truth
 from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.truth import join
 found = read_predictions(Path({str(csv)!r}))
-standard.measure(join(truth.frames_truth(found), found), resamples=5)
-paper.measure(found)
+protocols.standard(join(truth.frames_truth(found), found), resamples=5)
+protocols.paper(found)
 heavy = {{'torch', 'transformers', 'timm', 'h5py'}} & set(sys.modules)
 assert not heavy, heavy
 """
