@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from m2f2cli.checkpoints.initialize import InitLlavaOptions, init_llava
     from m2f2cli.checkpoints.load import load_detector, load_explainer
     from m2f2cli.evaluation.evaluate import evaluate
-    from m2f2cli.inference.detect import DetectOptions, detect
+    from m2f2cli.inference.detect import detect
     from m2f2cli.inference.explain import explain
-    from m2f2cli.inference.explain_options import ExplainOptions
     from m2f2cli.models.detector import Detector, DetectorConfig
     from m2f2cli.models.explainer import Explainer, ExplainerConfig
     from m2f2cli.options.evaluate import (
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
         EvaluateFfppOptions,
         EvaluateImagesOptions,
     )
+    from m2f2cli.options.explain import ExplainOptions
     from m2f2cli.options.train_detector import TrainDetectorOptions
     from m2f2cli.options.train_explainer import AlignOptions, LoraOptions
     from m2f2cli.training.detector import train_detector
@@ -56,13 +56,13 @@ __all__ = [
 ]
 _MODULES = {
     "AlignOptions": "options.train_explainer",
-    "DetectOptions": "inference.detect",
+    "DetectOptions": "options.detect",
     "Detector": "models.detector",
     "DetectorConfig": "models.detector",
     "EvaluateDdvqaOptions": "options.evaluate",
     "EvaluateFfppOptions": "options.evaluate",
     "EvaluateImagesOptions": "options.evaluate",
-    "ExplainOptions": "inference.explain_options",
+    "ExplainOptions": "options.explain",
     "Explainer": "models.explainer",
     "ExplainerConfig": "models.explainer",
     "InitLlavaOptions": "checkpoints.initialize",

@@ -35,7 +35,7 @@ from m2f2cli.checkpoints.io import (
 )
 from m2f2cli.checkpoints.load import check_model
 from m2f2cli.errors import CheckpointError
-from m2f2cli.options.fields import Checked, option
+from m2f2cli.options.fields import Options, option
 
 _HUB_FILES = ("*.json", "tokenizer.model", "*.safetensors", "pytorch_model*.bin")
 _CLIP = "clip.vision."
@@ -54,7 +54,7 @@ _HINTS = {
 
 
 @dataclass(frozen=True)
-class InitLlavaOptions(Checked):
+class InitLlavaOptions(Options):
     """How an explainer is put together."""
 
     dtype: str = option(

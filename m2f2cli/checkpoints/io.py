@@ -597,7 +597,7 @@ def open_weights(path: Path) -> Weights:
             f"'{folder}' does not hold what {layout.index} says: {name_some(strays)}.", _AGAIN
         )
     if path.is_dir():
-        tensors |= shared_tensors(path)
+        tensors = _unpacked(tensors) | shared_tensors(path)
     config = folder_config(path) if path.is_dir() else {}
     stage = read_stage(path) if path.is_dir() else {}
     return Weights(
@@ -650,13 +650,14 @@ def home_of(path: Path) -> Path:
     return path
 
 
-def write_checkpoint(
+def write_checkpoint(  # noqa: PLR0913 - a checkpoint is its parts
     folder: Path,
     *,
     config: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor] | Mapping[str, LazyTensor],
     stage: Mapping[str, Any] | Callable[[Mapping[str, str]], Mapping[str, Any]],
     extra_files: Mapping[str, bytes] | None = None,
+    int8: Collection[str] = (),
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> str:
@@ -670,6 +671,7 @@ def write_checkpoint(
         stage: Becomes ``stage.json``, with the fingerprint added. A function is called when the
             tensors are written, with the digest of each.
         extra_files: Further files by name, for example ``preprocessor_config.json``.
+        int8: Matrices to store as int8 with a scale for each row (see ``pack_rows``).
         max_shard_bytes: No file holds more, unless a single tensor does.
         overwrite: Replace an existing checkpoint folder.
 
@@ -692,12 +694,19 @@ def write_checkpoint(
             if Path(name).name != name:
                 raise CheckpointError(f"'{name}' is no plain file name.")
             (partial / name).write_bytes(data)
-        shards = _split(lazy, max_shard_bytes)
+        packed: dict[str, torch.Tensor] = {}
+        for name in int8:
+            packed[name], packed[f"{name}_scale"] = pack_rows(lazy[name].load())
+        written = lazy | {name: from_tensor(tensor) for name, tensor in packed.items()}
+        shards = _split(written, max_shard_bytes)
         digests: dict[str, str] = {}
         for name, keys in shards.items():
-            digests |= write_tensor_file(partial / name, {key: lazy[key] for key in keys})
+            digests |= write_tensor_file(partial / name, {key: written[key] for key in keys})
         if len(shards) > 1:
-            (partial / INDEX).write_bytes(json_bytes(_index(lazy, shards)))
+            (partial / INDEX).write_bytes(json_bytes(_index(written, shards)))
+        # A fingerprint is of the values, however they are stored.
+        digests = {k: d for k, d in digests.items() if k not in packed}
+        digests |= digests_of({name: lazy[name] for name in int8})
         mark = combine(config, digests)
         said = stage(digests) if callable(stage) else stage
         (partial / MARK).write_bytes(json_bytes({**said, "fingerprint": mark}))
@@ -774,13 +783,19 @@ def read_stage(folder: Path) -> dict[str, Any]:
 def open_tensors(folder: Path) -> dict[str, LazyTensor]:
     """List the tensors of a folder's weights, single file or shards, without reading them.
 
+    Matrices stored as int8 with a scale for each row are listed as what they stand for, float32.
+
     Raises:
         CheckpointError: No weights, a missing or truncated shard, an index that does not agree
             with its shards, or see ``shared_tensors``.
     """
+    return _unpacked(_own_tensors(folder)) | shared_tensors(folder)
+
+
+def _own_tensors(folder: Path) -> dict[str, LazyTensor]:
     single, index = folder / WEIGHTS, folder / INDEX
     if single.is_file():
-        return _open_safetensors(single) | shared_tensors(folder)
+        return _open_safetensors(single)
     if not index.is_file():
         raise CheckpointError(f"'{folder}' has no {WEIGHTS}.", f"m2f2 info '{folder}'")
     mapping = read_json(index).get("weight_map")
@@ -798,7 +813,55 @@ def open_tensors(folder: Path) -> dict[str, LazyTensor]:
                 f"{name_some(wanted ^ set(tensors))}."
             )
         found |= tensors
-    return found | shared_tensors(folder)
+    return found
+
+
+def pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write a matrix as int8 with a scale for each row, without loss where it came from that.
+
+    A folder stores them as ``NAME`` and ``NAME_scale``; ``open_tensors`` gives their product.
+
+    Args:
+        weight: (out, in) float32, each row integers of [-127, 127] times one float32 scale.
+
+    Returns:
+        (out, in) int8 and (out,) float32, whose product is ``weight``.
+
+    Raises:
+        CheckpointError: A row is no such product.
+    """
+    import torch
+
+    largest = weight.abs().amax(1)
+    packed, scales = torch.zeros_like(weight, dtype=torch.int8), torch.zeros_like(largest)
+    left = torch.ones_like(largest, dtype=torch.bool)
+    for top in range(127, 0, -1):
+        scale = torch.where(largest > 0, largest / top, torch.ones_like(largest))
+        whole = (weight / scale[:, None]).round()
+        fits = left & torch.isclose(whole * scale[:, None], weight, rtol=1e-6, atol=0).all(1)
+        packed[fits], scales[fits] = whole[fits].to(torch.int8), scale[fits]
+        left &= ~fits
+        if not left.any():
+            return packed, scales
+    raise CheckpointError(f"{int(left.sum())} rows of a matrix are no int8 rows with a scale.")
+
+
+def _unpacked(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Put float32 matrices in the place of int8 ones that have a scale for each row."""
+    found = dict(tensors)
+    for name, packed in tensors.items():
+        scale = tensors.get(f"{name}_scale")
+        if packed.dtype == "int8" and scale is not None and scale.shape == packed.shape[:1]:
+            found[name] = _product(packed, scale)
+            del found[f"{name}_scale"]
+    return found
+
+
+def _product(packed: LazyTensor, scale: LazyTensor) -> LazyTensor:
+    def whole() -> torch.Tensor:
+        return packed.load().float() * scale.load().float()[:, None]
+
+    return LazyTensor(packed.shape, "float32", lambda: from_tensor(whole()).blocks(), whole)
 
 
 def shared_tensors(folder: Path) -> dict[str, LazyTensor]:

@@ -76,8 +76,8 @@ def demo(
     reasons and takes questions. Files are deleted once they are answered.
     """
     begin = time.perf_counter()
-    from m2f2cli.inference.detect import DetectOptions
-    from m2f2cli.inference.explain_options import ExplainOptions
+    from m2f2cli.options.detect import DetectOptions
+    from m2f2cli.options.explain import ExplainOptions
     from m2f2cli.serving.server import Address, serve
 
     judging = DetectOptions(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from m2f2cli.inference.explain_dataset import DatasetJob
     from m2f2cli.inference.explain_interviews import Heard
     from m2f2cli.inference.explain_job import ExplainJob
-    from m2f2cli.inference.explain_options import ExplainOptions
+    from m2f2cli.options.explain import ExplainOptions
     from m2f2cli.records import Explanation, FaceExplanation
 
 EXAMPLES = {
@@ -82,8 +82,8 @@ def _check(values: Mapping[str, Any]) -> None:
 
 
 def _options(values: Mapping[str, Any]) -> ExplainOptions:
-    from m2f2cli.inference.detect import DetectOptions
-    from m2f2cli.inference.explain_options import ExplainOptions
+    from m2f2cli.options.detect import DetectOptions
+    from m2f2cli.options.explain import ExplainOptions
 
     judging = ("faces", "threshold", "batch_size", "frames", "device", "dtype")
     asking = (

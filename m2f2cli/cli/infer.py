@@ -54,8 +54,8 @@ def detect(
 
     Exit codes: 0 done, 3 some items have no verdict, 4 a --fail-on gate tripped.
     """
-    from m2f2cli.inference.detect import DetectOptions
     from m2f2cli.inference.job import Job
+    from m2f2cli.options.detect import DetectOptions
 
     tripping = gates(fail_on)
     job = Job(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
@@ -17,7 +16,7 @@ import typer
 from m2f2cli.cli import options as flags
 from m2f2cli.cli.output import Output
 from m2f2cli.errors import ConfigError
-from m2f2cli.options.fields import OptionGroups, flag_name
+from m2f2cli.options.fields import Options, flag_name
 from m2f2cli.options.recipes import read_recipe
 from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.runtime import first_process
@@ -84,9 +83,7 @@ Set = Annotated[
 ]
 
 
-def apply_settings(
-    kind: type[OptionGroups], values: dict[str, Any], settings: Sequence[str]
-) -> None:
+def apply_settings(kind: type[Options], values: dict[str, Any], settings: Sequence[str]) -> None:
     """Put what ``--set`` says among the flags' values.
 
     Raises:
@@ -103,7 +100,7 @@ def apply_settings(
         if not equals:
             raise ConfigError(f"--set {key} has no value.", f"For example: --set {key}=1")
         try:
-            values[name] = yaml.safe_load(text)
+            values[name.replace("-", "_")] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {key} cannot read '{text}' as a value.") from error
 
@@ -121,7 +118,7 @@ def train_detector(**values: Any) -> None:
 
 
 def train(
-    kind: type[OptionGroups], values: dict[str, Any], *, trainer: str, blanks: Mapping[str, str]
+    kind: type[Options], values: dict[str, Any], *, trainer: str, blanks: Mapping[str, str]
 ) -> None:
     """What every training command does: print its settings, or train and print the result's folder.
 
@@ -150,19 +147,17 @@ def train(
         output.text(str(folder))
 
 
-def signature_of(options: type[OptionGroups], *others: inspect.Parameter) -> inspect.Signature:
+def signature_of(options: type[Options], *others: inspect.Parameter) -> inspect.Signature:
     """The command-line parameters that a command's options stand for.
 
     Args:
         options: Each of its fields becomes a flag with its help, type, limits and default.
         *others: Further parameters, put first.
     """
-    parameters = list(others)
-    for group, kind in options.groups().items():
-        hints = typing.get_type_hints(kind)
-        for item in dataclasses.fields(kind):  # type: ignore[arg-type]
-            panel = PANELS.get(group, group.capitalize())
-            parameters.append(_parameter(item, hints[item.name], panel))
+    parameters, kinds = list(others), options.types()
+    for group, item in options.walk():
+        panel = PANELS.get(group, group.capitalize())
+        parameters.append(_parameter(item, kinds[item.name], panel))
     return inspect.Signature(parameters)
 
 
@@ -200,7 +195,7 @@ def _extra(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     )
 
 
-def as_command(body: Callable[..., None], options: type[OptionGroups]) -> None:
+def as_command(body: Callable[..., None], options: type[Options]) -> None:
     """Give a command its flags: Typer reads them from the signature."""
     signature = signature_of(
         options,

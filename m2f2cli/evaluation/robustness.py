@@ -25,11 +25,12 @@ from m2f2cli.evaluation.report import read_json
 from m2f2cli.evaluation.runs import check_same_data, count_items, list_sources, truth_of
 from m2f2cli.evaluation.truth import Joined, Truth, fingerprint, join
 from m2f2cli.files import atomic_write, json_bytes
-from m2f2cli.inference.detect import DetectOptions, judge_sources, load, settings_of
+from m2f2cli.inference.detect import judge_sources, load, settings_of
 from m2f2cli.inference.recordfile import RecordFile
 from m2f2cli.inference.scoring import Judge
 from m2f2cli.inference.sources import Source
 from m2f2cli.metrics import LEVEL, RESAMPLES, SEED
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Settings
 
 SCHEMA_VERSION, KIND = 1, "robustness"

@@ -5,70 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
-from m2f2cli.errors import UsageError
 from m2f2cli.inference.assemble import assemble
 from m2f2cli.inference.decoding import Decoder
-from m2f2cli.inference.prepare import FACES_MODES, Crop, Prepared, Recipe
+from m2f2cli.inference.prepare import Crop, Prepared, Recipe
 from m2f2cli.inference.render import Renderer
 from m2f2cli.inference.scoring import Judge, Score, Scorer
 from m2f2cli.inference.sources import Source, expand
 from m2f2cli.inference.verdict import Rule
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Detection, Settings
-
-
-@dataclass(frozen=True)
-class DetectOptions:
-    """How to judge.
-
-    Attributes:
-        faces: ``auto``: every face, and a small square picture without one is taken as a crop;
-            ``all``: every face; ``largest``: the largest; ``none``: every picture is a crop.
-        threshold: Fake probability from which the verdict is fake; None takes the checkpoint's.
-        uncertain: (low, high) gives the verdict uncertain; None for no band; ``checkpoint`` takes
-            the checkpoint's.
-        batch_size: Crops judged at a time; it changes no verdict.
-        frames: Frames sampled from each video, evenly spaced.
-        heatmap: Folder for pictures with the forgery map drawn over them.
-        annotate: Folder for pictures with the face boxes and scores drawn in.
-        device: Where a model given by name runs; see ``runtime.pick_device``.
-        dtype: Its arithmetic; see ``runtime.pick_dtype``.
-    """
-
-    faces: str = "auto"
-    threshold: float | None = None
-    uncertain: tuple[float, float] | Literal["checkpoint"] | None = "checkpoint"
-    batch_size: int = 16
-    frames: int = 16
-    heatmap: Path | None = None
-    annotate: Path | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.faces not in FACES_MODES:
-            raise UsageError(
-                f"Unknown faces mode '{self.faces}'.", f"Use one of: {', '.join(FACES_MODES)}."
-            )
-        if self.batch_size < 1 or self.frames < 1:
-            raise UsageError("The batch size and the number of frames must be at least 1.")
-        self.rule(None, None, None)  # complains about impossible numbers before any work
-
-    def rule(
-        self,
-        threshold: float | None,
-        uncertain: Sequence[float] | None,
-        domain_limit: float | None,
-    ) -> Rule:
-        """The verdict rule, with a checkpoint's values where none are set here."""
-        if self.uncertain != "checkpoint":
-            band = self.uncertain
-        else:
-            band = (float(uncertain[0]), float(uncertain[1])) if uncertain else None
-        chosen = self.threshold if self.threshold is not None else threshold
-        return Rule(0.5 if chosen is None else float(chosen), band, domain_limit)
 
 
 def detect(
@@ -155,7 +101,13 @@ def rule_of(model: Judge, options: DetectOptions) -> Rule:
     """The verdict rule of a run with a loaded detector."""
     config = model.config
     limit = float(config.domain["limit"]) if config.domain else None
-    return options.rule(config.threshold, config.uncertain, limit)
+    chosen = options.threshold if options.threshold is not None else config.threshold
+    band = config.uncertain if options.uncertain == "checkpoint" else options.uncertain
+    return Rule(
+        0.5 if chosen is None else float(chosen),
+        (float(band[0]), float(band[1])) if band else None,
+        limit,
+    )
 
 
 _WAITING = 2  # batches' worth of items that wait for a batch to fill

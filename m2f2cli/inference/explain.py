@@ -11,12 +11,12 @@ from m2f2cli.inference.decoding import Decoder
 from m2f2cli.inference.detect import rule_of, settings_of
 from m2f2cli.inference.explain_asker import Asker, Loaded
 from m2f2cli.inference.explain_interviews import Heard, Interview, Interviewer, Plan
-from m2f2cli.inference.explain_options import ExplainOptions
-from m2f2cli.inference.explain_questions import Question
+from m2f2cli.inference.explain_questions import Question, choose
 from m2f2cli.inference.prepare import Crop, Prepared, View
 from m2f2cli.inference.scoring import Score
 from m2f2cli.inference.sources import Source, expand
 from m2f2cli.inference.verdict import Rule
+from m2f2cli.options.explain import ExplainOptions
 from m2f2cli.records import (
     Answer,
     Detection,
@@ -80,7 +80,7 @@ def explain_sources(
         )
     with Decoder(sources, faces=options.detect.faces, frames=options.detect.frames) as decoder:
         asker = ready(model, options)
-        questions = options.chosen()
+        questions = choose(options)
         settings = explain_settings(model, asker)
         rule = rule_of(asker.model.detector, options.detect)
         prepared = decoder.prepared(asker.recipe(), ahead=options.detect.batch_size)
@@ -101,7 +101,7 @@ def ready(model: str | Loaded, options: ExplainOptions) -> Asker:
     asker = Asker(model, options)
     asker.leave_room(
         asker.length(question.prompt(asker.template, told))
-        for question in options.chosen()
+        for question in choose(options)
         for told in (None, "real", "fake")
     )
     return asker
@@ -121,7 +121,7 @@ def explain_settings(model: str | Loaded, asker: Asker) -> ExplainSettings:
         **{**vars(base), "model_fingerprint": asker.model.fingerprint},
         template=asker.template.name,
         condition=options.condition,
-        questions=tuple(q.text for q in options.chosen() if q.text is not None),
+        questions=tuple(q.text for q in choose(options) if q.text is not None),
         max_new_tokens=options.max_new_tokens,
         sampling=options.sampling(),
         quantised=options.quantize,

@@ -12,16 +12,16 @@ from transformers.generation.streamers import BaseStreamer
 
 from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.data.transforms import explainer_views, normalize
-from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.explain_sampling import SeededDraws, seed_of
 from m2f2cli.inference.optimize_cpu import optimize_for_cpu
 from m2f2cli.inference.prepare import Crop, Recipe
 from m2f2cli.inference.scoring import AT_ONCE_ON_CPU, Score, score_of
-from m2f2cli.models.conversation import Template
+from m2f2cli.models.conversation import Template, template
 from m2f2cli.models.explainer import Explainer, PictureFeatures
 from m2f2cli.models.prefix import SharedPrompts
 from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.models.tokenizer import decode
+from m2f2cli.options.explain import ExplainOptions
 
 Loaded = tuple[Explainer, ExplainerProcessor]
 Hear = Callable[[int, str], object]
@@ -64,7 +64,7 @@ class Asker:
             )
         self.model, self.processor = model
         self.options = options
-        self.template: Template = options.pick_template(self.model.config.template)
+        self.template: Template = template(options.template or self.model.config.template)
         self._room = options.max_new_tokens
 
     def recipe(self) -> Recipe:

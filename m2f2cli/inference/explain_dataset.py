@@ -15,12 +15,12 @@ from m2f2cli.inference.explain import explain_settings
 from m2f2cli.inference.explain_asker import Asker, Loaded
 from m2f2cli.inference.explain_interviews import Interview, Interviewer, Plan
 from m2f2cli.inference.explain_job import open_records
-from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.explain_questions import JUDGEMENT, Question, untold
 from m2f2cli.inference.explain_rows import AnswerRow, Row, read_questions
 from m2f2cli.inference.prepare import Prepared
 from m2f2cli.inference.recordfile import Layout
 from m2f2cli.inference.sources import Source
+from m2f2cli.options.explain import ExplainOptions
 from m2f2cli.records import ExplainSettings
 
 _SUFFIXES = (".jpg", *sorted(IMAGE_SUFFIXES - {".jpg"}))
@@ -90,7 +90,7 @@ class DatasetJob:
         if output is not None and output.resolve() == file.resolve():
             raise UsageError(f"'{output}' is the file of questions.", "Choose another --output.")
         self.model = model
-        self.options = options.for_crops()
+        self.options = replace(options, detect=replace(options.detect, faces="none"))
         self._images = images.rstrip("/")
         rows, self._digest = read_questions(file)
         self._rows = self._judgements(rows) if options.judge else rows

@@ -10,10 +10,10 @@ from m2f2cli.errors import UsageError
 from m2f2cli.inference.explain import explain_settings, explain_sources
 from m2f2cli.inference.explain_asker import Asker, Loaded
 from m2f2cli.inference.explain_interviews import Heard
-from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.job import Tally, record_new, refuse_input
 from m2f2cli.inference.recordfile import EXPLANATIONS, Layout, RecordFile
 from m2f2cli.inference.sources import expand
+from m2f2cli.options.explain import ExplainOptions
 from m2f2cli.records import Explanation
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from m2f2cli.data.conversations import stated_label
 from m2f2cli.errors import UsageError
 from m2f2cli.models.conversation import DEEPFAKE, IMAGE, Template, Turn
-
-REGIONS = ("skin", "eyes", "eyebrows", "nose", "mouth", "face")
-CONDITIONS = ("detector", "none", "truth")
+from m2f2cli.options.explain import REGIONS, ExplainOptions
 
 _HEAD = re.compile(rf"(?:{IMAGE}|{DEEPFAKE}|\s)*")
 _TOLD = re.compile(r"This image is (?:real|fake)\.\s*")
@@ -60,32 +57,10 @@ class Question:
 JUDGEMENT = Question(None)
 
 
-def choose(
-    questions: Sequence[str], regions: Sequence[str], *, judge: bool = False
-) -> tuple[Question, ...]:
-    """What is asked of each face: the judgement first.
-
-    Args:
-        questions: The user's own.
-        regions: Of ``REGIONS``; when both are empty, all of them.
-        judge: Nothing but the judgement.
-
-    Raises:
-        UsageError: A region is unknown, a question empty, or ``judge`` meets questions.
-    """
-    for region in regions:
-        if region not in REGIONS:
-            raise UsageError(f"Unknown region '{region}'.", f"Use one of: {', '.join(REGIONS)}.")
-    for question in questions:
-        if not question.strip():
-            raise UsageError("A question is empty.", 'For example: --question "Why the nose?"')
-    if judge and (questions or regions):
-        raise UsageError(
-            "--judge asks for the judgement alone.",
-            "Leave out --judge, or --question and --region.",
-        )
-    own = [Question(text) for text in dict.fromkeys(questions)]
-    wanted = dict.fromkeys(regions or (() if own or judge else REGIONS))
+def choose(options: ExplainOptions) -> tuple[Question, ...]:
+    """What is asked of each face: the judgement first, then regions, then the user's own."""
+    own = [Question(text) for text in dict.fromkeys(options.questions)]
+    wanted = dict.fromkeys(options.regions or (() if own or options.judge else REGIONS))
     return (JUDGEMENT, *(of_region(region) for region in wanted), *own)
 
 

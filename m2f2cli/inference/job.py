@@ -15,8 +15,8 @@ from m2f2cli.inference.sources import Source, expand
 from m2f2cli.records import VERDICTS, Detection, Settings, to_csv
 
 if TYPE_CHECKING:
-    from m2f2cli.inference.detect import DetectOptions
     from m2f2cli.inference.scoring import Judge
+    from m2f2cli.options.detect import DetectOptions
 
 Record = TypeVar("Record", bound=Detection)
 

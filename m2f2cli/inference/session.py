@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.assemble import assemble
 from m2f2cli.inference.detect import load, rule_of, settings_of
-from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.prepare import Crop, Prepared, Recipe, prepare
 from m2f2cli.inference.scoring import Judge, Score, Scorer
 from m2f2cli.inference.sources import Source
+from m2f2cli.options.explain import ExplainOptions
 from m2f2cli.records import Box, Detection, Explanation, Settings
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ class Session:
         """
         from m2f2cli.inference.explain import explain_settings, most_fake, ready, with_words
         from m2f2cli.inference.explain_interviews import Interviewer, Plan
+        from m2f2cli.inference.explain_questions import choose
 
         if self._asker is None:
             raise UsageError(
@@ -154,7 +155,7 @@ class Session:
             )
         options = replace(self.options, regions=tuple(regions), questions=tuple(questions))
         asker = ready((self._asker.model, self._asker.processor), options)
-        chosen = options.chosen()
+        chosen = choose(options)
         if judged.record.kind == "video":
             frame, crop = most_fake(judged.prepared, judged.scores, self.rule)
             plan = Plan(judged.prepared, (crop,), chosen, judged.scores, frame.index)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from m2f2cli.errors import UsageError
-from m2f2cli.registry import Registry
+from m2f2cli.options.explain import TEMPLATES
 
 IMAGE = "<image>"
 DEEPFAKE = "<deepfake>"
@@ -130,12 +130,6 @@ DDVQA = Template(
     between="###",
     judge="Determine the authenticity. Is the image real or fake?",
     judge_head=f"{IMAGE}\n {DEEPFAKE}\n ",
-)
-_HERE = "m2f2cli.models.conversation"
-TEMPLATES = Registry(
-    "conversation template",
-    {"vicuna_v1": f"{_HERE}:VICUNA_V1", "ddvqa": f"{_HERE}:DDVQA"},
-    group="m2f2cli.templates",
 )
 
 

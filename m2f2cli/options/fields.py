@@ -15,13 +15,14 @@ import typing
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from m2f2cli.errors import ConfigError
 
 T = TypeVar("T")
-Group = TypeVar("Group", bound="OptionGroups")
+Kind = TypeVar("Kind", bound="Options")
 
 
 # What options were called before, as flags without dashes: an old name on the command line, in a
@@ -78,24 +79,44 @@ class Limits(NamedTuple):
     open_low: bool = False
 
 
-def option(default: T, help: str, *choices: str, key: bool = False, **limits: Any) -> T:
-    """Declare a field of an options class.
+def option(default: T, help: str, *choices: str, key: bool = False, **more: Any) -> T:
+    """Declare an option: a field of an options class.
 
     Args:
         default: Its value when nobody sets it.
         help: One or two sentences for the user: what it does, its unit, the published value.
         *choices: The words it accepts, if it accepts only some.
         key: Few people set it: help pages leave it out; it is a key of ``--config`` and ``--set``.
-        **limits: ``low``, ``high`` and ``open_low`` of ``Limits``.
+        **more: ``low``, ``high`` and ``open_low`` of ``Limits``, and what is seldom needed:
+            ``group``, the heading it stands under; ``metavar``, the word for its value; ``short``,
+            a short spelling; ``name``, where it is called otherwise than its field; ``variable``,
+            another environment variable than its own; ``argument``, whether it is given by place;
+            ``says_default``, whether ``help`` says the default; ``parse`` and ``spell``, functions
+            from a word to its value and back.
     """
-    metadata = {"help": help, "limits": Limits(choices, **limits), "key": key}
-    declared: T = field(default=default, metadata=metadata)
+    declared: T = field(default=default, metadata=_about(help, choices, key, more))
     return declared
 
 
-def required(help: str) -> Any:
-    """Declare a field that has no default."""
-    return field(metadata={"help": help, "limits": Limits(), "key": False})
+def required(help: str, *choices: str, **more: Any) -> Any:
+    """Declare an option that has no default; arguments as for ``option``."""
+    return field(metadata=_about(help, choices, False, more))
+
+
+def _about(help: str, choices: tuple[str, ...], key: bool, more: dict[str, Any]) -> dict[str, Any]:
+    limits = {name: more.pop(name) for name in ("low", "high", "open_low") if name in more}
+    return {"help": help, "limits": Limits(choices, **limits), "key": key, "group": "", **more}
+
+
+def group(kind: type[Kind], *only: str) -> Kind:
+    """Declare a field that is a group of options.
+
+    Args:
+        kind: Their class.
+        *only: The fields that are options of the command; all of them without.
+    """
+    declared: Kind = field(default_factory=kind, metadata={"only": only})
+    return declared
 
 
 def flag_name(field_name: str) -> str:
@@ -103,20 +124,163 @@ def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
-class Checked:
-    """Base of options classes: converts and checks every field when an instance is built."""
+def key_of(item: dataclasses.Field[Any]) -> str:
+    """What an option is called in files, and after the dashes of its flag."""
+    return str(item.metadata.get("name") or item.name).replace("_", "-")
+
+
+def _flag(item: dataclasses.Field[Any]) -> str:
+    argument: str | None = item.metadata.get("metavar") if "argument" in item.metadata else None
+    return argument or flag_name(key_of(item))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of options classes: frozen dataclasses whose fields are options, or groups of them.
+
+    Values are converted and checked when an instance is built. Across all groups the options'
+    names are unique: they are a command's flags.
+    """
 
     def __post_init__(self) -> None:
-        kinds = typing.get_type_hints(type(self))
-        for item in fields(self):  # type: ignore[arg-type]
-            flag = flag_name(item.name)
-            value = _convert(flag, getattr(self, item.name), kinds[item.name])
-            _check(flag, value, item.metadata["limits"])
+        kinds = _kinds(type(self))
+        for item in fields(self):
+            if "help" not in item.metadata:
+                continue
+            value, parse = getattr(self, item.name), item.metadata.get("parse")
+            value = parse(value) if parse else _convert(_flag(item), value, kinds[item.name])
+            if value != item.default:
+                _check(_flag(item), value, item.metadata["limits"])
             object.__setattr__(self, item.name, value)
         self.check()
 
     def check(self) -> None:
-        """Check what fields say together; raise ``ConfigError`` in the words of the flags."""
+        """Check what fields say together; raise ``UsageError`` in the words of the flags."""
+
+    @classmethod
+    def walk(cls) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+        """Every option with the name of its group, dotted where nested, in order."""
+        for item in fields(cls):
+            if "help" in item.metadata:
+                yield "", item
+                continue
+            only = item.metadata.get("only")
+            for inner, option in _kinds(cls)[item.name].walk():
+                if not only or option.name in only:
+                    yield f"{item.name}.{inner}".rstrip("."), option
+
+    @classmethod
+    def types(cls) -> dict[str, Any]:
+        """The type of every option, by the field's name."""
+        found: dict[str, Any] = {}
+        for item in fields(cls):
+            kind = _kinds(cls)[item.name]
+            found |= {item.name: kind} if "help" in item.metadata else kind.types()
+        return found
+
+    @classmethod
+    def from_flat(cls: type[Kind], values: Mapping[str, Any]) -> Kind:
+        """Build from one flat mapping, such as a configuration file or ``stage.json`` holds.
+
+        Args:
+            values: Option names, with dashes or underscores, to values; what is missing gets its
+                default.
+
+        Raises:
+            ConfigError: A name is unknown, a value impossible, or a required option missing.
+        """
+        given = {name.replace("_", "-"): value for name, value in values.items()}
+        known = [key_of(item) for _, item in cls.walk()]
+        for key in given:
+            if key in known:
+                continue
+            if new := renamed(key, known):
+                raise ConfigError(f"'{key}' is now '{new}'.", f"Write '{new}' instead.")
+            near = get_close_matches(key, known, n=1)
+            raise ConfigError(
+                f"There is no option '{key}'.", f"Did you mean '{near[0]}'?" if near else None
+            )
+        for _, item in cls.walk():
+            if item.default is dataclasses.MISSING and given.get(key_of(item)) in (None, (), []):
+                flag = _flag(item)
+                value = "" if "argument" in item.metadata else " PATH"
+                raise ConfigError(f"{flag} is missing.", f"Add {flag}{value}.")
+        return cls._build(given)
+
+    @classmethod
+    def _build(cls: type[Kind], given: Mapping[str, Any]) -> Kind:
+        built = {}
+        for item in fields(cls):
+            if "help" not in item.metadata:
+                built[item.name] = _kinds(cls)[item.name]._build(given)
+            elif key_of(item) in given:
+                built[item.name] = given[key_of(item)]
+        return cls(**built)
+
+    @classmethod
+    def name_of(cls, key: str) -> str | None:
+        """The option that a key of ``--set`` or of a file names; None if there is none.
+
+        Args:
+            key: ``learning-rate``, or with its group ``optimizer.learning-rate``. Dots may separate
+                the parts: ``augment.jpeg.quality`` is ``jpeg-quality``, ``augment.jpeg.p``, the
+                share that it is done to, ``jpeg``.
+        """
+        names = {key_of(item): group for group, item in cls.walk()}
+        groups = {part for group in names.values() for part in group.split(".")}
+        parts, group = key.replace("_", "-").split("."), ""
+        while len(parts) > 1 and parts[0] in groups:
+            group = parts.pop(0)
+        spelled = "-".join(parts[:-1] if len(parts) > 1 and parts[-1] == "p" else parts)
+        for name in (spelled, parts[-1]):  # augment.affine.degrees is degrees
+            if name in names and (not group or group in names[name].split(".")):
+                return name
+        return None
+
+    @classmethod
+    def recorded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What an earlier version recorded, under the present names of the options.
+
+        Args:
+            values: As ``to_flat`` gave them then.
+        """
+        known = {key_of(item) for _, item in cls.walk()}
+        return {renamed(name, known) or name: value for name, value in values.items()}
+
+    def to_flat(self) -> dict[str, Any]:
+        """Option names with dashes to plain values (JSON and YAML), in order."""
+        flat = {}
+        for group, item in self.walk():
+            value = getattr(reduce(getattr, filter(None, group.split(".")), self), item.name)
+            if spell := item.metadata.get("spell"):
+                value = spell(value)
+            elif isinstance(value, tuple):
+                several = [str(v) if isinstance(v, Path) else v for v in value]
+                value = several[0] if len(several) == 1 else several  # one word stays a word
+            flat[key_of(item)] = str(value) if isinstance(value, Path) else value
+        return flat
+
+    def to_yaml(self) -> str:
+        """The configuration file that says the same, group by group."""
+        import yaml
+
+        blocks: dict[str, list[str]] = {}
+        flat = self.to_flat()
+        for group, item in self.walk():
+            holder = reduce(getattr, filter(None, group.split(".")), self)
+            title = item.metadata["group"] or (holder.__doc__ or group).split("\n")[0]
+            value = yaml.safe_dump(flat[key_of(item)], default_flow_style=True, allow_unicode=True)
+            blocks.setdefault(f"# {title}", []).append(f"{key_of(item)}: {value.splitlines()[0]}")
+        return "\n\n".join("\n".join((title, *lines)) for title, lines in blocks.items()) + "\n"
+
+
+_hints = cache(typing.get_type_hints)
+
+
+def _kinds(cls: Any) -> dict[str, Any]:
+    """The types of a class's fields, read once."""
+    found: dict[str, Any] = _hints(cls)
+    return found
 
 
 def _convert(flag: str, value: Any, kind: Any) -> Any:
@@ -174,111 +338,3 @@ def _check(flag: str, value: Any, limits: Limits) -> None:
             raise ConfigError(f"{flag} must be at most {limits.high:g}, not {number:g}.")
     if len(numbers) == 2 and numbers[0] > numbers[1]:
         raise ConfigError(f"{flag} needs its lower value first, not {numbers[0]:g} {numbers[1]:g}.")
-
-
-@dataclass(frozen=True)
-class OptionGroups:
-    """Base of a command's options: a dataclass whose fields are ``Checked`` groups.
-
-    Across all groups field names are unique: they are the command's flags.
-    """
-
-    @classmethod
-    def groups(cls) -> dict[str, type[Checked]]:
-        """Group names to their classes, in order."""
-        kinds = typing.get_type_hints(cls)
-        return {item.name: kinds[item.name] for item in fields(cls)}
-
-    @classmethod
-    def walk(cls) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-        """Every option with the name of its group, in order."""
-        for group, kind in cls.groups().items():
-            for item in fields(kind):  # type: ignore[arg-type]
-                yield group, item
-
-    @classmethod
-    def from_flat(cls: type[Group], values: Mapping[str, Any]) -> Group:
-        """Build from one flat mapping, such as a configuration file or ``stage.json`` holds.
-
-        Args:
-            values: Option names, with dashes or underscores, to values; what is missing gets its
-                default.
-
-        Raises:
-            ConfigError: A name is unknown, a value impossible, or a required option missing.
-        """
-        given = {name.replace("-", "_"): value for name, value in values.items()}
-        home = {item.name: group for group, item in cls.walk()}
-        for name in given:
-            if name not in home:
-                old, known = name.replace("_", "-"), [key.replace("_", "-") for key in home]
-                if new := renamed(old, known):
-                    raise ConfigError(f"'{old}' is now '{new}'.", f"Write '{new}' instead.")
-                near = get_close_matches(old, known, n=1)
-                hint = f"Did you mean '{near[0]}'?" if near else None
-                raise ConfigError(f"There is no option '{old}'.", hint)
-        for _, item in cls.walk():
-            if item.default is dataclasses.MISSING and given.get(item.name) is None:
-                flag = flag_name(item.name)
-                raise ConfigError(f"{flag} is missing.", f"Add {flag} PATH.")
-        built = {
-            group: kind(**{name: given[name] for name in given if home[name] == group})
-            for group, kind in cls.groups().items()
-        }
-        return cls(**built)
-
-    @classmethod
-    def name_of(cls, key: str) -> str | None:
-        """The option that a key of ``--set`` names, with underscores; None if there is none.
-
-        Args:
-            key: ``learning-rate``, or with its group ``optimizer.learning-rate``. Dots may separate
-                the parts: ``augment.jpeg.quality`` is ``jpeg-quality``, ``augment.jpeg.p``, the
-                share that it is done to, ``jpeg``.
-        """
-        names = {item.name: group for group, item in cls.walk()}
-        first, dot, rest = key.replace("-", "_").partition(".")
-        group, path = (first, rest) if dot and first in cls.groups() else (None, first + dot + rest)
-        parts = path.split(".")
-        spelled = "_".join(parts[:-1] if len(parts) > 1 and parts[-1] == "p" else parts)
-        for name in (spelled, parts[-1]):  # augment.affine.degrees is degrees
-            if name in names and group in (None, names[name]):
-                return name
-        return None
-
-    @classmethod
-    def recorded(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What an earlier version recorded, under the present names of the options.
-
-        Args:
-            values: As ``to_flat`` gave them then.
-        """
-        known = {item.name.replace("_", "-") for _, item in cls.walk()}
-        return {renamed(name, known) or name: value for name, value in values.items()}
-
-    def to_flat(self) -> dict[str, Any]:
-        """Option names with dashes to plain values (JSON and YAML), in order."""
-        flat = {}
-        for group, item in self.walk():
-            value = getattr(getattr(self, group), item.name)
-            if isinstance(value, Path):
-                value = str(value)
-            if isinstance(value, tuple):
-                value = list(value) if len(value) > 1 else value[0]  # one word stays a word
-            flat[item.name.replace("_", "-")] = value
-        return flat
-
-    def to_yaml(self) -> str:
-        """The configuration file that says the same, group by group."""
-        import yaml
-
-        flat = self.to_flat()
-        blocks = []
-        for group, kind in self.groups().items():
-            lines = ["# " + (kind.__doc__ or group).split("\n")[0]]
-            for item in fields(kind):  # type: ignore[arg-type]
-                key = item.name.replace("_", "-")
-                value = yaml.safe_dump(flat[key], default_flow_style=True, allow_unicode=True)
-                lines.append(f"{key}: {value.splitlines()[0]}")
-            blocks.append("\n".join(lines))
-        return "\n\n".join(blocks) + "\n"

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from m2f2cli.errors import ConfigError
-from m2f2cli.options.fields import Checked, OptionGroups, flag_name, option, required
+from m2f2cli.options.fields import Options, flag_name, option, required
 from m2f2cli.options.recipes import read_recipe
 from m2f2cli.options.training_data import DataOptions
 from m2f2cli.options.training_pictures import AugmentOptions, PseudoFakeOptions
 
 
 @dataclass(frozen=True)
-class ModelOptions(Checked):
+class ModelOptions(Options):
     """What the detector is made of and what of it trains."""
 
     model: str | None = option(
@@ -95,7 +95,7 @@ class ModelOptions(Checked):
 
 
 @dataclass(frozen=True)
-class OptimizerOptions(Checked):
+class OptimizerOptions(Options):
     """How the weights move."""
 
     epochs: int = option(200, "Passes over the data (published: 200).", low=1)
@@ -211,7 +211,7 @@ class OptimizerOptions(Checked):
 
 
 @dataclass(frozen=True)
-class ObjectiveOptions(Checked):
+class ObjectiveOptions(Options):
     """What the weights are pulled towards."""
 
     balance: bool = option(
@@ -274,7 +274,7 @@ class ObjectiveOptions(Checked):
 
 
 @dataclass(frozen=True)
-class RunOptions(Checked):
+class RunOptions(Options):
     """Where the result goes and how the machine is used."""
 
     output: Path = required("Folder for the detector; it must not exist yet.")
@@ -339,7 +339,7 @@ INCIDENTAL = frozenset(
 
 
 @dataclass(frozen=True)
-class TrainDetectorOptions(OptionGroups):
+class TrainDetectorOptions(Options):
     """Every option of ``m2f2 train-detector``."""
 
     data: DataOptions
@@ -352,7 +352,7 @@ class TrainDetectorOptions(OptionGroups):
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> TrainDetectorOptions:
-        """As ``OptionGroups.from_flat``; what is missing is taken from the recipe, if one is named.
+        """As ``Options.from_flat``; what is missing is taken from the recipe, if one is named.
 
         Raises:
             ConfigError: As there, or the recipe is unknown.
@@ -362,7 +362,8 @@ class TrainDetectorOptions(OptionGroups):
             given = {**read_recipe(given["recipe"]), **given}
         return super().from_flat(given)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Objectives have what they learn from."""
         if self.objective.judgement_weight and self.data.annotations is None:
             raise ConfigError(
                 "--judgement-weight needs the judgements to learn.", "Give --annotations DIR."

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from m2f2cli.errors import ConfigError
-from m2f2cli.options.fields import Checked, OptionGroups, option, required
+from m2f2cli.options.fields import Options, option, required
 
 DEEPSPEED = ("zero2", "zero3", "zero3-offload")
 
 
 @dataclass(frozen=True)
-class ConversationOptions(Checked):
+class ConversationOptions(Options):
     """What to learn from."""
 
     data: Path = required("Conversation JSON, as 'm2f2 prepare ddvqa' writes it.")
@@ -76,7 +76,7 @@ class ConversationOptions(Checked):
 
 
 @dataclass(frozen=True)
-class ExplainerOptions(Checked):
+class ExplainerOptions(Options):
     """What it starts from and how it is held in memory."""
 
     model: str = required("The explainer to start from: a checkpoint folder or Hub id.")
@@ -109,7 +109,7 @@ class QuantizedOptions(ExplainerOptions):
 
 
 @dataclass(frozen=True)
-class AdapterOptions(Checked):
+class AdapterOptions(Options):
     """The low-rank updates, on every linear layer of the language model but its head."""
 
     lora_r: int = option(128, "Rank of an update (published: 128).", low=1)
@@ -120,7 +120,7 @@ class AdapterOptions(Checked):
 
 
 @dataclass(frozen=True)
-class StepOptions(Checked):
+class StepOptions(Options):
     """How the weights move."""
 
     epochs: int = option(1, "Passes over the data (published: 1).", low=1)
@@ -163,7 +163,7 @@ class LoraStepOptions(StepOptions):
 
 
 @dataclass(frozen=True)
-class StageRunOptions(Checked):
+class StageRunOptions(Options):
     """Where the result goes and how the machines are used."""
 
     output: Path = required("Folder for the delta; it must not exist yet.")
@@ -218,7 +218,7 @@ INCIDENTAL = frozenset(("output", "workers", "save-steps", "resume", "overwrite"
 
 
 @dataclass(frozen=True)
-class AlignOptions(OptionGroups):
+class AlignOptions(Options):
     """Every option of ``m2f2 align``."""
 
     data: ConversationOptions
@@ -228,7 +228,7 @@ class AlignOptions(OptionGroups):
 
 
 @dataclass(frozen=True)
-class LoraOptions(OptionGroups):
+class LoraOptions(Options):
     """Every option of ``m2f2 lora``."""
 
     data: ConversationOptions

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2f2cli.errors import ConfigError
-from m2f2cli.options.fields import Checked, option, required
+from m2f2cli.options.fields import Options, option, required
 
 COMPRESSIONS = ("raw", "c23", "c40")
 MANIPULATIONS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
 
 
 @dataclass(frozen=True)
-class DataOptions(Checked):
+class DataOptions(Options):
     """What to train on and what to measure on."""
 
     data: tuple[str, ...] = required(

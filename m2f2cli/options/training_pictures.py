@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 from m2f2cli.errors import ConfigError
-from m2f2cli.options.fields import Checked, option
+from m2f2cli.options.fields import Options, option
 
 _P = {"low": 0.0, "high": 1.0}
 
 
 @dataclass(frozen=True)
-class AugmentOptions(Checked):
+class AugmentOptions(Options):
     """How training pictures are changed, by ``data.augment.augment``."""
 
     flip: float = option(0.5, "Share of pictures mirrored (published).", **_P, key=True)
@@ -79,7 +79,7 @@ class AugmentOptions(Checked):
 
 
 @dataclass(frozen=True)
-class PseudoFakeOptions(Checked):
+class PseudoFakeOptions(Options):
     """Forgeries made of real pictures, as shares of the forged pictures of an epoch."""
 
     self_blend: float = option(0.0, "Share made of one real face.", **_P, key=True)

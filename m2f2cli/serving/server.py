@@ -19,7 +19,7 @@ from m2f2cli.compat import configure_gradio
 from m2f2cli.errors import M2F2Error, MissingExtraError, UsageError
 
 if TYPE_CHECKING:
-    from m2f2cli.inference.explain_options import ExplainOptions
+    from m2f2cli.options.explain import ExplainOptions
     from m2f2cli.serving.gate import Uploads
 
 QUEUE = 20  # visitors that wait; more are told to come back

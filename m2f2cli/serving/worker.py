@@ -20,9 +20,9 @@ from PIL import Image
 from m2f2cli.data.images import read_picture
 from m2f2cli.data.video import VIDEO_SUFFIXES, read_frames
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.inference.explain_questions import REGIONS
 from m2f2cli.inference.session import Judged, Session
 from m2f2cli.inference.sources import Source
+from m2f2cli.options.explain import REGIONS
 from m2f2cli.records import Box, Detection, Explanation
 from m2f2cli.serving.gate import Uploads
 

@@ -16,7 +16,7 @@ from typing import Any
 from m2f2cli.checkpoints import io
 from m2f2cli.errors import ConfigError, UsageError
 from m2f2cli.files import atomic_write, json_bytes, refuse_existing
-from m2f2cli.options.fields import OptionGroups
+from m2f2cli.options.fields import Options
 from m2f2cli.runtime import first_process, process_count
 
 PROCESSES = "processes"
@@ -91,7 +91,7 @@ def check_output(options: Any, incidental: Collection[str]) -> None:
     """Refuse what stands at the output, or beside it, if the run may not go there.
 
     Args:
-        options: An ``OptionGroups`` whose group ``run`` has output, overwrite and resume.
+        options: An ``Options`` whose group ``run`` has output, overwrite and resume.
         incidental: Options that may differ on resuming.
 
     Raises:
@@ -139,7 +139,7 @@ def claim_output(options: Any, incidental: Collection[str]) -> None:
 
 
 def same_options(
-    noted: Mapping[str, Any], options: OptionGroups, incidental: Collection[str], *, where: Path
+    noted: Mapping[str, Any], options: Options, incidental: Collection[str], *, where: Path
 ) -> None:
     """Refuse to go on with other options than a run was begun with.
 

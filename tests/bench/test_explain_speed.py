@@ -20,12 +20,13 @@ from PIL import Image
 
 from m2f2cli.data.images import read_picture
 from m2f2cli.data.transforms import explainer_views
-from m2f2cli.inference.detect import DetectOptions
 from m2f2cli.inference.explain import explain
-from m2f2cli.inference.explain_options import ExplainOptions
+from m2f2cli.inference.explain_questions import choose
 from m2f2cli.models.explainer import Explainer, ExplainerConfig
 from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.models.tokenizer import decode
+from m2f2cli.options.detect import DetectOptions
+from m2f2cli.options.explain import ExplainOptions
 from tests.parity import explainer as golden
 
 pytestmark = pytest.mark.bench
@@ -60,7 +61,7 @@ def large_explainer() -> tuple[Explainer, ExplainerProcessor]:
 def one_by_one(
     model: Explainer, processor: ExplainerProcessor, files: list[str]
 ) -> list[list[str]]:
-    prompts = [question.prompt(processor.template, None) for question in OPTIONS.chosen()]
+    prompts = [question.prompt(processor.template, None) for question in choose(OPTIONS)]
     answers = []
     for file in files:
         texts = []
@@ -83,7 +84,7 @@ def test_questions_a_second(make, tmp_path: Path):
     model, processor = make()
     ends = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = None  # every answer has NEW_TOKENS tokens
-    questions = PICTURES * len(OPTIONS.chosen())
+    questions = PICTURES * len(choose(OPTIONS))
     rng = np.random.default_rng(0)
     rates: dict[str, list[float]] = {"one by one": [], "m2f2 explain": []}
     for turn in range(ROUNDS):
@@ -102,7 +103,7 @@ def test_questions_a_second(make, tmp_path: Path):
     before, after = (statistics.median(seen) for seen in rates.values())
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(
-        f"\n{size:.0f} M parameters, {len(OPTIONS.chosen())} questions x {ROUNDS * PICTURES} "
+        f"\n{size:.0f} M parameters, {len(choose(OPTIONS))} questions x {ROUNDS * PICTURES} "
         f"pictures, {NEW_TOKENS} new tokens, {torch.get_num_threads()} threads: "
         f"one by one {before:.2f} questions/s, m2f2 explain {after:.2f}, {after / before:.1f}x"
     )

@@ -30,11 +30,11 @@ from m2f2cli.data.readers.ddvqa import read_annotations
 from m2f2cli.data.samples import REAL, kind_of
 from m2f2cli.inference.detect import DetectOptions, detect
 from m2f2cli.inference.explain_asker import Asker
-from m2f2cli.inference.explain_options import ExplainOptions
-from m2f2cli.inference.explain_questions import JUDGEMENT, REGIONS, of_region
+from m2f2cli.inference.explain_questions import JUDGEMENT, of_region
 from m2f2cli.inference.prepare import Recipe, prepare
 from m2f2cli.inference.sources import expand
 from m2f2cli.models.explainer import PictureFeatures
+from m2f2cli.options.explain import REGIONS, ExplainOptions
 
 pytestmark = [
     pytest.mark.bench,

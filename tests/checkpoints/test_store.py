@@ -303,3 +303,34 @@ def test_writing_needs_no_second_copy_of_the_model(tmp_path):
     assert done.returncode < 24, (
         f"grew by {done.returncode} MiB in {time.monotonic() - begin:.1f} s"
     )
+
+
+def int8_matrix(rows: int, columns: int, top: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(top)
+    integers = torch.randint(-top, top + 1, (rows, columns), generator=generator)
+    return integers * (0.001 + torch.rand(rows, 1, generator=generator))
+
+
+@pytest.mark.parametrize("top", [127, 101, 1])
+def test_int8_rows_come_back_as_the_values_they_stand_for(tmp_path, top):
+    tensors = {"a.weight": int8_matrix(9, 40, top), "a.bias": torch.ones(9), "z": torch.zeros(2, 3)}
+    tensors["a.weight"][4] = 0
+    mark = write(tmp_path / "packed", tensors, int8=["a.weight", "z"])
+    stored = load_file(tmp_path / "packed" / "model.safetensors")
+    assert stored["a.weight"].dtype == torch.int8
+    assert stored["a.weight_scale"].shape == (9,)
+    read = io.read_tensors(tmp_path / "packed", finite=True)
+    assert set(read) == set(tensors)
+    assert torch.allclose(read["a.weight"], tensors["a.weight"], rtol=1e-6, atol=0)
+    assert torch.equal(read["z"], tensors["z"])
+    again = write(tmp_path / "again", read, int8=["a.weight", "z"])
+    assert torch.equal(io.read_tensors(tmp_path / "again")["a.weight"], read["a.weight"])
+    assert io.fingerprint(tmp_path / "again", verify=True) == again
+    assert write(tmp_path / "plain", read) == again
+    assert io.fingerprint(tmp_path / "packed") == mark
+
+
+def test_what_is_no_int8_matrix_is_not_stored_as_one(tmp_path):
+    with pytest.raises(CheckpointError, match="no int8 rows"):
+        write(tmp_path / "m", {"a": torch.randn(3, 50)}, int8=["a"])
+    assert not (tmp_path / "m").exists()

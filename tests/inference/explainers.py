@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from m2f2cli.inference.detect import DetectOptions
 from m2f2cli.inference.explain_asker import Asker, Said
-from m2f2cli.inference.explain_options import ExplainOptions
+from m2f2cli.options.detect import DetectOptions
+from m2f2cli.options.explain import ExplainOptions
 from tests.models.explainers import tiny_explainer, tiny_processor
 
 TOKENS = 6

@@ -16,6 +16,7 @@ from m2f2cli.data.images import read_picture
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.explain import explain, explain_sources
 from m2f2cli.inference.explain_asker import Asker
+from m2f2cli.inference.explain_questions import choose
 from m2f2cli.inference.explain_sampling import SeededDraws
 from m2f2cli.inference.sources import expand
 from m2f2cli.models.conversation import DDVQA, Template
@@ -75,14 +76,14 @@ def test_one_by_one_batched_and_shared_give_the_same_words(tmp_path: Path):
         records = list(explain(files, model=loaded, options=sized))
         found.append([words(record) for record in records])
     prompts = [
-        [q.prompt(DDVQA, record.explanations[0].told) for q in options.chosen()]
+        [q.prompt(DDVQA, record.explanations[0].told) for q in choose(options)]
         for record in records
     ]
     one_by_one = [
         [alone(loaded, file, prompt, 12) for prompt in texts]
         for file, texts in zip(files, prompts, strict=True)
     ]
-    views = [[read_picture(file).pixels] for file in files for _ in options.chosen()]
+    views = [[read_picture(file).pixels] for file in files for _ in choose(options)]
     batch = processor([prompt for texts in prompts for prompt in texts], views)
     out = model.generate(**batch, do_sample=False, max_new_tokens=12).tolist()
     assert found[0] == found[1] == one_by_one
@@ -278,7 +279,7 @@ def test_answers_end_where_the_context_does(loaded, pictures):
     """And all end alike, whatever they are asked beside."""
     model, processor = loaded
     question = "Why " * 85
-    prompt = asking(questions=(question,)).chosen()[1].prompt(processor.template, "fake")
+    prompt = choose(asking(questions=(question,)))[1].prompt(processor.template, "fake")
     room = model.config.text_config.max_position_embeddings - len(processor.tokens(prompt, 1))
     assert 0 < room < 40
     found = [
@@ -306,7 +307,7 @@ def test_impossible_questions_are_refused_before_any_work(loaded, pictures, ques
 
 def test_a_template_without_placeholders_is_refused(loaded, pictures, monkeypatch):
     blind = Template("blind", "", "Q: ", " A:", "", judge="Real or fake?", judge_head="")
-    monkeypatch.setattr("m2f2cli.inference.explain_options.template", lambda name: blind)
+    monkeypatch.setattr("m2f2cli.inference.explain_asker.template", lambda name: blind)
     with pytest.raises(UsageError, match="no <image> or <deepfake>"):
         next(explain(pictures, model=loaded, options=asking(judge=True)))
 

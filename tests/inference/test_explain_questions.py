@@ -10,27 +10,29 @@ from pathlib import Path
 import pytest
 
 from m2f2cli.errors import ConfigError, UsageError
-from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.explain_questions import (
     JUDGEMENT,
-    REGIONS,
     Question,
     choose,
     of_region,
     untold,
 )
 from m2f2cli.models.conversation import DDVQA, VICUNA_V1
+from m2f2cli.options.explain import REGIONS, ExplainOptions
 
 HEAD = "<image>\n<deepfake>\n"
 NOSE = "Describe the authenticity of the image based on nose."
 
 
 def test_the_judgement_comes_first_and_then_the_reasons():
-    assert [q.region for q in choose((), ())] == [None, *REGIONS]
-    assert choose((), ("nose", "nose")) == (JUDGEMENT, of_region("nose"))
-    assert choose(("Why?", "Why?"), ()) == (JUDGEMENT, Question("Why?"))
-    assert choose(("Why?",), ("skin",)) == (JUDGEMENT, of_region("skin"), Question("Why?"))
-    assert choose((), (), judge=True) == (JUDGEMENT,)
+    def chosen(*questions: str, **changes) -> tuple[Question, ...]:
+        return choose(ExplainOptions(questions=questions, **changes))
+
+    assert [q.region for q in chosen()] == [None, *REGIONS]
+    assert chosen(regions=("nose", "nose")) == (JUDGEMENT, of_region("nose"))
+    assert chosen("Why?", "Why?") == (JUDGEMENT, Question("Why?"))
+    assert chosen("Why?", regions=("skin",)) == (JUDGEMENT, of_region("skin"), Question("Why?"))
+    assert chosen(judge=True) == (JUDGEMENT,)
 
 
 def test_a_question_tells_what_was_decided_and_the_judgement_nothing():
@@ -77,15 +79,15 @@ def test_a_label_that_cannot_be_taken_out_is_refused(text):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"regions": ("ears",)}, "Unknown region 'ears'"),
+        ({"regions": ("ears",)}, "--region does not know 'ears'"),
         ({"questions": (" ",)}, "question is empty"),
         ({"judge": True, "regions": ("nose",)}, "judgement alone"),
-        ({"condition": "verdict"}, "Unknown condition"),
-        ({"max_new_tokens": 0}, "at least one"),
+        ({"condition": "verdict"}, "--condition does not know 'verdict'"),
+        ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1"),
         ({"temperature": 0.5}, "likeliest word"),
         ({"top_p": 0.5}, "likeliest word"),
         ({"sample": True, "temperature": 0.0}, "above 0"),
-        ({"sample": True, "top_p": 1.5}, "Top-p"),
+        ({"sample": True, "top_p": 1.5}, "--top-p must be at most 1"),
     ],
 )
 def test_impossible_options_are_one_sentence(changes, sentence):

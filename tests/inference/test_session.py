@@ -10,10 +10,10 @@ import pytest
 from m2f2cli.errors import CheckpointError, UsageError
 from m2f2cli.inference.detect import DetectOptions, judge_sources
 from m2f2cli.inference.explain import explain_sources
-from m2f2cli.inference.explain_options import ExplainOptions
 from m2f2cli.inference.prepare import View
 from m2f2cli.inference.session import Judged, Session
 from m2f2cli.inference.sources import expand
+from m2f2cli.options.explain import ExplainOptions
 from tests.inference.conftest import MeanJudge, write_picture
 from tests.inference.explainers import asking, crops, tiny
 from tests.inference.test_video import flat, write_video

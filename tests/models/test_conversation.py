@@ -12,7 +12,6 @@ from m2f2cli.models.conversation import (
     DEEPFAKE_ID,
     IGNORED,
     IMAGE_ID,
-    TEMPLATES,
     VICUNA_V1,
     Turn,
     encode,
@@ -21,6 +20,7 @@ from m2f2cli.models.conversation import (
     turns_of,
 )
 from m2f2cli.models.tokenizer import load_tokenizer
+from m2f2cli.options.explain import TEMPLATES
 from tests.models.explainers import TOKENIZER
 
 TOKENS = load_tokenizer(TOKENIZER)

@@ -8,7 +8,7 @@ import yaml
 from m2f2cli.cli import app
 from m2f2cli.errors import ConfigError
 from m2f2cli.options import recipes
-from m2f2cli.options.fields import OptionGroups
+from m2f2cli.options.fields import Options
 from m2f2cli.options.recipes import RECIPES, read_recipe
 from m2f2cli.options.train_detector import TrainDetectorOptions
 
@@ -115,4 +115,4 @@ def test_recipes_are_files_of_the_package():
     assert sorted(item.name for item in folder.iterdir()) == sorted(
         f"{name}.yaml" for name in RECIPES.names()
     )
-    assert issubclass(TrainDetectorOptions, OptionGroups)
+    assert issubclass(TrainDetectorOptions, Options)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from m2f2cli.inference.explain_options import ExplainOptions
+from m2f2cli.options.explain import ExplainOptions
 from m2f2cli.serving.gate import Uploads
 from m2f2cli.serving.server import Address, application, web_server
 

@@ -18,9 +18,8 @@ import pytest
 from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
-from m2f2cli.inference.detect import DetectOptions
-from m2f2cli.inference.explain_options import ExplainOptions
-from m2f2cli.inference.explain_questions import REGIONS
+from m2f2cli.options.detect import DetectOptions
+from m2f2cli.options.explain import REGIONS, ExplainOptions
 from m2f2cli.serving.drawing import HEADLINES
 from m2f2cli.serving.gate import Uploads
 from tests.data.prepare.videos import Scene

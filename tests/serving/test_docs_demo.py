@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from m2f2cli.inference.explain_options import ExplainOptions
+from m2f2cli.options.explain import ExplainOptions
 from m2f2cli.serving.gate import Uploads
 from tests.serving.live import served
 

@@ -18,7 +18,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from m2f2cli.inference.detect import DetectOptions, detect
-from m2f2cli.inference.explain_options import ExplainOptions
+from m2f2cli.options.explain import ExplainOptions
 from m2f2cli.serving.gate import Uploads
 from m2f2cli.serving.page import GENERIC
 from m2f2cli.serving.server import QUEUE

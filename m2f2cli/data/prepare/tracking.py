@@ -31,7 +31,7 @@ from m2f2cli.data.prepare.sources import Video
 from m2f2cli.data.transforms import resize_and_crop
 from m2f2cli.data.video import Frame, VideoFrames, evenly, read_frames
 from m2f2cli.errors import InputError
-from m2f2cli.options.fields import Checked, option
+from m2f2cli.options.fields import Options, option
 
 MAX_GAP = 1.0
 # Frames in waiting are held in memory.
@@ -118,7 +118,7 @@ def _between(before: Placed, after: Placed, frame: Frame) -> Placed:
 
 
 @dataclass(frozen=True)
-class CropOptions(Checked):
+class CropOptions(Options):
     """What the crops look like."""
 
     frames: int = option(100, "Frames looked at in a video, evenly spaced.", low=1, high=1000)

@@ -1,0 +1,134 @@
+"""The options of ``m2f2 detect``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from m2f2cli.errors import UsageError
+from m2f2cli.options.fields import Options, group, option
+
+FACES = ("auto", "all", "largest", "none")
+GATES = ("fake", "uncertain", "error")
+
+
+def _band(text: Any) -> Any:
+    """A value of ``--uncertain``."""
+    if isinstance(text, (tuple, list)) and len(text) == 2:
+        low, high = text
+        if not 0 <= low <= high <= 1:
+            raise UsageError(
+                "The uncertain band must be LOW:HIGH with 0 <= LOW <= HIGH <= 1, "
+                f"not {low}:{high}.",
+                "For example: --uncertain 0.4:0.6, or --uncertain none.",
+            )
+        return float(low), float(high)
+    if text is None or text == "checkpoint":
+        return text
+    if str(text).lower() == "none":
+        return None
+    try:
+        low, high = (float(end) for end in str(text).split(":"))
+    except ValueError:
+        raise UsageError(
+            f"--uncertain takes LOW:HIGH or none, not '{text}'.", "For example: --uncertain 0.4:0.6"
+        ) from None
+    return _band((low, high))
+
+
+def _spelled(band: tuple[float, float] | str | None) -> str:
+    return f"{band[0]:g}:{band[1]:g}" if isinstance(band, tuple) else str(band or "none")
+
+
+@dataclass(frozen=True)
+class DetectOptions(Options):
+    """How to judge."""
+
+    faces: str = option(
+        "auto",
+        "auto: every face found, a small square picture without one counts as a crop; all; "
+        "largest; none: pictures are crops.",
+        *FACES,
+        group="Input",
+    )
+    frames: int = option(
+        16, "Frames looked at in a video, evenly spaced.", low=1, high=1000, group="Input"
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", group="Model")
+    dtype: str = option("auto", "auto, float32, bfloat16 or float16.", group="Model")
+    batch_size: int = option(
+        16, "Crops judged, or answers written, at a time.", low=1, group="Model"
+    )
+    threshold: float | None = option(
+        None,
+        "Probability from which the verdict is fake. Default: the model's.",
+        low=0.0,
+        high=1.0,
+        group="Verdict",
+        metavar="0..1",
+    )
+    uncertain: tuple[float, float] | Literal["checkpoint"] | None = option(
+        "checkpoint",
+        "Probabilities in this band give the verdict uncertain. Default: the model's.",
+        group="Verdict",
+        metavar="LOW:HIGH|none",
+        says_default=True,
+        parse=_band,
+        spell=_spelled,
+    )
+    heatmap: Path | None = option(
+        None,
+        "Draw the forgery map over each picture, into this folder.",
+        group="Output",
+        metavar="DIR",
+    )
+    annotate: Path | None = option(
+        None,
+        "Draw boxes and scores into copies of the pictures, in this folder.",
+        group="Output",
+        metavar="DIR",
+    )
+
+
+@dataclass(frozen=True)
+class ItemOptions(Options):
+    """What is judged, by which model, and where the records go."""
+
+    paths: tuple[str, ...] = option(
+        (),
+        "Pictures, videos, folders, globs, @LIST.txt, or - for a list on standard input.",
+        argument=True,
+        metavar="PATH...",
+    )
+    recursive: bool = option(False, "Enter the sub-folders of folders.", short="-r", group="Input")
+    model: str = option(
+        "lite",
+        "The model: 'lite' (bundled), a checkpoint folder, or a hub id.",
+        short="-m",
+        group="Model",
+        metavar="lite|DIR|HUB-ID",
+    )
+    fail_on: tuple[str, ...] = option(
+        (),
+        "Leave with exit code 4 if there is a fake item, a fake or uncertain one, or one without "
+        "a verdict. May be repeated.",
+        *GATES,
+        group="Verdict",
+    )
+    output: Path | None = option(
+        None,
+        "Write one record an item; run again to resume a .jsonl file.",
+        short="-o",
+        group="Output",
+        metavar="FILE.jsonl|FILE.csv",
+    )
+    overwrite: bool = option(False, "Replace what is there.", group="Output")
+
+
+@dataclass(frozen=True)
+class DetectCommand(Options):
+    """Every option of ``m2f2 detect``."""
+
+    items: ItemOptions = group(ItemOptions)
+    detect: DetectOptions = group(DetectOptions)
