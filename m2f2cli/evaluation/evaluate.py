@@ -24,7 +24,15 @@ from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation import report as reports
 from m2f2cli.evaluation.predictions import Predictions, read_predictions
 from m2f2cli.evaluation.protocols import paper, standard
-from m2f2cli.evaluation.truth import Item, Joined, Truth, ddvqa_truth, file_truth, frames_truth, join
+from m2f2cli.evaluation.truth import (
+    Item,
+    Joined,
+    Truth,
+    ddvqa_truth,
+    file_truth,
+    frames_truth,
+    join,
+)
 from m2f2cli.inference.job import Tally, judge_and_record
 from m2f2cli.inference.recordfile import RecordFile
 from m2f2cli.inference.scoring import Judge
@@ -346,7 +354,8 @@ def check_same_data(log: RecordFile, sources: list[Source]) -> None:
             f"'{strange[0]}' first.",
             hint,
         )
-    lines = log.path.read_bytes().split(b"\n")[:-1] if log.done else []  # a cut last one is left out
+    # What follows the last line end is a cut record.
+    lines = log.path.read_bytes().split(b"\n")[:-1] if log.done else []
     digests = {row["path"]: row["sha256"] for row in map(json.loads, lines) if row.get("sha256")}
     for name in list(digests)[:: max(1, len(digests) // _COMPARED)]:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -410,9 +410,9 @@ def tripped(
 def drifts(report: Mapping[str, Any], expected: Expectation) -> list[str]:
     """What differs from the expectation, a sentence each; empty when all is as expected."""
     found = [
-        f"{path} is {have}, expected {wanted}."
-        for path, wanted in expected.identity.items()
-        if (have := _at(report, path)) != wanted
+        f"{path} is {_at(report, path)}, expected {text}."
+        for path, text in expected.identity.items()
+        if _at(report, path) != text
     ]
     figures = _figures(report)
     for key, wanted, tolerance in expected.figures:

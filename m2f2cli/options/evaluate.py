@@ -163,12 +163,12 @@ class MeasureOptions(Options):
                 "There is nothing to measure.",
                 "Add --predictions FILE.jsonl, or --data DIR for a model to judge.",
             )
-        if isinstance(self.data, ImagesData) and self.data.folder is None:
-            if not (given and self.truth):
-                raise UsageError(
-                    "The folder of pictures is missing.",
-                    "m2f2 evaluate images DIR; or name both --predictions and --truth.",
-                )
+        told = given and self.truth is not None
+        if isinstance(self.data, ImagesData) and self.data.folder is None and not told:
+            raise UsageError(
+                "The folder of pictures is missing.",
+                "m2f2 evaluate images DIR; or name both --predictions and --truth.",
+            )
         if isinstance(self.data, FfppData) and not given and self.data.folder is None:
             raise UsageError("The folder of HDF5 files is missing.", "m2f2 evaluate ffpp DIR")
         for name in ("output", "overwrite"):
@@ -241,4 +241,5 @@ class RobustnessOptions(MeasureOptions):
 
 def about(options: type[Kind], data: type[Options]) -> type[Kind]:
     """The options of a command about one kind of data: flags are made from this class."""
-    return make_dataclass(options.__name__, [("data", data, group(data))], bases=(options,), frozen=True)
+    named = [("data", data, group(data))]
+    return make_dataclass(options.__name__, named, bases=(options,), frozen=True)
