@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from m2f2cli.evaluation.calibrate import calibrate
     from m2f2cli.evaluation.evaluate import evaluate
     from m2f2cli.evaluation.robustness import robustness
-    from m2f2cli.inference.detect import detect
     from m2f2cli.inference.explain import explain
+    from m2f2cli.inference.pipeline import detect
     from m2f2cli.models.detector import Detector, DetectorConfig
     from m2f2cli.models.explainer import Explainer, ExplainerConfig
     from m2f2cli.options.detect import DetectOptions
@@ -87,7 +87,7 @@ _MODULES = {
     "TrainDetectorOptions": "options.train_detector",
     "align": "training.explainer",
     "calibrate": "evaluation.calibrate",
-    "detect": "inference.detect",
+    "detect": "inference.pipeline",
     "evaluate": "evaluation.evaluate",
     "explain": "inference.explain",
     "import_weights": "checkpoints.convert",

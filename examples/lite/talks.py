@@ -25,7 +25,7 @@ from typing import Any
 from m2f2cli.data.prepare import explanations
 from m2f2cli.data.readers.ddvqa import Answer, read_annotations, read_ddvqa
 from m2f2cli.data.samples import REAL, kind_of, people_in, split_by_identity
-from m2f2cli.inference.explain_questions import untold
+from m2f2cli.inference.questions import untold
 
 HELD_OUT = {"share": 0.15, "seed": 0}  # as train.yaml has it
 JUDGE = (explanations.JUDGE, "Determine the authenticity. Is the image real or fake?")

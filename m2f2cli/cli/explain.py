@@ -16,9 +16,9 @@ from m2f2cli.cli.output import EXIT_SOME_FAILED, Output
 from m2f2cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from m2f2cli.inference.explain import TextChunk
     from m2f2cli.inference.explain_dataset import DatasetJob
-    from m2f2cli.inference.explain_interviews import Heard
-    from m2f2cli.inference.explain_job import ExplainJob
+    from m2f2cli.inference.recordfile import Job
     from m2f2cli.options.explain import ExplainOptions
     from m2f2cli.records import Explanation, FaceExplanation
 
@@ -48,8 +48,8 @@ def explain(**values: Any) -> None:
     Exit codes: 0 done, 3 some items have no verdict, 4 a --fail-on gate tripped.
     """
     _check(values)
+    from m2f2cli.inference.explain import explain_job
     from m2f2cli.inference.explain_dataset import DatasetJob
-    from m2f2cli.inference.explain_job import ExplainJob
 
     printer = Output(as_json=values["as_json"], quiet=values["quiet"])
     kept = {name: values[name] for name in ("model", "output", "overwrite")}
@@ -59,7 +59,7 @@ def explain(**values: Any) -> None:
         code = _answer(answers, printer)
     else:
         tripping, paths = gates(values["fail_on"]), values["paths"] or []
-        job = ExplainJob(paths, options=options, recursive=values["recursive"], **kept)
+        job = explain_job(paths, options=options, recursive=values["recursive"], **kept)
         _explain(job, printer, shown=values["output"] is None)
         code = exit_code(job.tally, tripping)
     if values["model"] == "lite":
@@ -108,14 +108,14 @@ def _options(values: Mapping[str, Any]) -> ExplainOptions:
     )
 
 
-def _explain(job: ExplainJob, printer: Output, *, shown: bool) -> None:
+def _explain(job: Job[Explanation], printer: Output, *, shown: bool) -> None:
     """Print each record as it comes, or its words as they come, or nothing but the progress."""
     reads = shown and not printer.as_json
     streams = reads and sys.stdout.isatty() and len(job.sources) == 1
     records = []
     bar = Output(quiet=printer.quiet or reads)  # texts on the terminal show the progress themselves
     with bar.progress("Explaining", len(job.sources)) as advance:
-        for record in job.run(_listener(printer) if streams else None):
+        for record in job.run(on_text=_streamed(printer) if streams else None):
             advance()
             if printer.as_json:
                 records.append(record)
@@ -130,23 +130,23 @@ def _explain(job: ExplainJob, printer: Output, *, shown: bool) -> None:
         printer.note("The verdict is the detector's; reasons are a language model's, not evidence.")
 
 
-def _listener(printer: Output) -> Callable[[Heard], None]:
+def _streamed(printer: Output) -> Callable[[TextChunk], None]:
     """Prints words as they are written, each question and each face under its own heading."""
     begun = False
 
-    def hear(heard: Heard) -> None:
+    def show(chunk: TextChunk) -> None:
         nonlocal begun
-        if heard.words:
-            printer.words(heard.words)
+        if chunk.text:
+            printer.words(chunk.text)
             return
         printer.words("\n\n" if begun else "")
         begun = True
-        if heard.question.text is None:
-            score = heard.score.fake_probability
-            printer.text(f"Face at {heard.crop}: {heard.verdict} ({score:.3f}).")
-        printer.text(f"> {heard.asked}")
+        if chunk.question.text is None:
+            score = chunk.fake_probability
+            printer.text(f"Face at {chunk.crop}: {chunk.verdict} ({score:.3f}).")
+        printer.text(f"> {chunk.asked}")
 
-    return hear
+    return show
 
 
 def _print(printer: Output, record: Explanation, *, streamed: bool) -> None:

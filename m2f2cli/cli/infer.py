@@ -13,7 +13,7 @@ from m2f2cli.cli.output import EXIT_GATE, EXIT_SOME_FAILED, Output
 from m2f2cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from m2f2cli.inference.job import Tally
+    from m2f2cli.inference.recordfile import Tally
     from m2f2cli.records import Detection
 
 EXAMPLES = {
@@ -54,11 +54,11 @@ def detect(
 
     Exit codes: 0 done, 3 some items have no verdict, 4 a --fail-on gate tripped.
     """
-    from m2f2cli.inference.job import Job
+    from m2f2cli.inference.pipeline import detect_job
     from m2f2cli.options.detect import DetectOptions
 
     tripping = gates(fail_on)
-    job = Job(
+    job = detect_job(
         paths or [],
         options=DetectOptions(
             faces=faces,

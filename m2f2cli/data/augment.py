@@ -60,27 +60,14 @@ def adjust_color(
     saturation: float = 1.0,
     hue: float = 0.0,
 ) -> np.ndarray:
-    """Scale brightness, contrast (about the mean) and saturation, and turn the hue.
+    """Scale brightness, contrast (about the mean) and saturation, and turn the hue of RGB pixels.
 
-    Args:
-        pixels: uint8 (H, W, 3), RGB.
-        brightness: Factor, 1 changes nothing.
-        contrast: Factor, 1 changes nothing.
-        saturation: Factor, 0 is gray, 1 changes nothing.
-        hue: Turn of the color wheel, in turns (-0.5 to 0.5).
+    All are factors that change nothing at 1, but the hue: turns of the color wheel, -0.5 to 0.5.
     """
-    to_yiq = np.array(
-        [_LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=np.float32
-    )
+    to_yiq = np.array([_LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], np.float32)
     cosine, sine = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
-    turn = np.array(
-        [
-            [1, 0, 0],
-            [0, saturation * cosine, -saturation * sine],
-            [0, saturation * sine, saturation * cosine],
-        ],
-        dtype=np.float32,
-    )
+    x, y = saturation * cosine, saturation * sine
+    turn = np.array([[1, 0, 0], [0, x, -y], [0, y, x]], np.float32)
     matrix = np.linalg.inv(to_yiq) @ turn @ to_yiq * np.float32(brightness)
     values = pixels.reshape(-1, 3).astype(np.float32) @ matrix.T.astype(np.float32)
     if contrast != 1.0:
@@ -149,9 +136,6 @@ def augment(
         mask: float32 (H, W), or None. Only the geometry touches it.
         options: Probabilities and ranges.
         rng: Source of every random choice.
-
-    Returns:
-        The changed pixels and mask, same shapes.
     """
     pixels, mask = _move(pixels, mask, options, rng)
     if rng.random() < options.color:

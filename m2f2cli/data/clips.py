@@ -36,36 +36,21 @@ _HINT = "Copy the file again, or make it anew with 'm2f2 prepare faces'."
 
 @dataclass(frozen=True)
 class ClipNotes:
-    """How a clip was made: the attributes of its dataset, in this order.
+    """How a clip was made: the attributes of its dataset, in this order."""
 
-    Attributes:
-        source: The video, as a path inside the folder it was taken from.
-        source_sha256: Of the video's bytes, hexadecimal.
-        source_bytes: The video's size.
-        detector: What finds the faces, with its version.
-        margin: Share by which a crop is larger than the face box.
-        fps: Frames a second of the video; 0 where unknown, and for pictures.
-        asked: The largest number of frames wanted.
-        looked_at: How many frames were looked at; those without a face are left out.
-        interpolated: How many of the boxes were filled in between two found ones.
-        boxes_from: SHA-256 of the video whose boxes these are; empty for the clip's own.
-        picture: int32 (2,), width and height of the video in pixels.
-        frames: int32 (F,), each crop's frame number in the video.
-        boxes: int32 (F, 4), each face box x0, y0, x1, y1 in pixels of the video, without margin.
-    """
-
-    source: str
-    source_sha256: str
-    source_bytes: int
-    detector: str
-    margin: float
-    fps: float
-    asked: int
-    looked_at: int
-    interpolated: int
-    boxes_from: str
-    picture: np.ndarray
-    frames: np.ndarray
+    source: str  # the video, as a path inside the folder it was taken from
+    source_sha256: str  # of the video's bytes, hexadecimal
+    source_bytes: int  # the video's size
+    detector: str  # what finds the faces, with its version
+    margin: float  # share by which a crop is larger than the face box
+    fps: float  # frames a second of the video; 0 where unknown, and for pictures
+    asked: int  # the largest number of frames wanted
+    looked_at: int  # how many frames were looked at; those without a face are left out
+    interpolated: int  # how many of the boxes were filled in between two found ones
+    boxes_from: str  # SHA-256 of the video whose boxes these are; empty for the clip's own
+    picture: np.ndarray  # int32 (2,), width and height of the video in pixels
+    frames: np.ndarray  # int32 (F,), each crop's frame number in the video
+    # int32 (F, 4), each face box x0, y0, x1, y1 in pixels of the video, without margin.
     boxes: np.ndarray
 
 

@@ -47,18 +47,12 @@ _STATED = re.compile(rf"{_START}(?:is|are)\s+(real|fake){_END}")
 
 @dataclass(frozen=True)
 class Conversation:
-    """One entry of a conversation file.
+    """One entry of a conversation file."""
 
-    Attributes:
-        number: Its place in the file, from 0.
-        image: As the file has it; empty for a conversation about no picture.
-        sha256: Of the picture's bytes, as the file has it; None where it does not say.
-        parts: ``{"from", "value"}``: human and gpt in turn, every answer with words in it.
-    """
-
-    number: int
-    image: str
-    sha256: str | None
+    number: int  # its place in the file, from 0
+    image: str  # as the file has it; empty for a conversation about no picture
+    sha256: str | None  # of the picture's bytes, as the file has it; None where it does not say
+    # {"from", "value"}: human and gpt in turn, every answer with words in it.
     parts: tuple[dict[str, str], ...]
 
     @property

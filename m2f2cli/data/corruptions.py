@@ -37,21 +37,13 @@ Change = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 
 @dataclass(frozen=True)
 class Corruption:
-    """One way of spoiling pictures.
+    """One way of making pictures worse."""
 
-    Attributes:
-        name: As reports spell it.
-        parameter: What the numbers are.
-        values: One number for each of ``SEVERITIES``, mildest first.
-        source: ``DeeperForensics-1.0`` or ``ImageNet-C``.
-        change: Gives the changed picture for pixels, a number and a source of random draws.
-    """
-
-    name: str
-    parameter: str
-    values: tuple[float, ...]
-    source: str
-    change: Change
+    name: str  # as reports spell it
+    parameter: str  # what the numbers are
+    values: tuple[float, ...]  # one for each of SEVERITIES, mildest first
+    source: str  # DeeperForensics-1.0 or ImageNet-C
+    change: Change  # gives the changed picture for pixels, a number and a source of random draws
 
     def value(self, severity: int) -> float:
         """The number of a severity.
@@ -64,7 +56,7 @@ class Corruption:
         return self.values[severity - 1]
 
     def apply(self, pixels: np.ndarray, severity: int, seed: str) -> np.ndarray:
-        """Spoil a picture, always in the same way.
+        """Corrupt a picture, always in the same way.
 
         Args:
             pixels: uint8 (H, W, 3), RGB; not changed.
@@ -80,14 +72,6 @@ class Corruption:
         return self.change(pixels, value, np.random.default_rng(list(digest)))
 
 
-def _jpeg(pixels: np.ndarray, quality: float, _: np.random.Generator) -> np.ndarray:
-    return compress_jpeg(pixels, int(quality))
-
-
-def _blur(pixels: np.ndarray, sigma: float, _: np.random.Generator) -> np.ndarray:
-    return gaussian_blur(pixels, sigma)
-
-
 def _noise(pixels: np.ndarray, variance: float, rng: np.random.Generator) -> np.ndarray:
     """Independent noise in luma and chroma, whose variance is given for the unit range."""
     drawn = rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(255 * variance**0.5)
@@ -97,18 +81,11 @@ def _noise(pixels: np.ndarray, variance: float, rng: np.random.Generator) -> np.
 def _scaling(pixels: np.ndarray, factor: float, _: np.random.Generator) -> np.ndarray:
     """Down by the factor and up again, both bilinear without smoothing, as OpenCV does it."""
     height, width = pixels.shape[:2]
-    small = (max(1, int(width / factor)), max(1, int(height / factor)))
-    return np.asarray(_stretch(_stretch(Image.fromarray(pixels), small), (width, height)))
-
-
-def _stretch(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    across, down = picture.width / size[0], picture.height / size[1]
-    return picture.transform(
-        size,
-        Image.Transform.AFFINE,
-        (across, 0, 0, 0, down, 0),
-        Image.Resampling.BILINEAR,
-    )
+    picture = Image.fromarray(pixels)
+    for size in ((max(1, int(width / factor)), max(1, int(height / factor))), (width, height)):
+        matrix = (picture.width / size[0], 0, 0, 0, picture.height / size[1], 0)
+        picture = picture.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    return np.asarray(picture)
 
 
 def _brightness(pixels: np.ndarray, more: float, _: np.random.Generator) -> np.ndarray:
@@ -125,26 +102,27 @@ def _contrast(pixels: np.ndarray, factor: float, _: np.random.Generator) -> np.n
     return to_uint8(pixels.astype(np.float32) * np.float32(factor))
 
 
-def _saturation(pixels: np.ndarray, factor: float, _: np.random.Generator) -> np.ndarray:
-    return adjust_color(pixels, saturation=factor)
-
-
 _FORENSICS, _IMAGENET = "DeeperForensics-1.0", "ImageNet-C"
-CORRUPTIONS = {
-    item.name: item
-    for item in (
-        Corruption("jpeg", "quality", (25, 18, 15, 10, 7), _IMAGENET, _jpeg),
-        # The published kernels are 7, 9, 13, 17 and 21 pixels wide, sigma a sixth of that.
-        Corruption(
-            "blur", "sigma in pixels", (7 / 6, 9 / 6, 13 / 6, 17 / 6, 21 / 6), _FORENSICS, _blur
-        ),
-        Corruption("noise", "variance", (0.001, 0.002, 0.005, 0.01, 0.05), _FORENSICS, _noise),
-        Corruption("scaling", "down and up by", (2, 3, 4, 5, 6), _FORENSICS, _scaling),
-        Corruption("brightness", "raised by", (0.1, 0.2, 0.3, 0.4, 0.5), _IMAGENET, _brightness),
-        Corruption("contrast", "scaled to", (0.85, 0.725, 0.6, 0.475, 0.35), _FORENSICS, _contrast),
-        Corruption("saturation", "scaled to", (0.4, 0.3, 0.2, 0.1, 0.0), _FORENSICS, _saturation),
-    )
-}
+_TABLE = (
+    Corruption(
+        "jpeg", "quality", (25, 18, 15, 10, 7), _IMAGENET,
+        lambda pixels, quality, _: compress_jpeg(pixels, int(quality)),
+    ),
+    # The published kernels are 7, 9, 13, 17 and 21 pixels wide, sigma a sixth of that.
+    Corruption(
+        "blur", "sigma in pixels", (7 / 6, 9 / 6, 13 / 6, 17 / 6, 21 / 6), _FORENSICS,
+        lambda pixels, sigma, _: gaussian_blur(pixels, sigma),
+    ),
+    Corruption("noise", "variance", (0.001, 0.002, 0.005, 0.01, 0.05), _FORENSICS, _noise),
+    Corruption("scaling", "down and up by", (2, 3, 4, 5, 6), _FORENSICS, _scaling),
+    Corruption("brightness", "raised by", (0.1, 0.2, 0.3, 0.4, 0.5), _IMAGENET, _brightness),
+    Corruption("contrast", "scaled to", (0.85, 0.725, 0.6, 0.475, 0.35), _FORENSICS, _contrast),
+    Corruption(
+        "saturation", "scaled to", (0.4, 0.3, 0.2, 0.1, 0.0), _FORENSICS,
+        lambda pixels, factor, _: adjust_color(pixels, saturation=factor),
+    ),
+)  # fmt: skip
+CORRUPTIONS = {corruption.name: corruption for corruption in _TABLE}
 
 
 def find_corruption(name: str) -> Corruption:

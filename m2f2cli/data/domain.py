@@ -34,7 +34,7 @@ def describe_texture(pixels: np.ndarray) -> np.ndarray:
     border = min(_BORDER, pixels.shape[0] // 8)
     found = []
     for sigma in _SIGMAS:
-        smooth = _blur(current, sigma)
+        smooth = blur(current, sigma)
         band = (current - smooth)[border:-border, border:-border]
         found += [band.std(), np.median(np.abs(band))]
         current = smooth
@@ -42,20 +42,18 @@ def describe_texture(pixels: np.ndarray) -> np.ndarray:
     return described
 
 
-def _blur(values: np.ndarray, sigma: float) -> np.ndarray:
+def blur(values: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur of float32 (H, W), the border repeated outwards; sigma in pixels."""
     radius = int(4 * sigma + 0.5)
     steps = np.arange(-radius, radius + 1)
     kernel = np.exp(-0.5 * (steps / sigma) ** 2).astype(np.float32)
     kernel /= kernel.sum()
-    for axis in (0, 1):
-        pad = [(radius, radius) if a == axis else (0, 0) for a in (0, 1)]
-        padded = np.pad(values, pad, mode="edge")
-        size = values.shape[axis]
+    for _ in range(2):  # down, then across, on the transposed picture
+        padded = np.pad(values, ((radius, radius), (0, 0)), mode="edge")
         total = np.zeros_like(values)
         for place, weight in enumerate(kernel):
-            part = padded[place : place + size] if axis == 0 else padded[:, place : place + size]
-            total += weight * part
-        values = total
+            total += weight * padded[place : place + len(values)]
+        values = np.ascontiguousarray(total.T)
     return values
 
 
@@ -75,12 +73,9 @@ class Domain:
 
     @classmethod
     def fit(cls, training: np.ndarray, held_out: np.ndarray, *, quantile: float) -> Domain:
-        """Learn from descriptions of the training crops (N, 6) and of held-out ones (M, 6).
+        """Learn from descriptions of the training crops (N, 6), N at least 7, and of held-out ones.
 
-        Args:
-            training: At least seven rows.
-            held_out: The limit is the ``quantile`` of their distances.
-            quantile: Share of the held-out crops that shall lie inside, in (0, 1].
+        The limit is the ``quantile``, in (0, 1], of the distances of ``held_out`` (M, 6).
         """
         mean = training.mean(0)
         covariance = np.cov(training, rowvar=False) + 1e-4 * np.eye(training.shape[1])

@@ -33,17 +33,11 @@ _local = threading.local()
 
 @dataclass(frozen=True)
 class Face:
-    """A face as found.
+    """A face as found."""
 
-    Attributes:
-        box: Tight square around brows and chin; may reach beyond the picture.
-        score: The detector's confidence, about 0 to 3.
-        picture: (width, height) of the picture it was found in.
-    """
-
-    box: Box
-    score: float
-    picture: tuple[int, int]
+    box: Box  # tight square around brows and chin; may reach beyond the picture
+    score: float  # the detector's confidence, about 0 to 3
+    picture: tuple[int, int]  # (width, height) of the picture it was found in
 
     @property
     def area(self) -> int:
@@ -105,6 +99,13 @@ def find_faces(
         if inside and box[2] > box[0] and box[3] > box[1]:
             found.append(Face(box, float(score), (width, height)))
     return sorted(_without_overlaps(found), key=lambda face: (-face.area, -face.score, face.box))
+
+
+def finder_name() -> str:
+    """What finds the faces, with what its answers depend on."""
+    import dlib
+
+    return f"dlib {dlib.__version__} frontal HOG, score {MIN_SCORE} and above"
 
 
 def crop_face(pixels: np.ndarray, box: Box) -> np.ndarray:

@@ -12,35 +12,22 @@ import struct
 import threading
 import warnings
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-from PIL import (
-    BmpImagePlugin,
-    Image,
-    ImageOps,
-    JpegImagePlugin,
-    MpoImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-    WebPImagePlugin,
-)
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from m2f2cli.errors import InputError
+from m2f2cli.files import sha256_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 # Imported here, once. Pillow would import them at the first file that needs them, and when several
 # threads do that at the same time it can lose one for good.
-PLUGINS = (
-    JpegImagePlugin,
-    MpoImagePlugin,
-    PngImagePlugin,
-    WebPImagePlugin,
-    BmpImagePlugin,
-    TiffImagePlugin,
-)
+for _plugin in ("Jpeg", "Mpo", "Png", "WebP", "Bmp", "Tiff"):
+    import_module(f"PIL.{_plugin}ImagePlugin")
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff"}
 )
@@ -58,19 +45,13 @@ _warnings_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture.
+    """A decoded picture."""
 
-    Attributes:
-        pixels: uint8 (H, W, 3), RGB, upright: the EXIF orientation has been applied. Read-only.
-        sha256: Of the file's bytes, hexadecimal.
-        format: One of ``FORMATS``.
-        note: What a user should know about the reading; None mostly.
-    """
-
+    # uint8 (H, W, 3), RGB, upright: the EXIF orientation has been applied. Read-only.
     pixels: np.ndarray
-    sha256: str
-    format: str
-    note: str | None = None
+    sha256: str  # of the file's bytes, hexadecimal
+    format: str  # one of FORMATS
+    note: str | None = None  # what a user should know about the reading; None mostly
 
     @property
     def size(self) -> tuple[int, int]:
@@ -98,23 +79,21 @@ def read_picture(source: Path | str | bytes, *, max_pixels: int = MAX_PIXELS) ->
         name, data = f"'{source}'", read_bytes(Path(source))
     if not data:
         raise InputError(f"{name} is empty.", "empty", "Copy the file again.")
-    picture = _open(name, data, max_pixels)
-    with picture:
+    with _open(name, data, max_pixels) as picture:
+        # MPO is a JPEG with a second view behind it.
+        format_ = "JPEG" if picture.format == "MPO" else str(picture.format)
         try:
             picture.load()
-            format_, several = picture.format, getattr(picture, "is_animated", False)
-            upright = _upright(picture)
+            several = picture.format != "MPO" and getattr(picture, "is_animated", False)
+            upright = picture
+            with suppress(*_DECODE_ERRORS):  # unreadable EXIF says nothing about which side is up
+                upright = ImageOps.exif_transpose(picture)
             pixels = np.ascontiguousarray(_rgb(upright))
         except _DECODE_ERRORS as error:
             raise _damaged(name, data, error) from error
     pixels.flags.writeable = False
-    several = several and format_ != "MPO"
-    return Picture(
-        pixels,
-        hashlib.sha256(data).hexdigest(),
-        "JPEG" if format_ == "MPO" else str(format_),  # a JPEG with a second view behind it
-        "the first of several pictures in the file" if several else None,
-    )
+    note = "the first of several pictures in the file" if several else None
+    return Picture(pixels, hashlib.sha256(data).hexdigest(), format_, note)
 
 
 def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
@@ -133,6 +112,18 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, hexadecimal; it is read in parts.
+
+    Raises:
+        InputError: With the status ``missing`` or ``unreadable``.
+    """
+    try:
+        return sha256_of(path)
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -206,20 +197,9 @@ def _ends_early(data: bytes) -> bool:
         return len(data) < 12 or int.from_bytes(data[4:8], "little") + 8 > len(data)
     if data.startswith(b"BM"):
         return len(data) < 54 or int.from_bytes(data[2:6], "little") > len(data)
-    return len(data) < 64 or _first_directory(data) + 2 > len(data)
-
-
-def _first_directory(data: bytes) -> int:
-    """Where a TIFF file says that its first directory begins."""
-    return int.from_bytes(data[4:8], "little" if data.startswith(b"II") else "big")
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. Pillow's TIFF reader has done so already and dropped the tag."""
-    try:
-        return ImageOps.exif_transpose(picture)
-    except _DECODE_ERRORS:  # unreadable EXIF says nothing about which side is up
-        return picture
+    # Where a TIFF file says that its first directory begins.
+    directory = int.from_bytes(data[4:8], "little" if data.startswith(b"II") else "big")
+    return len(data) < 64 or directory + 2 > len(data)
 
 
 def _rgb(picture: Image.Image) -> np.ndarray:

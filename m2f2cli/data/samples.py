@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -50,25 +50,15 @@ LAYOUTS = Registry(
 
 @dataclass(frozen=True)
 class Sample:
-    """A labelled picture, or a labelled video in an HDF5 file.
-
-    Attributes:
-        path: Its file.
-        name: The path inside the set's folder, with slashes: its key in side files.
-        label: 0 real, 1 fake.
-        kind: ``real``, or which manipulation made it.
-        identities: The people in it, at least one; a face swap has two.
-        clip: The video's dataset in an HDF5 file; None for a picture.
-        frames: How many the video has; 1 for a picture.
-    """
+    """A labelled picture, or a labelled video in an HDF5 file."""
 
     path: Path
-    name: str
-    label: int
-    kind: str
-    identities: tuple[str, ...]
-    clip: str | None = None
-    frames: int = 1
+    name: str  # the path inside the set's folder, with slashes: its key in side files
+    label: int  # 0 real, 1 fake
+    kind: str  # "real", or which manipulation made it
+    identities: tuple[str, ...]  # the people in it, at least one; a face swap has two
+    clip: str | None = None  # the video's dataset in an HDF5 file; None for a picture
+    frames: int = 1  # how many the video has
 
     def frame_name(self, index: int) -> str:
         """Names a frame uniquely within the set: ``Deepfakes/000_003/17``, ``real/000/17``."""
@@ -87,21 +77,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Labelled pictures or videos of one folder.
-
-    Attributes:
-        root: The folder.
-        layout: Which reader found them.
-        samples: Pictures sorted by name; of FaceForensics++ the originals first.
-        split: Which official split they are; ``all`` where there is none.
-        missing: ``FILE: KEY`` of the split's videos that the files lack; empty unless allowed.
-    """
+    """Labelled pictures or videos of one folder."""
 
     root: Path
-    layout: str
-    samples: tuple[Sample, ...]
-    split: str = "all"
-    missing: tuple[str, ...] = ()
+    layout: str  # which reader found them
+    samples: tuple[Sample, ...]  # sorted by name; of FaceForensics++ the originals first
+    split: str = "all"  # which official split they are, where there is one
+    missing: tuple[str, ...] = ()  # "FILE: KEY" of the split's videos that the files lack
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -126,6 +108,11 @@ class SampleSet:
     def subset(self, keep: Iterable[int]) -> SampleSet:
         """The pictures at the given positions, in order."""
         return replace(self, samples=tuple(self.samples[index] for index in sorted(keep)))
+
+    def with_people(self, people: Mapping[str, tuple[str, ...]]) -> SampleSet:
+        """The same with other identities, by name (see ``read_people``)."""
+        samples = tuple(replace(one, identities=people[one.name]) for one in self.samples)
+        return replace(self, samples=samples)
 
     def fingerprint(self) -> str:
         """``sha256:`` over every picture's name, size in bytes, label and identities.
@@ -163,13 +150,10 @@ def read_samples(source: str | Path, identities: Path | None = None) -> SampleSe
     if not root.is_dir():
         raise InputError(f"There is no data folder '{root}'.", "missing", "Check the path.")
     if not layout:
-        layout = "ddvqa" if looks_like_ddvqa(root) else "folder"
+        layout = "ddvqa" if _looks_like_ddvqa(root) else "folder"
     found: SampleSet = LAYOUTS.get(layout)(root)
     if identities is not None:
-        people = read_people(identities, {sample.name for sample in found.samples})
-        found = replace(
-            found, samples=tuple(replace(s, identities=people[s.name]) for s in found.samples)
-        )
+        found = found.with_people(read_people(identities, {s.name for s in found.samples}))
     check_classes(found, f"'{root}'")
     return found
 
@@ -244,17 +228,10 @@ def hold_out(
 
 
 def split_by_identity(whole: SampleSet, share: float, seed: int) -> tuple[SampleSet, SampleSet]:
-    """Cut a set in two between identities.
-
-    Both parts get real and forged pictures alike; see ``hold_out``.
-
-    Args:
-        whole: The pictures.
-        share: Wanted share of the second part, in (0, 1).
-        seed: Decides the cut; equal seeds give equal cuts.
+    """Cut a set between identities, with real and forged pictures alike; see ``hold_out``.
 
     Returns:
-        The larger and the held-out part.
+        The larger part, and the held-out one of about ``share``, in (0, 1).
 
     Raises:
         InputError: A part would lack real or forged pictures.
@@ -276,14 +253,10 @@ def split_by_identity(whole: SampleSet, share: float, seed: int) -> tuple[Sample
 
 
 def people_in(token: str) -> tuple[str, ...]:
-    """The identities that a file's or folder's name tells.
+    """The identities that a file's or folder's name, without suffix, tells.
 
-    Args:
-        token: A name without suffix.
-
-    Returns:
-        FaceForensics++ video numbers where the name is made of them (both, for a swap), otherwise
-        the name up to its last separator and number.
+    FaceForensics++ video numbers where the name is made of them (both, for a swap), otherwise the
+    name up to its last separator and number.
     """
     if video := _VIDEO.fullmatch(token):
         return tuple(dict.fromkeys(person for person in video.groups() if person))
@@ -292,12 +265,12 @@ def people_in(token: str) -> tuple[str, ...]:
 
 
 def kind_of(name: str) -> str | None:
-    """What a crop's file name says: ``real`` or a manipulation; None for any other name."""
+    """What a DD-VQA crop's file name says: ``real`` or a manipulation; None for any other name."""
     stem = Path(name).stem
     return DDVQA_KINDS[stem[0]] if DDVQA_NAME.fullmatch(stem) else None
 
 
-def looks_like_ddvqa(root: Path) -> bool:
+def _looks_like_ddvqa(root: Path) -> bool:
     """Whether a folder is a DD-VQA data set, or directly holds crops named as its crops are."""
     if (root / DDVQA_CROPS / "train").is_dir():
         return True
@@ -332,9 +305,6 @@ def read_people(file: Path, names: Collection[str]) -> dict[str, tuple[str, ...]
     Args:
         file: The CSV file.
         names: The pictures it must speak of, as paths inside the data folder.
-
-    Returns:
-        The identities of every picture of ``names``.
 
     Raises:
         InputError: The file is unreadable, a line has no identity, or a picture is missing.

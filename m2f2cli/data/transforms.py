@@ -25,10 +25,6 @@ _LONGEST_PADDED = 4096
 def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
     """Scale the shortest edge to ``size`` (bicubic on uint8) and cut the center square.
 
-    Args:
-        pixels: uint8 (H, W, 3), RGB.
-        size: Edge of the result in pixels.
-
     Returns:
         uint8 (size, size, 3).
     """
@@ -37,11 +33,10 @@ def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
     height, width = pixels.shape[:2]
     short, long = min(height, width), max(height, width)
     if long > _LONGEST_RATIO * short:
-        keep = _LONGEST_RATIO * short
-        top, left = max(0, (height - keep) // 2), max(0, (width - keep) // 2)
-        pixels = pixels[top : top + keep, left : left + keep]
+        long = _LONGEST_RATIO * short
+        top, left = max(0, (height - long) // 2), max(0, (width - long) // 2)
+        pixels = pixels[top : top + long, left : left + long]
         height, width = pixels.shape[:2]
-        long = keep
     if short != size:
         stretched = int(size * long / short)
         target = (size, stretched) if width <= height else (stretched, size)
@@ -89,25 +84,16 @@ def preprocess(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> np.ndarray:
-    """The preprocessing of the published system, bitwise.
+    """The preprocessing of the published system, bitwise: ``resize_and_crop``, ``normalize``.
 
     Shortest edge to ``size`` (Pillow bicubic on uint8, longest edge rounded down), center crop
-    with offsets rounded down, then ``normalize``.
-
-    Args:
-        pixels: uint8 (H, W, 3), RGB, any size from 1x1 up.
-        size: Edge of the network's input in pixels.
-        mean: Three means of the unit range.
-        std: Three standard deviations of the unit range.
-
-    Returns:
-        float32 (3, size, size).
+    with offsets rounded down. uint8 (H, W, 3) of any size from 1x1 up to float32 (3, size, size).
     """
     return normalize(resize_and_crop(pixels, size), mean, std)
 
 
 def pad_to_square(pixels: np.ndarray, fill: tuple[int, int, int] = (122, 116, 104)) -> np.ndarray:
-    """Centre the picture on a square of its longest edge; uint8 (H, W, 3) to (L, L, 3)."""
+    """Center the picture on a square of its longest edge; uint8 (H, W, 3) to (L, L, 3)."""
     height, width = pixels.shape[:2]
     if height == width:
         return pixels
@@ -117,27 +103,6 @@ def pad_to_square(pixels: np.ndarray, fill: tuple[int, int, int] = (122, 116, 10
     top, left = (edge - height) // 2, (edge - width) // 2
     square[top : top + height, left : left + width] = pixels
     return square
-
-
-def explainer_views(
-    pixels: np.ndarray, *, size: int, mean: Sequence[float], std: Sequence[float], aspect: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """What an explainer's CLIP tower and its backbone see of a picture.
-
-    Args:
-        pixels: uint8 (H, W, 3), RGB.
-        size: Edge of the network's input in pixels.
-        mean: Three means of the unit range.
-        std: Three standard deviations of the unit range.
-        aspect: ``pad``: CLIP sees all of the picture on a square; ``square``: its center. The
-            backbone always sees the center.
-
-    Returns:
-        Two float32 (3, size, size); one array twice where both see the same.
-    """
-    center = preprocess(pixels, size=size, mean=mean, std=std)
-    padded = padded_square(pixels, size) if aspect == "pad" else None
-    return (center if padded is None else normalize(padded, mean, std)), center
 
 
 def padded_square(pixels: np.ndarray, size: int) -> np.ndarray | None:
@@ -150,3 +115,24 @@ def padded_square(pixels: np.ndarray, size: int) -> np.ndarray | None:
         picture.thumbnail((_LONGEST_PADDED, _LONGEST_PADDED))
         pixels = np.asarray(picture)
     return resize_and_crop(pad_to_square(pixels), size)
+
+
+def explainer_views(
+    pixels: np.ndarray, *, size: int, mean: Sequence[float], std: Sequence[float], aspect: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """What an explainer's CLIP tower and its backbone see of a picture.
+
+    Args:
+        pixels: uint8 (H, W, 3), RGB.
+        size: Edge of the network's input in pixels.
+        mean: As for ``normalize``.
+        std: As for ``normalize``.
+        aspect: ``pad``: CLIP sees all of the picture on a square; ``square``: its center. The
+            backbone always sees the center.
+
+    Returns:
+        Two float32 (3, size, size); one array twice where both see the same.
+    """
+    center = preprocess(pixels, size=size, mean=mean, std=std)
+    padded = padded_square(pixels, size) if aspect == "pad" else None
+    return (center if padded is None else normalize(padded, mean, std)), center

@@ -7,17 +7,17 @@ are not stretched to a pixel aspect ratio, and high dynamic range is not mapped.
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from m2f2cli.data.images import MAX_PIXELS, check_file, unreadable
+from m2f2cli.data.images import MAX_PIXELS, check_file, file_sha256, unreadable
 from m2f2cli.errors import ConfigError, InputError
 
 VIDEO_SUFFIXES = frozenset(
@@ -33,22 +33,17 @@ _CONTAINERS = (
 )
 # Seeking costs about as much as decoding this many frames.
 _SEEK_PAYS_FROM = 24
+_ENDS_EARLY = "the file ends early or is damaged; its readable part was used"
 _HINT = "Play it to see if it is whole; ffmpeg -i IN -c copy OUT.mp4 often mends a video."
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame.
+    """One frame."""
 
-    Attributes:
-        index: Its number in the video, from 0, in order of display.
-        time: Seconds since the first frame.
-        pixels: uint8 (H, W, 3), RGB, upright: the stored rotation has been applied.
-    """
-
-    index: int
-    time: float
-    pixels: np.ndarray
+    index: int  # its number in the video, from 0, in order of display
+    time: float  # seconds since the first frame
+    pixels: np.ndarray  # uint8 (H, W, 3), RGB, upright: the stored rotation has been applied
 
 
 class _Listing(NamedTuple):
@@ -83,7 +78,7 @@ class VideoFrames:
         self._container = _open(path)
         self._stream = self._pick_stream(self._container)
         if not listing.whole:
-            self.notes.append("the file ends early or is damaged; its readable part was used")
+            self.notes.append(_ENDS_EARLY)
         self.total = len(listing.times)
         self.fps = float(self._stream.average_rate) if self._stream.average_rate else None
         self.duration = self._measure(listing)
@@ -92,7 +87,9 @@ class VideoFrames:
             self.notes.append(
                 f"frames for {self.duration:.1f} of {declared:.1f} seconds were found"
             )
-        wanted = evenly(self.total, count) if numbers is None else _within(numbers, self.total)
+        wanted = evenly(self.total, count)
+        if numbers is not None:
+            wanted = sorted({number for number in numbers if 0 <= number < self.total})
         self.frames = self._decode(listing, wanted)
 
     def __enter__(self) -> VideoFrames:
@@ -104,15 +101,8 @@ class VideoFrames:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file's bytes, hexadecimal; read in pieces when first asked for."""
-        digest = hashlib.sha256()
-        try:
-            with open(self.path, "rb") as file:
-                while piece := file.read(2**20):
-                    digest.update(piece)
-        except OSError as error:
-            raise unreadable(self.path, error) from error
-        return digest.hexdigest()
+        """Of the file's bytes, hexadecimal; read when first asked for."""
+        return file_sha256(self.path)
 
     @property
     def note(self) -> str | None:
@@ -153,9 +143,10 @@ class VideoFrames:
         found = 0
         try:
             walk = self._by_time if listing.timed else self._by_order
-            for frame in walk(listing, wanted):
+            for index, time, raw in walk(listing, wanted):
                 found += 1
-                yield frame
+                self._refuse_large(raw.width, raw.height)
+                yield Frame(index, time, _upright(raw))
         finally:
             self._container.close()
         if not found:
@@ -163,44 +154,39 @@ class VideoFrames:
         if found < len(wanted):
             self.notes.append(f"{found} of {len(wanted)} frames could be decoded")
 
-    def _by_time(self, listing: _Listing, wanted: list[int]) -> Iterator[Frame]:
+    def _by_time(self, listing: _Listing, wanted: list[int]) -> Iterator[tuple[int, float, Any]]:
+        """(number, seconds, frame) of the wanted frames, seeking where that pays."""
         times, step = listing.times, float(self._stream.time_base)
         keys = [display for display, _ in listing.keys]
         position = -1  # number of the last frame that left the decoder
-        frames: Iterator[Any] | None = None
+        frames = self._decoded()
         for target in wanted:
             if position >= target:
                 continue
             key = bisect_right(keys, times[target]) - 1
             if key >= 0:
-                key_number = bisect_right(times, keys[key]) - 1
-                far = key_number - position > _SEEK_PAYS_FROM
-                if far and self._seek(listing.keys[key][1]):
-                    frames = None
-            frames = frames or self._decoded()
+                far = bisect_right(times, keys[key]) - 1 - position > _SEEK_PAYS_FROM
+                if far and self.seek(listing.keys[key][1]):
+                    frames = self._decoded()
             for raw in frames:
                 if raw.pts is None:
                     continue
                 position = bisect_right(times, raw.pts) - 1
                 if position >= target:
-                    yield Frame(
-                        position, (times[position] - times[0]) * step, self._upright_pixels(raw)
-                    )
+                    yield position, (times[position] - times[0]) * step, raw
                     break
             else:
                 return
 
-    def _by_order(self, listing: _Listing, wanted: list[int]) -> Iterator[Frame]:
-        """For streams without times: decode from the start and count."""
-        remaining = set(wanted)
-        for index, raw in enumerate(self._decoded()):
-            if index in remaining:
-                yield Frame(index, index / (self.fps or 25.0), self._upright_pixels(raw))
-                remaining.discard(index)
-            if not remaining:
-                return
+    def _by_order(self, _: _Listing, wanted: Collection[int]) -> Iterator[tuple[int, float, Any]]:
+        """The same for streams without times: decode from the start and count."""
+        last = max(wanted, default=-1)
+        for index, raw in enumerate(islice(self._decoded(), last + 1)):
+            if index in wanted:
+                yield index, index / (self.fps or 25.0), raw
 
-    def _seek(self, time: int) -> bool:
+    def seek(self, time: int) -> bool:
+        """Go to the keyframe at a decoding time, in the stream's units; False where it fails."""
         import av
 
         try:
@@ -220,7 +206,7 @@ class VideoFrames:
             except StopIteration:
                 return
             except av.error.FFmpegError:
-                self.notes.append("the file ends early or is damaged; its readable part was used")
+                self.notes.append(_ENDS_EARLY)
                 return
             try:
                 decoded = packet.decode()
@@ -228,10 +214,6 @@ class VideoFrames:
                 self.notes.append("damaged frames were passed over")
                 continue
             yield from decoded
-
-    def _upright_pixels(self, raw: Any) -> np.ndarray:
-        self._refuse_large(raw.width, raw.height)
-        return _turned(raw.to_ndarray(format="rgb24"), _display_matrix(raw))
 
 
 def read_frames(
@@ -317,11 +299,6 @@ def _list_packets(container: Any, stream: Any) -> _Listing:
     return _Listing(times, sorted(keys), timed, whole)
 
 
-def _within(numbers: Sequence[int], total: int) -> list[int]:
-    """The numbers below ``total``, ascending, each once."""
-    return sorted({number for number in numbers if 0 <= number < total})
-
-
 def evenly(total: int, count: int) -> list[int]:
     """The middles of ``count`` equal stretches of ``total`` frames; all of them if fewer."""
     if total <= count:
@@ -329,20 +306,19 @@ def evenly(total: int, count: int) -> list[int]:
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 
-def _display_matrix(raw: Any) -> tuple[int, int, int, int] | None:
-    """The first two rows and columns (a, b, c, d) of a frame's display matrix."""
+def _upright(raw: Any) -> np.ndarray:
+    """The pixels of a frame, turned as its display matrix says.
+
+    It shows (x, y) at (a x + c y, b x + d y); the nearest of the eight turns and mirrorings is
+    taken.
+    """
+    pixels: np.ndarray = raw.to_ndarray(format="rgb24")
     for side in raw.side_data:
         if getattr(side.type, "name", "") == "DISPLAYMATRIX":
-            values = np.frombuffer(bytes(side), dtype=np.int32)
-            return int(values[0]), int(values[1]), int(values[3]), int(values[4])
-    return None
-
-
-def _turned(pixels: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
-    """Show (x, y) at (a x + c y, b x + d y): the nearest of the eight turns and mirrorings."""
-    if matrix is None:
+            a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(side), np.int32)[:5])
+            break
+    else:
         return pixels
-    a, b, c, d = matrix
     if abs(a) + abs(d) >= abs(b) + abs(c):
         mirror_x, mirror_y = a < 0, d < 0
     else:

@@ -33,9 +33,8 @@ from m2f2cli.evaluation.truth import (
     frames_truth,
     join,
 )
-from m2f2cli.inference.job import Tally, judge_and_record
-from m2f2cli.inference.recordfile import RecordFile
-from m2f2cli.inference.scoring import Judge
+from m2f2cli.inference.pipeline import Judge, judge_and_record
+from m2f2cli.inference.recordfile import RecordFile, Tally
 from m2f2cli.inference.sources import Source
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.evaluate import (

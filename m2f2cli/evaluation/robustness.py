@@ -35,9 +35,8 @@ from m2f2cli.evaluation.protocols import Figure, standard
 from m2f2cli.evaluation.report import read_json
 from m2f2cli.evaluation.truth import Joined, Truth, fingerprint, join
 from m2f2cli.files import atomic_write, json_bytes
-from m2f2cli.inference.detect import judge_sources, load, settings_of
+from m2f2cli.inference.pipeline import Judge, judge_sources, load, settings_of
 from m2f2cli.inference.recordfile import RecordFile
-from m2f2cli.inference.scoring import Judge
 from m2f2cli.inference.sources import Source
 from m2f2cli.metrics import LEVEL, RESAMPLES, SEED
 from m2f2cli.options.detect import DetectOptions

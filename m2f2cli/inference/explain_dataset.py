@@ -2,28 +2,86 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m2f2cli.data.conversations import stated_label
 from m2f2cli.data.images import IMAGE_SUFFIXES
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.inference.decoding import Decoder
-from m2f2cli.inference.detect import rule_of
-from m2f2cli.inference.explain import explain_settings
-from m2f2cli.inference.explain_asker import Asker, Loaded
-from m2f2cli.inference.explain_interviews import Interview, Interviewer, Plan
-from m2f2cli.inference.explain_job import open_records
-from m2f2cli.inference.explain_questions import JUDGEMENT, Question, untold
-from m2f2cli.inference.explain_rows import AnswerRow, Row, read_questions
-from m2f2cli.inference.prepare import Prepared
-from m2f2cli.inference.recordfile import Layout
-from m2f2cli.inference.sources import Source
+from m2f2cli.inference.explain import Answers, ExplainPipeline, Loaded, Request
+from m2f2cli.inference.questions import JUDGEMENT, Question, untold
+from m2f2cli.inference.recordfile import Layout, RecordFile, open_records
+from m2f2cli.inference.sources import Decoder, Source
 from m2f2cli.options.explain import ExplainOptions
-from m2f2cli.records import ExplainSettings
+from m2f2cli.records import SCHEMA_VERSION, ExplainSettings, plain
+
+if TYPE_CHECKING:
+    from m2f2cli.inference.pipeline import Judged
 
 _SUFFIXES = (".jpg", *sorted(IMAGE_SUFFIXES - {".jpg"}))
+
+
+class Row(NamedTuple):
+    """One question of a file.
+
+    Attributes:
+        key: Its name, ``<picture>_<number>``; in a file of judgements the picture's path.
+        picture: File name without suffix.
+        question: As the file has it; None asks for the judgement.
+    """
+
+    key: str
+    picture: str
+    question: str | None
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """One answer, or why there is none.
+
+    Attributes:
+        path: The question's key, or for a judgement the picture.
+        image: The picture, as the published files spell it.
+        status: A key of ``records.STATUSES``; only answers (``ok``) are written to a file.
+        settings: Of the run.
+        message: Why there is no answer.
+        prompt: The whole prompt.
+        text: The answer between the tokenizer's marks.
+        fake_probability: The detector's.
+        verdict: The detector's.
+        told: What the question says of the face, ``real`` or ``fake``; None when nothing.
+    """
+
+    path: str
+    image: str
+    status: str
+    settings: ExplainSettings
+    message: str | None = None
+    prompt: str | None = None
+    text: str | None = None
+    fake_probability: float | None = None
+    verdict: str | None = None
+    told: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The published row; what is ours is in ``metadata``."""
+        key = {} if self.path == self.image else {"key": self.path}
+        about = {
+            "schema_version": SCHEMA_VERSION,
+            "status": self.status,
+            "message": self.message,
+            "fake_probability": self.fake_probability,
+            "verdict": self.verdict,
+            "told": self.told,
+            **plain(self.settings),
+        }
+        words = {"image": self.image, "prompt": self.prompt, "text": self.text}
+        return {**key, **words, "metadata": about}
 
 
 @dataclass
@@ -57,7 +115,7 @@ class DatasetJob:
 
     Args:
         file: The questions, as ``read_questions`` takes them.
-        images: The folder of the pictures, as the user spelt it.
+        images: The folder of the pictures, as the user spelled it.
         model: A checkpoint's name, or an explainer with its processor.
         options: How to ask; pictures are crops. ``judge`` asks one judgement a picture instead.
         output: A ``.jsonl`` file, which is resumed; or None.
@@ -94,11 +152,10 @@ class DatasetJob:
         self._images = images.rstrip("/")
         rows, self._digest = read_questions(file)
         self._rows = self._judgements(rows) if options.judge else rows
-        self._told = self.options.condition == "truth"
         self._questions = {row.key: self._question(row) for row in self._rows}
         self.count = Count(questions=len(self._rows))
         layout = Layout(ExplainSettings, "image" if options.judge else "key", "metadata")
-        self._log = None
+        self._log: RecordFile | None = None
         if output is not None:
             self._log = open_records(output, overwrite=overwrite, layout=layout)
 
@@ -111,7 +168,7 @@ class DatasetJob:
     def _question(self, row: Row) -> Question:
         if row.question is None:
             return JUDGEMENT
-        return Question(row.question) if self._told else untold(row.question)
+        return Question(row.question) if self.options.condition == "truth" else untold(row.question)
 
     def run(self) -> Iterator[AnswerRow]:
         """Answer, write and yield every question that had no answer yet, by picture."""
@@ -135,69 +192,64 @@ class DatasetJob:
                 self._log.close()
 
     def _answers(self, left: dict[str, list[Row]]) -> Iterator[AnswerRow]:
-        sources = [self._source(name) for name in left]
-        with Decoder(sources, faces="none", frames=1) as decoder:
-            asker = Asker(self.model, self.options)
-            asker.leave_room([self._length(asker, row) for row in self._rows])
+        sources = [
+            Source(str(_file(self._images, name)), "image", PurePosixPath(name)) for name in left
+        ]
+        with Decoder(sources, self.options.detect) as decoder:
+            pipeline = ExplainPipeline(self.model, self.options)
+            for row in self._rows:
+                try:
+                    pipeline.length(self._questions[row.key])
+                except UsageError as error:
+                    raise UsageError(
+                        f"Question '{row.key}': {error.message}", error.hint
+                    ) from error
+            pipeline.reserve(set(self._questions.values()))
             settings = replace(
-                explain_settings(self.model, asker),
+                pipeline.settings(self.model),
                 questions=() if self.options.judge else (self._digest,),
             )
             if self._log is not None:
                 self._log.bind(settings)
-            rule = rule_of(asker.model.detector, self.options.detect)
-            prepared = decoder.prepared(asker.recipe(), ahead=self.options.detect.batch_size)
-            plans = (self._plan(item, left[_name(item)]) for item in prepared)
-            for plan, interviews in Interviewer(asker, rule).conduct(plans):
-                yield from self._rows_of(plan, left[_name(plan.prepared)], interviews, settings)
 
-    def _length(self, asker: Asker, row: Row) -> int:
-        told = ("real", "fake") if self.options.condition == "detector" else (None,)
-        question = self._questions[row.key]
-        try:
-            return max(asker.length(question.prompt(asker.template, label)) for label in told)
-        except UsageError as error:
-            raise UsageError(f"Question '{row.key}': {error.message}", error.hint) from error
+            def request(item: Judged) -> Request:
+                rows = left[str(item.prepared.source.name)]
+                questions = tuple(self._questions[row.key] for row in rows)
+                return Request(item, pipeline.faces(item), questions)
 
-    def _source(self, picture: str) -> Source:
-        return Source(str(_file(self._images, picture)), "image", PurePosixPath(picture))
-
-    def _plan(self, prepared: Prepared, rows: Sequence[Row]) -> Plan:
-        if prepared.status != "ok":
-            return Plan(prepared)
-        questions = tuple(self._questions[row.key] for row in rows)
-        return Plan(prepared, prepared.views[0].crops, questions)
+            items = pipeline.judge(decoder, settings)
+            requests = (None if item is None else request(item) for item in items)
+            for asked, answers in pipeline.answers(requests):
+                rows = left[str(asked.judged.prepared.source.name)]
+                yield from self._rows_of(asked, rows, answers, settings)
 
     def _rows_of(
         self,
-        plan: Plan,
+        asked: Request,
         rows: Sequence[Row],
-        interviews: Sequence[Interview],
+        answers: Sequence[Answers],
         settings: ExplainSettings,
     ) -> Iterator[AnswerRow]:
-        found = plan.prepared
-        name = Path(found.source.path).name
+        record = asked.judged.record
+        name = Path(record.path).name
         for number, row in enumerate(rows):
-            answer = AnswerRow(
-                row.key, row.key if row.question is None else name, found.status, settings
-            )
-            if not interviews:
-                yield replace(answer, message=found.message)
-                continue
-            interview = interviews[0]
-            said = interview.said[number]
-            yield replace(
-                answer,
-                prompt=interview.prompts[number],
-                text=f"<s> {said.text}" + ("</s>" if said.complete else ""),
-                fake_probability=interview.score.fake_probability,
-                verdict=interview.verdict.verdict,
-                told=self._label(row) if self._told else interview.told,
-            )
-
-    def _label(self, row: Row) -> str | None:
-        label = stated_label(row.question or "")
-        return None if label is None else ("real", "fake")[label]
+            image = row.key if row.question is None else name
+            answer = AnswerRow(row.key, image, record.status, settings, record.message)
+            if answers:
+                found, completion = answers[0], answers[0].completions[number]
+                answer = replace(
+                    answer,
+                    prompt=found.prompts[number].text,
+                    text=f"<s> {completion.text}" + ("</s>" if completion.complete else ""),
+                    fake_probability=record.fake_probability,
+                    verdict=record.verdict,
+                    told=found.told,
+                )
+                if self.options.condition == "truth":
+                    label = stated_label(row.question or "")
+                    told = None if label is None else ("real", "fake")[label]
+                    answer = replace(answer, told=told)
+            yield answer
 
 
 def _file(folder: str, picture: str) -> Path:
@@ -206,5 +258,50 @@ def _file(folder: str, picture: str) -> Path:
     return next((file for file in files if file.exists()), files[0])
 
 
-def _name(prepared: Prepared) -> str:
-    return str(prepared.source.name)
+def read_questions(file: Path) -> tuple[list[Row], str]:
+    """Read a file of questions: one ``{"<picture>_<number>": {"question": …}}`` a line.
+
+    Returns:
+        The questions in order, and the ``sha256:…`` of the file.
+
+    Raises:
+        InputError: It is missing, empty or no text, or a row is broken; the line is named.
+    """
+    try:
+        data = file.read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file '{file}'.", "missing", "Check --dataset.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"'{file}' is not a text file (UTF-8).") from error
+    except OSError as error:
+        raise InputError(f"'{file}' cannot be read: {error.strerror}.") from error
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row = _row(line)
+        if row is None or rows.setdefault(row.key, row) != row:
+            fault = "is no question" if row is None else f"asks another '{row.key}' than before"
+            raise InputError(
+                f"Line {number} of '{file}' {fault}.",
+                hint='A line is like {"5_012_0": {"question": "…", "answer": ["…"]}}.',
+            )
+    if not rows:
+        raise InputError(f"'{file}' is empty.", "empty")
+    return list(rows.values()), f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _row(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or len(row) != 1:
+        return None
+    key, entry = next(iter(row.items()))
+    picture = re.fullmatch(r"([^/\\]+)_\d+", key)
+    question = entry.get("question") if isinstance(entry, dict) else None
+    if picture is None or not isinstance(question, str) or not question.strip():
+        return None
+    return Row(key, picture[1], question)

@@ -1,4 +1,4 @@
-"""A file of records that a killed run leaves whole and a later run resumes.
+"""A run over items, and its file of records: killed, it leaves that whole, and a later one resumes.
 
 JSON Lines. Items are told apart by one key alone, ``path`` mostly, as the record spells it: a
 resumed run judges no path twice, so a file that changed in between keeps its first record.
@@ -8,13 +8,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from m2f2cli.errors import M2F2Error, UsageError
-from m2f2cli.records import SCHEMA_VERSION, ExplainSettings, Settings, plain, to_line
+from m2f2cli.files import atomic_write
+from m2f2cli.inference.sources import Source
+from m2f2cli.records import (
+    SCHEMA_VERSION,
+    VERDICTS,
+    Detection,
+    ExplainSettings,
+    Settings,
+    plain,
+    to_csv,
+    to_line,
+)
+
+Kind = TypeVar("Kind", bound=Detection)
 
 
 class Record(Protocol):
@@ -217,6 +231,164 @@ class RecordFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass
+class Tally:
+    """How many items of a run came out how, those of an earlier, resumed run included.
+
+    Attributes:
+        real: Items with that verdict.
+        fake: Items with that verdict.
+        uncertain: Items with that verdict.
+        failed: Items without a verdict, whatever the status.
+        earlier: Of all these, how many an earlier run had recorded.
+    """
+
+    real: int = 0
+    fake: int = 0
+    uncertain: int = 0
+    failed: int = 0
+    earlier: int = 0
+
+    def count(self, verdict: str | None) -> None:
+        """Add one item."""
+        name = verdict if verdict in VERDICTS else "failed"
+        setattr(self, name, getattr(self, name) + 1)
+
+    def sentence(self) -> str:
+        """The counts in words."""
+        judged = self.real + self.fake + self.uncertain
+        words = f"{judged} judged: {self.fake} fake, {self.real} real, {self.uncertain} uncertain"
+        if self.failed:
+            words += f"; {self.failed} without a verdict"
+        if self.earlier:
+            words += f" ({self.earlier} of them recorded earlier)"
+        return words + "."
+
+
+class Job(Generic[Kind]):
+    """One run over items, as an iterator of records; those recorded earlier are left out.
+
+    Args:
+        sources: Every item; told apart by ``path``.
+        run: Gives the records of some of them, in order.
+        settings: Of the run; asked for when there is nothing left to do, so that records of other
+            settings are never taken for this run's.
+        output: A ``.jsonl`` file, which is resumed, or, of detections, a ``.csv`` file, which is
+            written at the end; or None.
+        overwrite: Replace ``output`` instead.
+        layout: Of the records.
+
+    Attributes:
+        sources: Every item.
+        tally: What came out so far.
+
+    Raises:
+        M2F2Error: ``output`` cannot be used.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        run: Callable[..., Iterator[Kind]],
+        settings: Callable[[], Settings],
+        output: Path | None = None,
+        overwrite: bool = False,
+        layout: Layout = DETECTIONS,
+    ) -> None:
+        self.sources = sources
+        self.tally = Tally()
+        self._run, self._settings = run, settings
+        self._table: Path | None = None
+        self._log: RecordFile | None = None
+        if output is None:
+            return
+        if any(os.path.realpath(source.path) == os.path.realpath(output) for source in sources):
+            raise UsageError(f"'{output}' is one of the inputs.", "Choose another --output.")
+        if layout is DETECTIONS and output.suffix.lower() == ".csv":
+            self._table = _table(output, overwrite)
+        else:
+            self._log = open_records(output, overwrite=overwrite, layout=layout)
+
+    def run(self, **how: Any) -> Iterator[Kind]:
+        """Judge, record and yield every item that had no record yet, in order.
+
+        Args:
+            how: Passed on to ``run`` of the class.
+        """
+        written: list[Kind] = []
+        with ExitStack() as stack:
+            if self._log is not None:
+                stack.enter_context(self._log)
+            for record in record_new(
+                self.sources,
+                run=lambda left: self._run(left, **how),
+                settings=self._settings,
+                log=self._log,
+                tally=self.tally,
+            ):
+                if self._table is not None:
+                    written.append(record)
+                yield record
+        if self._table is not None:
+            atomic_write(self._table, to_csv(written).encode("utf-8", "surrogateescape"))
+
+
+def open_records(output: Path, *, overwrite: bool, layout: Layout) -> RecordFile:
+    """The file that records go to.
+
+    Raises:
+        UsageError: It is no ``.jsonl`` file, or holds something else.
+        M2F2Error: It cannot be opened.
+    """
+    if output.suffix.lower() != ".jsonl":
+        ending = ".jsonl or .csv" if layout is DETECTIONS else ".jsonl"
+        raise UsageError(
+            f"--output must end in {ending}, not '{output.name}'.",
+            "For example: --output records.jsonl",
+        )
+    return RecordFile(output, overwrite=overwrite, layout=layout)
+
+
+def record_new(
+    sources: Sequence[Source],
+    *,
+    run: Callable[[Sequence[Source]], Iterator[Kind]],
+    settings: Callable[[], Settings],
+    log: RecordFile | None,
+    tally: Tally,
+) -> Iterator[Kind]:
+    """Run, record and yield every source that has no record yet; arguments as for ``Job``."""
+    done = log.done if log else {}
+    left = [source for source in sources if source.path not in done]
+    for source in sources:
+        if source.path in done:
+            tally.earlier += 1
+            tally.count(done[source.path][1])
+    if not left and log is not None:
+        log.bind(settings())
+    for record in run(left) if left else ():
+        if log is not None:
+            log.append(record)
+        tally.count(record.verdict)
+        yield record
+
+
+def _table(path: Path, overwrite: bool) -> Path:
+    """Check, before the work, that a CSV file can be written after it."""
+    if path.exists() and not overwrite:
+        raise UsageError(
+            f"'{path}' exists; a table is written whole and cannot be resumed.",
+            "Add --overwrite, or record into a .jsonl file, which can be resumed.",
+        )
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"Cannot write into the folder '{folder}'.", "Choose another --output.")
+    return path
 
 
 def _lock(handle: int, path: Path) -> None:

@@ -7,21 +7,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from m2f2cli.data.video import read_frames
-from m2f2cli.errors import InputError, UsageError
+from m2f2cli.errors import UsageError
 from m2f2cli.files import atomic_write
-from m2f2cli.inference.prepare import Crop, Prepared, View
-from m2f2cli.inference.scoring import Score
-from m2f2cli.inference.sources import Source
-from m2f2cli.records import Box, Detection, FaceScore
+from m2f2cli.inference.sources import Crop, Source, View
+from m2f2cli.records import Box, Detection
 
-_LONGEST_SIDE = 2048
-_COLOURS = {"fake": (214, 40, 40), "real": (46, 139, 87), "uncertain": (232, 160, 32)}
+if TYPE_CHECKING:
+    from m2f2cli.inference.pipeline import Judged, Score
+
+_COLORS = {"fake": (214, 40, 40), "real": (46, 139, 87), "uncertain": (232, 160, 32)}
 # Dark blue, violet, orange, yellow: the map from its lowest to its highest value.
 _SCALE = np.array([(13, 8, 80), (126, 3, 168), (240, 110, 60), (252, 253, 160)], dtype=np.float32)
 
@@ -57,9 +56,12 @@ class Renderer:
                 "Leave out --heatmap, or choose another --model.",
             )
 
-    def draw(
-        self, prepared: Prepared, scores: Mapping[bytes, Score], record: Detection
-    ) -> Detection:
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn, so that pixels must be kept."""
+        return self.heatmap is not None or self.annotate is not None
+
+    def draw(self, item: Judged) -> Detection:
         """Write the pictures of one judged item.
 
         Returns:
@@ -69,25 +71,22 @@ class Renderer:
             UsageError: The picture would take the place of an input.
             M2F2Error: It cannot be written.
         """
-        if record.status != "ok" or not (self.heatmap or self.annotate):
+        record, scores = item.record, item.scores
+        if record.status != "ok" or not self.draws:
             return record
-        view = _most_fake(prepared.views, scores)
-        pixels = _pixels(prepared, view, record.settings.frames_asked)
-        if pixels is None:
-            return record
-        picture = Image.fromarray(pixels)
-        shrink = min(1.0, _LONGEST_SIDE / max(picture.size))
-        if shrink < 1:
-            picture = picture.resize(
-                (round(picture.width * shrink), round(picture.height * shrink))
-            )
-        name = prepared.source.name
+        view = max(
+            (view for view in item.prepared.views if view.crops),
+            key=lambda view: max(scores[crop.digest].fake_probability for crop in view.crops),
+        )
+        assert view.pixels is not None  # they are kept when anything is drawn
+        picture = Image.fromarray(view.pixels)
+        name = item.prepared.source.name
         if self.heatmap:
-            drawn = heat(picture, view.crops, scores, shrink)
+            drawn = heat(picture, view.crops, scores, view.scale)
             file = self._save(drawn, self.heatmap / f"{name}.heatmap.jpg")
             record = replace(record, heatmap=file)
         if self.annotate:
-            drawn = annotated(picture, _labels(record, view, scores), shrink)
+            drawn = annotated(picture, _labels(record, view, scores), view.scale)
             file = self._save(drawn, self.annotate / f"{name}.annotated.jpg")
             record = replace(record, annotated=file)
         return record
@@ -104,38 +103,15 @@ class Renderer:
         return str(path)
 
 
-def _most_fake(views: Sequence[View], scores: Mapping[bytes, Score]) -> View:
-    def highest(view: View) -> float:
-        return max((scores[c.digest].fake_probability for c in view.crops), default=-1.0)
-
-    return max(views, key=highest)
-
-
-def _pixels(prepared: Prepared, view: View, frames: int) -> np.ndarray | None:
-    """Decode again what was judged; None when the file has changed since."""
-    try:
-        if prepared.source.kind == "image":
-            picture = prepared.source.picture()
-            return picture.pixels if picture.sha256 == prepared.sha256 else None
-        with read_frames(Path(prepared.source.path), count=frames) as video:
-            for frame in video.frames:
-                if frame.index == view.index and video.sha256 == prepared.sha256:
-                    pixels: np.ndarray = frame.pixels
-                    return pixels
-    except InputError:
-        pass
-    return None
-
-
 def _labels(
     record: Detection, view: View, scores: Mapping[bytes, Score]
 ) -> list[tuple[Box, str, str]]:
     """(box, verdict, words) of each crop of a view."""
-    verdicts: dict[Box, FaceScore] = {face.crop: face for face in record.faces}
+    faces = {face.crop: face for face in record.faces}
     labels = []
     for crop in view.crops:
         score = scores[crop.digest].fake_probability
-        face = verdicts.get(crop.crop)
+        face = faces.get(crop.crop)
         verdict = face.verdict if face else str(record.verdict)
         words = f"{verdict} {score:.2f}" if face else f"frame {view.index}: {score:.2f}"
         labels.append((crop.crop, verdict, words))
@@ -162,12 +138,12 @@ def annotated(
         x1, y1 = min(x1, drawn.width) - 1, min(y1, drawn.height) - 1
         if x1 <= x0 or y1 <= y0:
             continue
-        colour = _COLOURS[verdict]
-        pen.rectangle((x0, y0, x1, y1), outline=colour, width=max(2, size // 6))
+        color = _COLORS[verdict]
+        pen.rectangle((x0, y0, x1, y1), outline=color, width=max(2, size // 6))
         left, top, right, bottom = pen.textbbox((0, 0), words, font=font)
         high = bottom - top + size // 2
         y = y0 - high if y0 >= high else y0
-        pen.rectangle((x0, y, x0 + right - left + size // 2, y + high), fill=colour)
+        pen.rectangle((x0, y, x0 + right - left + size // 2, y + high), fill=color)
         pen.text((x0 + size // 4, y + size // 4 - top), words, fill=(255, 255, 255), font=font)
     return drawn
 
@@ -177,7 +153,7 @@ def heat(
 ) -> Image.Image:
     """Lay each crop's forgery map over it, dark where it is lowest and bright where highest.
 
-    The colours are relative within one face: they tell where the model looks for its answer, not
+    The colors are relative within one face: they tell where the model looks for its answer, not
     how sure it is.
 
     Args:
@@ -212,7 +188,7 @@ def heat_layer(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
     smooth = Image.fromarray(unit.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
     level = np.clip(np.asarray(smooth), 0, 1)
     knots = np.linspace(0, 1, len(_SCALE))
-    colours = np.stack([np.interp(level, knots, _SCALE[:, c]) for c in range(3)], axis=-1)
-    layer = Image.fromarray(colours.astype(np.uint8))
+    colors = np.stack([np.interp(level, knots, _SCALE[:, c]) for c in range(3)], axis=-1)
+    layer = Image.fromarray(colors.astype(np.uint8))
     layer.putalpha(Image.fromarray((70 + 90 * level).astype(np.uint8)))
     return layer

@@ -1,21 +1,50 @@
-"""From what the user typed to a list of items: files, folders, globs, lists, standard input."""
+"""From what the user typed to face crops: items are listed, read, searched for faces and cut.
+
+Items are files, folders, globs, lists and standard input. Decoding and face search run in threads,
+ahead of the model and while it loads. No torch.
+"""
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
+from PIL import Image
+
+from m2f2cli.data.domain import Domain
+from m2f2cli.data.faces import crop_face, find_faces
+from m2f2cli.data.images import IMAGE_SUFFIXES, Picture, read_picture
+from m2f2cli.data.transforms import padded_square, resize_and_crop
+from m2f2cli.data.video import VIDEO_SUFFIXES, read_frames
 from m2f2cli.errors import InputError, UsageError
+from m2f2cli.options.detect import DetectOptions
+from m2f2cli.records import Box
+from m2f2cli.runtime import processors
 
 if TYPE_CHECKING:
-    from m2f2cli.data.images import Picture
+    from m2f2cli.options.detect import DetectOptions
 
+# A picture without a face that is no larger than this and nearly square is most likely a face crop
+# already, as the published data sets hold them; ``auto`` then judges it whole.
+READY_CROP_SIDE = 400
+READY_CROP_RATIO = 1.25
+SHOWN_SIDE = 2048  # pixels; longest side of what is kept of a picture to be drawn on
+PATIENCE = 2.0  # seconds that what is ready waits for more
 _MAGIC = frozenset("*?[")
+_SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+_MOST_WORKERS = 8
+
+Keep = Literal["nothing", "judged", "everything"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +71,6 @@ class Source:
         Raises:
             InputError: It cannot be read.
         """
-        from m2f2cli.data.images import read_picture
-
         return self.read() if self.read else read_picture(Path(self.path))
 
 
@@ -63,7 +90,7 @@ def expand(paths: Sequence[str], *, recursive: bool = False) -> list[Source]:
     if not paths:
         raise UsageError("There is nothing to judge.", "Give a file, a folder or a glob.")
     given = [found for path in paths for found in _literal(path)]
-    folders = sum(_is_folder(path) for path in given)
+    folders = sum(os.path.isdir(path) for path in given)
     sources: list[Source] = []
     seen: set[str] = set()
     taken: set[str] = set()
@@ -72,7 +99,8 @@ def expand(paths: Sequence[str], *, recursive: bool = False) -> list[Source]:
             key = os.path.abspath(file)
             if key not in seen:
                 seen.add(key)
-                sources.append(Source(file, _kind(file), _free_name(name, taken)))
+                kind = "video" if _suffix(file) in VIDEO_SUFFIXES else "image"
+                sources.append(Source(file, kind, _free_name(name, taken)))
     return sources
 
 
@@ -105,7 +133,7 @@ def _lines(content: bytes) -> Iterator[str]:
 
 def _files(path: str, *, recursive: bool, prefix: bool) -> Iterator[tuple[str, PurePosixPath]]:
     """The files of a path, each with its name below an output folder."""
-    if not _is_folder(path):
+    if not os.path.isdir(path):
         yield str(Path(path)), PurePosixPath(Path(path).name or "item")
         return
     root = Path(path)
@@ -135,36 +163,19 @@ def _walk(root: Path, recursive: bool) -> Iterator[Path]:
         if entry.is_dir():
             if recursive and not entry.is_symlink():
                 yield from _walk(root / entry.name, recursive)
-        elif _suffix(entry.name) in _suffixes():
+        elif _suffix(entry.name) in _SUFFIXES:
             yield root / entry.name
 
 
 def _nothing_in(path: str, recursive: bool) -> InputError:
-    hint = f"Supported: {', '.join(sorted(_suffixes()))}."
+    hint = f"Supported: {', '.join(sorted(_SUFFIXES))}."
     if not recursive and any(entry.is_dir() for entry in os.scandir(path)):
         hint = "It has sub-folders: add --recursive to enter them. " + hint
     return InputError(f"The folder '{path}' holds no picture or video.", "missing", hint)
 
 
-def _is_folder(path: str) -> bool:
-    return os.path.isdir(path)
-
-
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
-
-
-def _suffixes() -> frozenset[str]:
-    from m2f2cli.data.images import IMAGE_SUFFIXES
-    from m2f2cli.data.video import VIDEO_SUFFIXES
-
-    return IMAGE_SUFFIXES | VIDEO_SUFFIXES
-
-
-def _kind(path: str) -> str:
-    from m2f2cli.data.video import VIDEO_SUFFIXES
-
-    return "video" if _suffix(path) in VIDEO_SUFFIXES else "image"
 
 
 def _free_name(name: PurePosixPath, taken: set[str]) -> PurePosixPath:
@@ -174,3 +185,257 @@ def _free_name(name: PurePosixPath, taken: set[str]) -> PurePosixPath:
         candidate = name.with_name(f"{name.stem}-{number}{name.suffix}")
     taken.add(str(candidate).casefold())
     return candidate
+
+
+class CropRule(NamedTuple):
+    """How a model wants its crops.
+
+    Attributes:
+        size: Side of the network's input in pixels.
+        margin: Share of the face box's side added around it.
+        domain: The model's domain check, if it has one.
+        pads: Whether its CLIP tower sees all of a picture that is taken whole, on a square.
+    """
+
+    size: int
+    margin: float
+    domain: Domain | None = None
+    pads: bool = False
+
+    @classmethod
+    def of(cls, config: Any, *, finds_faces: bool, pads: bool = False) -> CropRule:
+        """Read it from a detector's configuration.
+
+        Args:
+            config: A ``DetectorConfig``.
+            finds_faces: Whether faces are to be found, which takes the finder it was trained with.
+            pads: As in the class.
+
+        Raises:
+            UsageError: The detector was trained on crops of a face finder that m2f2 lacks.
+        """
+        finder = config.crop.get("detector", "dlib")
+        if finds_faces and finder != "dlib":
+            raise UsageError(
+                f"The model wants face crops of '{finder}', which m2f2 does not have.",
+                "Crop the faces yourself and add --faces none.",
+            )
+        domain = Domain.from_config(config.domain) if config.domain else None
+        return cls(config.image_size, float(config.crop.get("margin", 0.3)), domain, pads)
+
+    def crop(
+        self, cut: np.ndarray, square: Box, box: Box | None = None, score: float | None = None
+    ) -> Crop:
+        """Describe a cut, scaled crop."""
+        digest = hashlib.sha256(cut.tobytes()).digest()
+        distance = None if self.domain is None else self.domain.distance(cut)
+        return Crop(cut, digest, square, box, score, distance)
+
+    def whole(self, pixels: np.ndarray) -> Crop:
+        """A picture's center square, which is what the preprocessing keeps of it."""
+        height, width = pixels.shape[:2]
+        side = min(height, width)
+        left, top = (width - side) // 2, (height - side) // 2
+        crop = self.crop(resize_and_crop(pixels, self.size), (left, top, left + side, top + side))
+        padded = padded_square(pixels, self.size) if self.pads else None
+        if padded is None:
+            return crop
+        digest = hashlib.sha256(crop.digest + padded.tobytes()).digest()
+        return replace(crop, digest=digest, padded=padded)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One square to judge.
+
+    Attributes:
+        pixels: uint8 (size, size, 3), RGB.
+        digest: Of the pixels; equal crops are judged once.
+        crop: (x0, y0, x1, y1) in the upright picture or frame.
+        box: The face as found; None when the picture was taken whole.
+        finder_score: The face finder's confidence; None as above.
+        domain_distance: From the training crops; None where the model has no check.
+        padded: uint8 as ``pixels``: the whole of a picture that is not square, on a square; None
+            where the model does not look at it.
+    """
+
+    pixels: np.ndarray
+    digest: bytes
+    crop: Box
+    box: Box | None = None
+    finder_score: float | None = None
+    domain_distance: float | None = None
+    padded: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture, or one frame of a video.
+
+    Attributes:
+        crops: What is to be judged in it.
+        faces_found: Faces the finder saw.
+        index: Number of the frame, from 0.
+        time: Seconds from the start of the video.
+        pixels: uint8 (H, W, 3), RGB, to draw on, ``SHOWN_SIDE`` at most; None when not kept.
+        scale: Kept pixels per pixel of the picture, in (0, 1].
+    """
+
+    crops: tuple[Crop, ...]
+    faces_found: int
+    index: int = 0
+    time: float = 0.0
+    pixels: np.ndarray | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A source, read; or the reason why it could not be.
+
+    Attributes:
+        source: Where it came from.
+        status: A key of ``records.STATUSES``.
+        message: What went wrong; None when ``status`` is ok.
+        sha256: Of the file's bytes; None when they could not be read.
+        size: (width, height) upright, pixels; None when not decoded.
+        views: One for a picture, one a frame for a video.
+        note: What to know about how the file was read; None mostly.
+    """
+
+    source: Source
+    status: str = "ok"
+    message: str | None = None
+    sha256: str | None = None
+    size: tuple[int, int] | None = None
+    views: tuple[View, ...] = ()
+    note: str | None = None
+
+
+def prepare(
+    source: Source, options: DetectOptions, rule: Future[CropRule], *, keep: Keep = "nothing"
+) -> Prepared:
+    """Read a source and cut its crops. A bad file gives a status, never an exception.
+
+    Args:
+        source: A picture or a video.
+        options: Which faces, and how many frames of a video.
+        rule: Waited for after decoding and face search, which need no model.
+        keep: The pixels of which views are kept to draw on.
+    """
+    try:
+        if source.kind == "image":
+            picture = source.picture()
+            view = _view(picture.pixels, options.faces, rule, keep)
+            found = Prepared(
+                source, "ok", None, picture.sha256, picture.size, (view,), picture.note
+            )
+            where = "the picture"
+        else:
+            views = []
+            with read_frames(Path(source.path), count=options.frames) as video:
+                for frame in video.frames:
+                    view = _view(frame.pixels, options.faces, rule, keep)
+                    views.append(replace(view, index=frame.index, time=frame.time))
+                    height, width = frame.pixels.shape[:2]
+                found = Prepared(
+                    source, "ok", None, video.sha256, (width, height), tuple(views), video.note
+                )
+            where = f"any of the {len(views)} frames looked at"
+    except InputError as error:
+        return Prepared(source, error.status, error.message)
+    except UnicodeDecodeError:  # PyAV, at texts inside a video that are not UTF-8
+        message = f"'{source.path}' holds texts that are not UTF-8, so it cannot be decoded."
+        return Prepared(source, "unreadable", message)
+    if any(view.crops for view in found.views):
+        return found
+    return replace(found, status="no_face", message=f"No face was found in {where}.")
+
+
+def _view(pixels: np.ndarray, faces: str, rule: Future[CropRule], keep: Keep) -> View:
+    found = [] if faces == "none" else find_faces(pixels)
+    wanted = rule.result()
+    if faces == "none" or (faces == "auto" and not found and _looks_like_a_crop(pixels)):
+        crops = [wanted.whole(pixels)]
+    else:
+        crops = []
+        for face in found[:1] if faces == "largest" else found:
+            square = face.crop(wanted.margin)
+            cut = resize_and_crop(crop_face(pixels, square), wanted.size)
+            crops.append(wanted.crop(cut, square, face.box, round(face.score, 4)))
+    view = View(tuple(crops), len(found))
+    if keep == "nothing" or (keep == "judged" and not crops):
+        return view
+    height, width = pixels.shape[:2]
+    scale = min(1.0, SHOWN_SIDE / max(width, height))
+    if scale < 1:
+        small = Image.fromarray(pixels).resize((round(width * scale), round(height * scale)))
+        pixels = np.asarray(small)
+    return replace(view, pixels=pixels, scale=scale)
+
+
+def _looks_like_a_crop(pixels: np.ndarray) -> bool:
+    sides = pixels.shape[:2]
+    return max(sides) <= READY_CROP_SIDE and max(sides) <= READY_CROP_RATIO * min(sides)
+
+
+class Decoder:
+    """Prepares sources in threads; the first from the moment it is made, while the model loads.
+
+    Args:
+        sources: The items.
+        options: Which faces, and how many frames of a video.
+        keep: As for ``prepare``; kept pixels limit how far it goes ahead.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], options: DetectOptions, *, keep: Keep = "nothing"
+    ) -> None:
+        self._options, self._keep = options, keep
+        self._left = iter(sources)
+        self._rule: Future[CropRule] = Future()
+        self._queue: deque[tuple[int, Future[Prepared]]] = deque()
+        self._workers = min(_MOST_WORKERS, processors())
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="m2f2-decode")
+        self._fill(self._workers)
+
+    def _fill(self, size: int) -> None:
+        """Begin further items until ``size`` are under way; a video with kept frames is many."""
+        held = sum(weight for weight, _ in self._queue)
+        while held < size and (source := next(self._left, None)) is not None:
+            many = self._keep != "nothing" and source.kind == "video"
+            weight = self._options.frames if many else 1
+            future = self._pool.submit(prepare, source, self._options, self._rule, keep=self._keep)
+            self._queue.append((weight, future))
+            held += weight
+
+    def prepared(self, rule: CropRule) -> Iterator[Prepared | None]:
+        """Every source, read and cut, in order.
+
+        Args:
+            rule: How the model wants its crops.
+
+        Yields:
+            None whenever the next item takes longer than ``PATIENCE``.
+        """
+        self._rule.set_result(rule)
+        window = 2 * self._workers + self._options.batch_size
+        self._fill(window)
+        while self._queue:
+            future = self._queue[0][1]
+            wait([future], timeout=PATIENCE)
+            if not future.done():
+                yield None
+                continue
+            self._queue.popleft()
+            self._fill(window)
+            yield future.result()
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        self._rule.cancel()
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)

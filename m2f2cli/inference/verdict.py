@@ -1,14 +1,18 @@
-"""How scores become verdicts: threshold, uncertain band, domain check, items of several parts."""
+"""From scores to verdicts and records: threshold, uncertain band, domain check, faces, frames."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from m2f2cli.errors import UsageError
-from m2f2cli.records import FaceScore, FrameScore
+from m2f2cli.records import Detection, FaceScore, FrameScore, Settings
+
+if TYPE_CHECKING:
+    from m2f2cli.inference.pipeline import Score
+    from m2f2cli.inference.sources import Prepared, View
 
 DIGITS = 6  # probabilities are rounded to this before anything is decided by them
 _SEVERITY = {"fake": 2, "uncertain": 1, "real": 0}
@@ -113,3 +117,99 @@ def deciding_first(faces: Sequence[FaceScore]) -> list[FaceScore]:
     probability leads, then the order found.
     """
     return sorted(faces, key=lambda face: (-_SEVERITY[face.verdict], -face.fake_probability))
+
+
+def assemble(
+    prepared: Prepared, scores: Mapping[bytes, Score], rule: Rule, settings: Settings
+) -> Detection:
+    """Make the record of one item.
+
+    Args:
+        prepared: The item as read.
+        scores: By the crops' digests; all of the item's crops.
+        rule: Turns scores into verdicts.
+        settings: Of the run.
+    """
+    width, height = prepared.size or (None, None)
+    record = Detection(
+        path=prepared.source.path,
+        kind=prepared.source.kind,
+        status=prepared.status,
+        settings=settings,
+        message=prepared.message,
+        note=prepared.note,
+        sha256=prepared.sha256,
+        width=width,
+        height=height,
+        faces_found=max((view.faces_found for view in prepared.views), default=None),
+    )
+    ranked = [faces_of(view, scores, rule) for view in prepared.views]
+    if prepared.source.kind == "video":
+        return _video(record, prepared, ranked, rule)
+    return _picture(record, ranked[0]) if prepared.status == "ok" else record
+
+
+def faces_of(view: View, scores: Mapping[bytes, Score], rule: Rule) -> list[FaceScore]:
+    """The judged crops of a picture or frame, the one that decides first."""
+    faces = []
+    for crop in view.crops:
+        score = scores[crop.digest]
+        judgement = rule.judge(score.fake_probability, score.domain_distance)
+        faces.append(
+            FaceScore(
+                box=crop.box,
+                crop=crop.crop,
+                fake_probability=score.fake_probability,
+                verdict=judgement.verdict,
+                reason=judgement.reason,
+                in_domain=judgement.in_domain,
+                domain_distance=score.domain_distance,
+                finder_score=crop.finder_score,
+            )
+        )
+    return deciding_first(faces)
+
+
+def _picture(record: Detection, faces: list[FaceScore]) -> Detection:
+    first = faces[0]
+    return replace(
+        record,
+        verdict=first.verdict,
+        fake_probability=first.fake_probability,
+        reason=first.reason,
+        in_domain=first.in_domain,
+        domain_distance=first.domain_distance,
+        crop=first.crop,
+        crop_source="picture" if first.box is None else "face",
+        faces=tuple(faces),
+    )
+
+
+def _video(
+    record: Detection, prepared: Prepared, ranked: list[list[FaceScore]], rule: Rule
+) -> Detection:
+    frames = []
+    for view, faces in zip(prepared.views, ranked, strict=True):
+        frame = FrameScore(view.index, round(view.time, 3), view.faces_found)
+        if faces:
+            first = faces[0]
+            frame = replace(
+                frame,
+                fake_probability=first.fake_probability,
+                crop=first.crop,
+                in_domain=first.in_domain,
+                domain_distance=first.domain_distance,
+            )
+        frames.append(frame)
+    record = replace(record, frames=tuple(frames))
+    if record.status != "ok":
+        return record
+    mean, distance, judgement = rule.judge_frames(frames)
+    return replace(
+        record,
+        verdict=judgement.verdict,
+        fake_probability=mean,
+        reason=judgement.reason,
+        in_domain=judgement.in_domain,
+        domain_distance=distance,
+    )

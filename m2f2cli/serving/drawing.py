@@ -14,8 +14,8 @@ from typing import Any
 
 import jinja2
 
+from m2f2cli.inference.pipeline import Score
 from m2f2cli.inference.render import heat_layer
-from m2f2cli.inference.scoring import Score
 from m2f2cli.inference.verdict import Rule
 from m2f2cli.records import (
     Box,

@@ -31,16 +31,11 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 @dataclass(frozen=True)
 class Address:
-    """Where the page is served, and to whom.
+    """Where the page is served, and to whom."""
 
-    Attributes:
-        host: A name or an address of this machine.
-        port: 0 takes a free one.
-        auth: ``USER:PASS`` that visitors have to give; None for none, on this computer only.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 7860
+    host: str = "127.0.0.1"  # a name or an address of this machine
+    port: int = 7860  # 0 takes a free one
+    # USER:PASS that visitors have to give; None for none, on this computer only.
     auth: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -12,19 +12,22 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from m2f2cli.data.images import read_picture
 from m2f2cli.data.video import VIDEO_SUFFIXES, read_frames
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.inference.session import Judged, Session
+from m2f2cli.inference.pipeline import Judged
+from m2f2cli.inference.session import Session
 from m2f2cli.inference.sources import Source
 from m2f2cli.options.explain import REGIONS
 from m2f2cli.records import Box, Detection, Explanation
 from m2f2cli.serving.gate import Uploads
+
+if TYPE_CHECKING:
+    from m2f2cli.inference.explain import TextChunk
 
 MAX_SECONDS = 600.0  # of a video
 MAX_QUESTION = 500  # characters
@@ -99,33 +102,22 @@ class Worker:
 
 @dataclass(frozen=True)
 class Said:
-    """One answer, as far as it is written.
+    """One answer, as far as it is written."""
 
-    Attributes:
-        region: The region it is about; None for a question of the visitor's own, and for the
-            judgement.
-        asked: The question in words.
-        text: The answer so far.
-        judges: Whether it is the question for the language model's own judgement.
-    """
-
+    # The region it is about; None for a question of the visitor's own, and for the judgement.
     region: str | None
-    asked: str
-    text: str
-    judges: bool = False
+    asked: str  # the question in words
+    text: str  # the answer so far
+    judges: bool = False  # whether it is the question for the language model's own judgement
 
 
 @dataclass(frozen=True)
 class Look:
-    """An answered upload: what is kept of it while its owner looks at it.
+    """An answered upload: what is kept of it while its owner looks at it."""
 
-    Attributes:
-        judged: The verdict, with crops and scores.
-        shown: JPEG files, ``SHOWN_SIDE`` pixels at most: the picture (0), or the worst frames of a
-            video by number; empty where nothing could be decoded.
-    """
-
-    judged: Judged
+    judged: Judged  # the verdict, with crops and scores
+    # JPEG files, SHOWN_SIDE pixels at most: the picture (0), or the worst frames of a video by
+    # number; empty where nothing could be decoded.
     shown: Mapping[int, bytes] = field(default_factory=dict)
 
     @property
@@ -201,17 +193,17 @@ class Service:
         said: list[Said] = []
 
         def work(tell: Callable[[tuple[Said, ...] | Explanation], None]) -> None:
-            def hear(heard: Any) -> None:
-                if heard.words:
-                    said[-1] = replace(said[-1], text=said[-1].text + heard.words)
+            def add(chunk: TextChunk) -> None:
+                if chunk.text:
+                    said[-1] = replace(said[-1], text=said[-1].text + chunk.text)
                 else:
-                    asked = heard.question
-                    said.append(Said(asked.region, heard.asked, "", asked.text is None))
+                    asked = chunk.question
+                    said.append(Said(asked.region, chunk.asked, "", asked.text is None))
                 tell(tuple(said))
 
             regions = () if questions else REGIONS
             record = self.session.explain(
-                look.judged, face=face, regions=regions, questions=questions, hear=hear
+                look.judged, face=face, regions=regions, questions=questions, on_text=add
             )
             explained = record.explanations[0]
             whole = (explained.judgement_text, *(reason.text for reason in explained.reasons))
@@ -238,12 +230,11 @@ class Service:
         if kind == "video":
             _check_length(file, name)
         judged = self.session.judge(Source(str(file), kind, PurePosixPath("item")))
-        judged = _called(judged, str(file), name)
-        if kind == "video":
-            return Look(judged, _frames(file, worst_frames(judged.record)))
-        if judged.record.width is None:
-            return Look(judged)
-        return Look(judged, {0: _jpeg(read_picture(file).pixels)})
+        views = {view.index: view for view in judged.prepared.views}
+        numbers = worst_frames(judged.record) if kind == "video" else list(views)
+        chosen = [views[number] for number in numbers]
+        shown = {v.index: _jpeg(v.pixels) for v in chosen if v.pixels is not None}
+        return Look(_called(judged.reduced(), str(file), name), shown)
 
 
 def _check_length(file: Path, name: str) -> None:
@@ -272,14 +263,6 @@ def worst_frames(record: Detection) -> list[int]:
     scored = [f for f in record.frames if f.fake_probability is not None]
     scored.sort(key=lambda frame: -(frame.fake_probability or 0.0))
     return [frame.index for frame in scored[:WORST_FRAMES]]
-
-
-def _frames(file: Path, numbers: Sequence[int]) -> dict[int, bytes]:
-    if not numbers:
-        return {}
-    with read_frames(file, numbers=sorted(numbers)) as video:
-        found = {frame.index: _jpeg(frame.pixels) for frame in video.frames}
-    return {number: found[number] for number in numbers if number in found}
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:

@@ -56,7 +56,8 @@ def read_sources(
             videos = _read_videos(source, data, "validation", tell)
             judged.append(_prefixed(videos, prefixes[source]))
     if data.identities is not None:
-        free = _with_people(free, data.identities)
+        people = read_people(data.identities, {s.name for part in free for s in part.samples})
+        free = [part.with_people(people) for part in free]
     if data.validation is not None:
         train, held = _joined([*official, *free]), _read_held(data, tell)
         _refuse_shared(train, held)
@@ -145,14 +146,6 @@ def _prefixed(part: SampleSet, prefix: str) -> SampleSet:
     if not prefix:
         return part
     return replace(part, samples=tuple(replace(s, name=f"{prefix}/{s.name}") for s in part.samples))
-
-
-def _with_people(parts: Sequence[SampleSet], file: Path) -> list[SampleSet]:
-    people = read_people(file, {s.name for part in parts for s in part.samples})
-    return [
-        replace(part, samples=tuple(replace(s, identities=people[s.name]) for s in part.samples))
-        for part in parts
-    ]
 
 
 def _joined(parts: Sequence[SampleSet]) -> SampleSet:

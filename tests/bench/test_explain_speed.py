@@ -21,7 +21,7 @@ from PIL import Image
 from m2f2cli.data.images import read_picture
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.inference.explain import explain
-from m2f2cli.inference.explain_questions import choose
+from m2f2cli.inference.questions import choose
 from m2f2cli.models.explainer import Explainer, ExplainerConfig
 from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.models.tokenizer import decode

@@ -22,9 +22,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from m2f2cli.checkpoints.convert import import_weights
 from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.data.transforms import preprocess
-from m2f2cli.inference.detect import DetectOptions, load
 from m2f2cli.inference.optimize_cpu import PackedLinear
+from m2f2cli.inference.pipeline import load
 from m2f2cli.models.detector import Detector
+from m2f2cli.options.detect import DetectOptions
 from tests.parity.published import manifest, state_dict
 from tests.parity.recipe import image_for
 

@@ -17,8 +17,9 @@ from m2f2cli.data.domain import Domain
 from m2f2cli.data.images import read_picture
 from m2f2cli.data.samples import REAL, read_samples
 from m2f2cli.data.transforms import resize_and_crop
-from m2f2cli.inference.detect import DetectOptions, detect
+from m2f2cli.inference.pipeline import detect
 from m2f2cli.metrics import average_precision, roc_auc
+from m2f2cli.options.detect import DetectOptions
 
 pytestmark = [
     pytest.mark.bench,

@@ -28,12 +28,12 @@ from m2f2cli.data.prepare import explanations
 from m2f2cli.data.prepare.ddvqa import QUESTIONS_FILE, TRUTH_FILE, prepare_ddvqa
 from m2f2cli.data.readers.ddvqa import read_annotations
 from m2f2cli.data.samples import REAL, kind_of
-from m2f2cli.inference.detect import DetectOptions, detect
-from m2f2cli.inference.explain_asker import Asker
-from m2f2cli.inference.explain_questions import JUDGEMENT, of_region
-from m2f2cli.inference.prepare import Recipe, prepare
-from m2f2cli.inference.sources import expand
+from m2f2cli.inference.explain import ExplainPipeline, Prompt
+from m2f2cli.inference.pipeline import detect
+from m2f2cli.inference.questions import JUDGEMENT, of_region
+from m2f2cli.inference.sources import CropRule, expand, prepare
 from m2f2cli.models.explainer import PictureFeatures
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.explain import REGIONS, ExplainOptions
 
 pytestmark = [
@@ -43,6 +43,7 @@ pytestmark = [
 MODEL = os.environ.get("M2F2_EXPLAINER", "lite")
 TALKS = os.environ.get("M2F2_TALKS")  # now: tests do not see such variables
 CONDITIONS = {"truth": "the label (as published)", "detector": "its verdict", "none": "nothing"}
+FEATURES = ("patches", "forgery", "logits")
 FIGURES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "bleu", "rouge_l", "cider")
 SPEAKING = ("--model", MODEL, "--max-new-tokens", "128", "--batch-size", "64")
 
@@ -179,38 +180,41 @@ def test_how_far_words_follow_the_evidence(part):
     options = ExplainOptions(
         detect=DetectOptions(faces="none", batch_size=64), condition="none", max_new_tokens=128
     )
-    asker = Asker(MODEL, options)
+    pipeline = ExplainPipeline(MODEL, options)
     questions = [JUDGEMENT, *map(of_region, REGIONS)]
-    prompts = [question.prompt(asker.template, None) for question in questions]
-    asker.leave_room(asker.length(prompt) for prompt in prompts)
+    prompts: list[Prompt] = [pipeline.prompt(question, None) for question in questions]
+    pipeline.reserve(questions)
     files = [json.loads(line)["name"] for line in part["truth"].read_text().splitlines()]
-    recipe: Future[Recipe] = Future()
-    recipe.set_result(asker.recipe())
+    rule: Future[CropRule] = Future()
+    rule.set_result(pipeline.scorer.crop_rule(options.detect))
     sources = expand([str(part["images"] / file) for file in files])
-    read = [prepare(source, faces="none", frames=1, recipe=recipe) for source in sources]
+    read = [prepare(source, options.detect, rule) for source in sources]
     crops = [one.views[0].crops[0] for one in read]
-    seen = asker.look(crops)[1]
-    blank = asker.look([replace(crops[0], pixels=np.full_like(crops[0].pixels, 128))])[1]
+    rows = [score.features for score in pipeline.scorer.score(crops)]
+    seen = PictureFeatures(*(torch.cat([getattr(r, n) for r in rows]) for n in FEATURES))
+    gray = replace(crops[0], pixels=np.full_like(crops[0].pixels, 128))
+    blank = pipeline.scorer.score([gray])[0].features
     other = torch.roll(torch.arange(len(files)), len(files) // 3)
     sure = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=seen.forgery.dtype)
-    real, fake = asker.model.forgery_projector(sure).detach()
+    real, fake = pipeline.model.forgery_projector(sure).detach()
 
     def mixed(patches: torch.Tensor, forgery: torch.Tensor) -> list[list[str]]:
         features = PictureFeatures(patches, forgery.expand_as(seen.forgery), seen.logits)
-        said = asker.answer(crops, features, [prompts] * len(crops))
+        each = [features.rows(n, n + 1) for n in range(len(crops))]
+        said = pipeline.complete(crops, each, [prompts] * len(crops))
         return [[one.text for one in row] for row in said]
 
     as_it_is = mixed(seen.patches, seen.forgery)
     blanked = blank.patches.expand_as(seen.patches)
     changed = {
         "patches of another picture": mixed(seen.patches[other], seen.forgery),
-        "patches of a grey picture": mixed(blanked, seen.forgery),
+        "patches of a gray picture": mixed(blanked, seen.forgery),
         "token of another picture": mixed(seen.patches, seen.forgery[other]),
         "both of another picture": mixed(seen.patches[other], seen.forgery[other]),
         "token: surely real": mixed(seen.patches, real),
         "token: surely fake": mixed(seen.patches, fake),
-        "grey, surely real": mixed(blanked, real),
-        "grey, surely fake": mixed(blanked, fake),
+        "gray, surely real": mixed(blanked, real),
+        "gray, surely fake": mixed(blanked, fake),
     }
     sounds = tones()
 

@@ -28,7 +28,7 @@ def apart(first: np.ndarray, second: np.ndarray) -> float:
 
 
 @ALL
-def test_a_picture_is_spoilt_alike_each_time_and_more_with_severity(name, picture):
+def test_a_picture_is_corrupted_alike_each_time_and_more_with_severity(name, picture):
     before = picture.copy()
     results = [CORRUPTIONS[name].apply(picture, s, "sha") for s in SEVERITIES]
     again = [CORRUPTIONS[name].apply(picture, s, "sha") for s in SEVERITIES]

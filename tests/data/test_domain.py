@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from m2f2cli.data.augment import compress_jpeg, gaussian_blur
-from m2f2cli.data.domain import Domain, describe_texture
+from m2f2cli.data.domain import Domain, blur, describe_texture
 
 
 def crop(seed: int, side: int = 96) -> np.ndarray:
@@ -42,8 +42,6 @@ def test_other_textures_lie_outside(domain, change):
 
 
 def test_blur_equals_a_direct_convolution():
-    from m2f2cli.data.domain import _blur
-
     values = np.random.default_rng(1).random((20, 24)).astype(np.float32)
     radius, sigma = 3, 0.7
     steps = np.arange(-radius, radius + 1)
@@ -53,7 +51,7 @@ def test_blur_equals_a_direct_convolution():
     expected = np.array(
         [[(padded[y : y + 7, x : x + 7] * kernel).sum() for x in range(24)] for y in range(20)]
     )
-    assert np.allclose(_blur(values, sigma), expected, atol=1e-5)
+    assert np.allclose(blur(values, sigma), expected, atol=1e-5)
 
 
 def test_it_survives_the_configuration(domain):

@@ -108,9 +108,9 @@ def test_seeking_gives_the_frames_of_plain_decoding(movie, monkeypatch):
     every, _ = _read(movie, 1000)
     assert [frame.index for frame in every] == list(range(100))
     seeks = []
-    seek = video.VideoFrames._seek
+    seek = video.VideoFrames.seek
     monkeypatch.setattr(
-        video.VideoFrames, "_seek", lambda self, time: seeks.append(time) or seek(self, time)
+        video.VideoFrames, "seek", lambda self, time: seeks.append(time) or seek(self, time)
     )
     some, _ = _read(movie, 2)
     assert len(seeks) >= 2

@@ -18,7 +18,8 @@ from m2f2cli.evaluation.evaluate import score_set, truth_of
 from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.truth import Joined, join
 from m2f2cli.files import json_bytes
-from m2f2cli.inference.detect import DetectOptions, detect
+from m2f2cli.inference.pipeline import detect
+from m2f2cli.options.detect import DetectOptions
 from tests.evaluation.reports import calibrated
 from tests.inference.conftest import noise_picture
 

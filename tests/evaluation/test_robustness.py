@@ -14,8 +14,9 @@ from m2f2cli.data.samples import SampleSet, read_samples
 from m2f2cli.errors import ConfigError, UsageError
 from m2f2cli.evaluation import evaluate as runs
 from m2f2cli.evaluation.robustness import conditions, sweep
-from m2f2cli.inference.detect import DetectOptions, detect
+from m2f2cli.inference.pipeline import detect
 from m2f2cli.metrics import roc_auc
+from m2f2cli.options.detect import DetectOptions
 from tests.evaluation.test_runs import clips
 from tests.inference.conftest import FLAT_ONLY, MeanJudge, noise_picture
 

@@ -23,8 +23,9 @@ from m2f2cli.evaluation.evaluate import (
 )
 from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.truth import join
-from m2f2cli.inference.detect import DetectOptions, detect
-from m2f2cli.inference.job import Tally
+from m2f2cli.inference.pipeline import detect
+from m2f2cli.inference.recordfile import Tally
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.records import Detection
 from m2f2cli.training.sources import read_sources

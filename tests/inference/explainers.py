@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from m2f2cli.inference.explain_asker import Asker, Said
+from m2f2cli.inference.explain import Completion, ExplainPipeline
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.explain import ExplainOptions
 from tests.models.explainers import tiny_explainer, tiny_processor
@@ -47,9 +47,9 @@ def say(monkeypatch: Any, answer: Callable[[str], str]) -> list[str]:
     """Let the language model say what a function of the prompt gives; returns what it was asked."""
     asked: list[str] = []
 
-    def reply(self: Asker, crops: Any, features: Any, prompts: Any, **_: Any) -> Any:
-        asked.extend(prompt for texts in prompts for prompt in texts)
-        return [[Said(answer(prompt), True) for prompt in texts] for texts in prompts]
+    def reply(self: ExplainPipeline, crops: Any, features: Any, prompts: Any, **_: Any) -> Any:
+        asked.extend(prompt.text for texts in prompts for prompt in texts)
+        return [[Completion(answer(p.text), True) for p in texts] for texts in prompts]
 
-    monkeypatch.setattr(Asker, "answer", reply)
+    monkeypatch.setattr(ExplainPipeline, "complete", reply)
     return asked

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m2f2cli.errors import M2F2Error, UsageError
-from m2f2cli.inference.detect import DetectOptions, detect
+from m2f2cli.inference.pipeline import detect
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Detection
 from tests.conftest import TURNS
 from tests.inference.conftest import FLAT_ONLY, MeanJudge, noise_picture, write_picture

@@ -14,10 +14,9 @@ from PIL import Image
 
 from m2f2cli.data.images import read_picture
 from m2f2cli.errors import UsageError
-from m2f2cli.inference.explain import explain, explain_sources
-from m2f2cli.inference.explain_asker import Asker
-from m2f2cli.inference.explain_questions import choose
-from m2f2cli.inference.explain_sampling import SeededDraws
+from m2f2cli.inference.explain import SeededSampling, explain, explain_sources
+from m2f2cli.inference.pipeline import Scorer
+from m2f2cli.inference.questions import choose
 from m2f2cli.inference.sources import expand
 from m2f2cli.models.conversation import DDVQA, Template
 from m2f2cli.models.tokenizer import decode
@@ -135,8 +134,8 @@ def test_equal_pictures_are_asked_about_once(loaded, pictures, tmp_path, monkeyp
     copy = tmp_path / "copy.png"
     copy.write_bytes(Path(pictures[0]).read_bytes())
     looked: list[int] = []
-    look = Asker.look
-    monkeypatch.setattr(Asker, "look", lambda s, c: (looked.append(len(c)), look(s, c))[1])
+    score = Scorer.score
+    monkeypatch.setattr(Scorer, "score", lambda s, c: (looked.append(len(c)), score(s, c))[1])
     first, *_, last = explain([*pictures, str(copy)], model=loaded, options=asking())
     assert sum(looked) == len(pictures)
     assert first.explanations == last.explanations
@@ -226,12 +225,12 @@ def test_words_are_told_as_they_come(loaded, pictures):
     order = []
     sources = expand(pictures[:1])
 
-    def hear(piece):
-        if not piece.words:
-            order.append(piece.asked)
-        heard[piece.asked] = heard.get(piece.asked, "") + piece.words
+    def collect(chunk):
+        if not chunk.text:
+            order.append(chunk.asked)
+        heard[chunk.asked] = heard.get(chunk.asked, "") + chunk.text
 
-    (record,) = explain_sources(sources, model=loaded, options=asking(), hear=hear)
+    (record,) = explain_sources(sources, model=loaded, options=asking(), on_text=collect)
     (face,) = record.explanations
     assert order == [loaded[1].template.judge, *(reason.question for reason in face.reasons)]
     for told, text in zip(heard.values(), words(record), strict=True):
@@ -258,12 +257,12 @@ def test_draws_depend_on_seed_face_and_question_alone(loaded, pictures):
 def test_draws_follow_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     rows = logits.repeat(4000, 1)
-    draws = SeededDraws(range(4000), temperature=0.8, top_p=1.0)
+    draws = SeededSampling(range(4000), temperature=0.8, top_p=1.0)
     counts = Counter(draws(torch.zeros(4000, 0), rows).argmax(dim=1).tolist())
     expected = (logits / 0.8).softmax(dim=0)
     for token, share in enumerate(expected.tolist()):
         assert counts[token] / 4000 == pytest.approx(share, abs=0.03)
-    likely = SeededDraws(range(4000), temperature=0.8, top_p=float(expected[2]) - 1e-3)
+    likely = SeededSampling(range(4000), temperature=0.8, top_p=float(expected[2]) - 1e-3)
     assert set(likely(torch.zeros(4000, 0), rows).argmax(dim=1).tolist()) == {2}
 
 
@@ -307,7 +306,7 @@ def test_impossible_questions_are_refused_before_any_work(loaded, pictures, ques
 
 def test_a_template_without_placeholders_is_refused(loaded, pictures, monkeypatch):
     blind = Template("blind", "", "Q: ", " A:", "", judge="Real or fake?", judge_head="")
-    monkeypatch.setattr("m2f2cli.inference.explain_asker.template", lambda name: blind)
+    monkeypatch.setattr("m2f2cli.inference.explain.template", lambda name: blind)
     with pytest.raises(UsageError, match="no <image> or <deepfake>"):
         next(explain(pictures, model=loaded, options=asking(judge=True)))
 

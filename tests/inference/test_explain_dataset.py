@@ -9,8 +9,7 @@ import pytest
 
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.predictions import read_predictions
-from m2f2cli.inference.explain_dataset import DatasetJob
-from m2f2cli.inference.explain_rows import read_questions
+from m2f2cli.inference.explain_dataset import DatasetJob, read_questions
 from tests.inference.explainers import asking, crops, tiny
 from tests.inference.test_explain import alone
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from m2f2cli.errors import ConfigError, UsageError
-from m2f2cli.inference.explain_questions import (
+from m2f2cli.inference.questions import (
     JUDGEMENT,
     Question,
     choose,

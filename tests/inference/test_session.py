@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from m2f2cli.errors import CheckpointError, UsageError
-from m2f2cli.inference.detect import DetectOptions, judge_sources
 from m2f2cli.inference.explain import explain_sources
-from m2f2cli.inference.prepare import View
+from m2f2cli.inference.pipeline import judge_sources
 from m2f2cli.inference.session import Judged, Session
-from m2f2cli.inference.sources import expand
+from m2f2cli.inference.sources import View, expand
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.explain import ExplainOptions
 from tests.inference.conftest import MeanJudge, write_picture
 from tests.inference.explainers import asking, crops, tiny
@@ -56,10 +56,10 @@ def test_words_are_heard_as_they_come(tmp_path):
     session = Session(tiny(), options=asking())
     judged = session.judge(expand(crops(tmp_path, 1))[0])
     heard = []
-    record = session.explain(judged, regions=("nose",), hear=heard.append)
-    said = "".join(item.words for item in heard if item.question.region == "nose")
+    record = session.explain(judged, regions=("nose",), on_text=heard.append)
+    said = "".join(item.text for item in heard if item.question.region == "nose")
     assert said.strip() == record.explanations[0].reasons[0].text
-    assert len([item for item in heard if not item.words]) == 2  # the judgement and the region
+    assert len([item for item in heard if not item.text]) == 2  # the judgement and the region
 
 
 def test_the_worst_frame_of_a_video_is_explained(tmp_path):

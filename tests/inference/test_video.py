@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f2cli.inference.detect import DetectOptions, detect
+from m2f2cli.inference.pipeline import detect
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Detection
 from tests.inference.conftest import FLAT_ONLY, MeanJudge
 

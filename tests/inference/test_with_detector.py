@@ -14,8 +14,9 @@ from PIL import Image
 
 from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.data.transforms import preprocess
-from m2f2cli.inference.detect import DetectOptions, detect
+from m2f2cli.inference.pipeline import detect
 from m2f2cli.models.detector import Detector
+from m2f2cli.options.detect import DetectOptions
 from tests.inference.conftest import noise_picture
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m2f2cli.inference.pipeline import Score
 from m2f2cli.inference.render import heat, heat_layer
-from m2f2cli.inference.scoring import Score
 from m2f2cli.records import Answer, Explanation, FaceExplanation, FaceScore, FrameScore
 from m2f2cli.serving import drawing
 from m2f2cli.serving.worker import Look, Said

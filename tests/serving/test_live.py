@@ -17,7 +17,8 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from m2f2cli.inference.detect import DetectOptions, detect
+from m2f2cli.inference.pipeline import detect
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.explain import ExplainOptions
 from m2f2cli.serving.gate import Uploads
 from m2f2cli.serving.page import GENERIC

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.inference.detect import DetectOptions, detect
+from m2f2cli.inference.pipeline import detect
 from m2f2cli.inference.session import Session
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.explain import ExplainOptions
 from m2f2cli.records import Explanation
 from m2f2cli.serving import worker as module

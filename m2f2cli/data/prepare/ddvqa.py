@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from m2f2cli.data.images import read_picture
 from m2f2cli.data.prepare import explanations
@@ -29,59 +29,38 @@ FILES = (JUDGE_FILE, EXPLAIN_FILE, QUESTIONS_FILE, TRUTH_FILE)
 
 @dataclass(frozen=True)
 class PartCounts:
-    """What was found of one manipulation in one part.
+    """What was found of one manipulation in one part."""
 
-    Attributes:
-        part: ``train`` or ``test``.
-        kind: ``real`` or the manipulation.
-        annotated: Pictures with answers.
-        pictures: Of these, how many have a crop.
-        answers: About pictures with a crop.
-        no_crop: Annotated pictures whose crop is missing.
-        unreadable: Annotated pictures whose crop cannot be decoded.
-    """
-
-    part: str
-    kind: str
-    annotated: int
-    pictures: int
-    answers: int
-    no_crop: int
-    unreadable: int
+    part: str  # train or test
+    kind: str  # real or the manipulation
+    annotated: int  # pictures with answers
+    pictures: int  # of these, how many have a crop
+    answers: int  # about pictures with a crop
+    no_crop: int  # annotated pictures whose crop is missing
+    unreadable: int  # annotated pictures whose crop cannot be decoded
 
 
 @dataclass(frozen=True)
 class DdvqaReport:
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        counts: By part and manipulation.
-        rows: Of each file.
-        unreadable: The crops that cannot be decoded, with the reason.
-        unannotated: Crops nobody spoke of; left out.
-    """
-
-    counts: tuple[PartCounts, ...]
-    rows: Mapping[str, int]
-    unreadable: Mapping[str, str]
-    unannotated: tuple[str, ...]
+    counts: list[PartCounts]  # by part and manipulation
+    rows: dict[str, int]  # of each file
+    unreadable: dict[str, str]  # the crops that cannot be decoded, with the reason
+    unannotated: list[str]  # crops nobody spoke of; left out
 
 
-@dataclass(frozen=True)
-class _Picture:
+class _Picture(NamedTuple):
     """One annotated crop."""
 
     stem: str
+    kind: str
     sha256: str
     answers: tuple[Answer, ...]
 
     @property
     def verdict(self) -> str:
-        return REAL if kind_of(self.stem) == REAL else "fake"
-
-    @property
-    def video(self) -> str:
-        return self.stem[2:]
+        return REAL if self.kind == REAL else "fake"
 
 
 def prepare_ddvqa(
@@ -100,21 +79,8 @@ def prepare_ddvqa(
         InputError: A part is missing, malformed, or has no crops at all.
         CheckpointError: A file cannot be written.
     """
-    counts: list[PartCounts] = []
-    unreadable: dict[str, str] = {}
-    unannotated: list[str] = []
-    parts = {}
-    for part in ("train", "test"):
-        annotations = read_annotations(root / "annotations" / part)
-        crops = root / "images" / "c40" / part
-        pictures = parts[part] = _with_crops(annotations, crops, unreadable)
-        counts += _count(part, annotations, pictures, crops)
-        unannotated += [
-            f"{part}/{path.name}"
-            for path in sorted(crops.iterdir())
-            if path.stem not in annotations
-        ]
-    train, test = parts["train"], parts["test"]
+    report = DdvqaReport([], {}, {}, [])
+    train, test = (_read_part(root, part, report) for part in ("train", "test"))
     judge = [_row(one, explanations.judge_turns(one.verdict)) for one in train for _ in one.answers]
     explain = [
         _row(one, turns)
@@ -124,104 +90,88 @@ def prepare_ddvqa(
     ]
     for rows in (judge, explain):
         random.Random(seed).shuffle(rows)
-    questions = [_question(one, *numbered) for one in test for numbered in enumerate(one.answers)]
-    truth = [_truth(one) for one in test]
-    encoded = (_json(judge), _json(explain), _lines(questions), _lines(truth))
-    _write(output, dict(zip(FILES, encoded, strict=True)), overwrite)
-    lengths = dict(zip(FILES, map(len, (judge, explain, questions, truth)), strict=True))
-    return DdvqaReport(tuple(counts), lengths, unreadable, tuple(unannotated))
-
-
-def _write(output: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
-    for name, data in files.items():
+    questions = [
+        {
+            f"{one.stem}_{number}": {
+                "question": explanations.test_question(answer, one.verdict),
+                "answer": [explanations.reasons(answer)],
+                "sha256": one.sha256,
+            }
+        }
+        for one in test
+        for number, answer in enumerate(one.answers)
+    ]
+    truth = [
+        {
+            "name": f"{one.stem}.jpg",
+            "label": one.verdict,
+            "kind": one.kind,
+            "video": one.stem,
+            "sha256": one.sha256,
+        }
+        for one in test
+    ]
+    made: dict[str, list[dict[str, Any]]] = dict(
+        zip(FILES, (judge, explain, questions, truth), strict=True)
+    )
+    encoded = {name: _encode(rows, lines=name.endswith("l")) for name, rows in made.items()}
+    for name, data in encoded.items():
         path = output / name
         if path.exists() and not overwrite and path.read_bytes() != data:
             raise UsageError(
                 f"'{path}' is there already and differs.",
                 "Add --overwrite, or choose another --output.",
             )
-    for name, data in files.items():
+    for name, data in encoded.items():
         atomic_write(output / name, data)
+    report.rows.update((name, len(rows)) for name, rows in made.items())
+    return report
 
 
-def _with_crops(
-    annotations: Mapping[str, tuple[Answer, ...]], crops: Path, unreadable: dict[str, str]
-) -> list[_Picture]:
+def _read_part(root: Path, part: str, report: DdvqaReport) -> list[_Picture]:
+    """The annotated crops of a part; what was found is added to the report."""
+    annotations = read_annotations(root / "annotations" / part)
+    crops = root / "images" / "c40" / part
     if not crops.is_dir():
         raise InputError(
             f"There is no folder of crops '{crops}'.", "missing", "Name the folder that holds it."
         )
     found = []
+    annotated, no_crop, unreadable = Counter[str](), Counter[str](), Counter[str]()
     for stem, answers in annotations.items():
+        kind = str(kind_of(stem))
+        annotated[kind] += 1
         path = crops / f"{stem}.jpg"
         if not path.exists():
+            no_crop[kind] += 1
             continue
         try:
-            found.append(_Picture(stem, read_picture(path).sha256, answers))
+            found.append(_Picture(stem, kind, read_picture(path).sha256, answers))
         except InputError as error:
-            unreadable[path.name] = error.message
+            unreadable[kind] += 1
+            report.unreadable[path.name] = error.message
     if not found:
         raise InputError(f"No annotated picture has a crop in '{crops}'.", "empty")
+    for kind in sorted(annotated, key=lambda kind: (kind != REAL, kind)):
+        said = [len(one.answers) for one in found if one.kind == kind]
+        lost = no_crop[kind], unreadable[kind]
+        report.counts.append(PartCounts(part, kind, annotated[kind], len(said), sum(said), *lost))
+    names = (path.name for path in sorted(crops.iterdir()) if path.stem not in annotations)
+    report.unannotated.extend(f"{part}/{name}" for name in names)
     return found
-
-
-def _count(
-    part: str,
-    annotations: Mapping[str, tuple[Answer, ...]],
-    pictures: Sequence[_Picture],
-    crops: Path,
-) -> list[PartCounts]:
-    annotated = Counter(kind_of(stem) for stem in annotations)
-    usable = Counter(kind_of(one.stem) for one in pictures)
-    missing = Counter(kind_of(s) for s in annotations if not (crops / f"{s}.jpg").exists())
-    answers: Counter[str | None] = Counter()
-    for one in pictures:
-        answers[kind_of(one.stem)] += len(one.answers)
-    return [
-        PartCounts(
-            part,
-            str(kind),
-            annotated[kind],
-            usable[kind],
-            answers[kind],
-            missing[kind],
-            annotated[kind] - usable[kind] - missing[kind],
-        )
-        for kind in sorted(annotated, key=lambda kind: (kind != REAL, str(kind)))
-    ]
 
 
 def _row(picture: _Picture, turns: list[dict[str, str]]) -> dict[str, Any]:
     return {
-        "id": picture.video,
+        "id": picture.stem[2:],
         "image": f"{picture.stem}.jpg",
         "sha256": picture.sha256,
         "conversations": turns,
     }
 
 
-def _question(picture: _Picture, number: int, answer: Answer) -> dict[str, Any]:
-    entry = {
-        "question": explanations.test_question(answer, picture.verdict),
-        "answer": [explanations.reasons(answer)],
-        "sha256": picture.sha256,
-    }
-    return {f"{picture.stem}_{number}": entry}
-
-
-def _truth(picture: _Picture) -> dict[str, Any]:
-    return {
-        "name": f"{picture.stem}.jpg",
-        "label": picture.verdict,
-        "kind": kind_of(picture.stem),
-        "video": picture.stem,
-        "sha256": picture.sha256,
-    }
-
-
-def _json(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def _encode(rows: Sequence[Mapping[str, Any]], *, lines: bool) -> bytes:
+    """As JSON Lines, or as one JSON list as the published files have it."""
+    if lines:
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     return (json.dumps(rows, ensure_ascii=False, indent=4) + "\n").encode()
-
-
-def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

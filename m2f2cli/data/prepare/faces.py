@@ -10,26 +10,30 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from m2f2cli.data.clips import ClipNotes, ClipWriter, FrameReader
+from m2f2cli.data.faces import MARGIN, finder_name
 from m2f2cli.data.prepare.sources import Video, list_videos
-from m2f2cli.data.prepare.tracking import CropOptions, cut_faces, detector_name, stored_bytes
+from m2f2cli.data.prepare.tracking import cut_faces
 from m2f2cli.data.readers.ffpp import ORIGINAL, find_file
 from m2f2cli.errors import InputError, M2F2Error, UsageError
 from m2f2cli.files import write_error
-from m2f2cli.options.fields import option
+from m2f2cli.options.fields import Options, option
 from m2f2cli.runtime import processors
 
 
 @dataclass(frozen=True)
-class FacesOptions(CropOptions):
+class FacesOptions(Options):
     """How faces are prepared."""
 
+    frames: int = option(100, "Frames looked at in a video, evenly spaced.", low=1, high=1000)
+    size: int = option(224, "Side of a crop in pixels.", low=16, high=1024)
+    margin: float = option(MARGIN, "Share by which a crop is larger than the face.", low=0, high=4)
     boxes_from: Path | None = option(None, "HDF5 file, or folder of them, with the boxes to use.")
     workers: int | None = option(None, "Processes; by default one for each processor.", low=1)
     overwrite: bool = option(False, "Start anew instead of going on.")
@@ -37,31 +41,18 @@ class FacesOptions(CropOptions):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What became of one video.
+    """What became of one video."""
 
-    Attributes:
-        file: Name of the HDF5 file.
-        key: Its dataset there.
-        source: The video, as a path inside the named folder.
-        status: ``ok``, or why there are no crops: a key of ``records.STATUSES``.
-        frames: Crops written.
-        looked_at: Frames looked at.
-        without_face: Of these, how many have no crop.
-        interpolated: Crops whose box was filled in between two found ones.
-        earlier: Whether an earlier run made it.
-        message: The reason for a status other than ``ok``, or a remark; None mostly.
-    """
-
-    file: str
-    key: str
-    source: str
-    status: str = "ok"
-    frames: int = 0
-    looked_at: int = 0
-    without_face: int = 0
-    interpolated: int = 0
-    earlier: bool = False
-    message: str | None = None
+    file: str  # name of the HDF5 file
+    key: str  # its dataset there
+    source: str  # the video, as a path inside the named folder
+    status: str = "ok"  # ok, or why there are no crops: a key of records.STATUSES
+    frames: int = 0  # crops written
+    looked_at: int = 0  # frames looked at
+    without_face: int = 0  # of these, how many have no crop
+    interpolated: int = 0  # crops whose box was filled in between two found ones
+    earlier: bool = False  # whether an earlier run made it
+    message: str | None = None  # the reason for a status other than ok, or a remark; None mostly
 
 
 class _Task(NamedTuple):
@@ -69,7 +60,7 @@ class _Task(NamedTuple):
 
     video: Video
     output: Path
-    options: CropOptions
+    options: FacesOptions
     boxes: ClipNotes | None
 
 
@@ -96,7 +87,7 @@ class FacesJob:
         self.videos, self.passed_over = list_videos(sources)
         self.output = output
         self.options = options
-        self._boxes = read_boxes(options.boxes_from, self.videos)
+        self._boxes = _read_boxes(options.boxes_from, self.videos)
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -123,9 +114,10 @@ class FacesJob:
                 for video in videos:
                     boxes, made = self._boxes.get(video), earlier.get(video.key)
                     if video in self._boxes and boxes is None:
-                        yield _failed(video, "missing", f"There are no boxes for '{video.key}'.")
-                    elif made is not None and made.source_bytes == stored_bytes(video):
-                        yield _report(video, made, earlier=True)
+                        message = f"There are no boxes for '{video.key}'."
+                        yield _prepared(video, status="missing", message=message)
+                    elif made is not None and made.source_bytes == video.stored_bytes:
+                        yield _prepared(video, made, earlier=True)
                     else:
                         tasks.append(_Task(video, self.output, self.options, boxes))
                 yield from run_all(tasks)
@@ -142,7 +134,7 @@ class FacesJob:
             "size": self.options.size,
             "margin": self.options.margin,
             "frames": boxes.asked if boxes else self.options.frames,
-            "detector": boxes.detector if boxes else detector_name(),
+            "detector": boxes.detector if boxes else finder_name(),
             "boxes-from": boxes is not None,
         }
         found = {}
@@ -152,24 +144,18 @@ class FacesJob:
                     f"'{writer.path}' was not made by m2f2.",
                     "Choose another --output, or add --overwrite to replace it.",
                 )
-            made = {
-                "size": shape.width,
-                "margin": notes.margin,
-                "frames": notes.asked,
-                "detector": notes.detector,
-                "boxes-from": bool(notes.boxes_from),
-            }
-            for name, value in wanted.items():
-                if made[name] != value:
+            made = (shape.width, notes.margin, notes.asked, notes.detector, bool(notes.boxes_from))
+            for (name, value), was in zip(wanted.items(), made, strict=True):
+                if was != value:
                     raise UsageError(
-                        f"'{writer.path}' was made with {name} {made[name]}, this run has {value}.",
+                        f"'{writer.path}' was made with {name} {was}, this run has {value}.",
                         "Repeat the old options, choose another --output, or add --overwrite.",
                     )
             found[key] = notes
         return found
 
 
-def read_boxes(place: Path | None, videos: Sequence[Video]) -> dict[Video, ClipNotes | None]:
+def _read_boxes(place: Path | None, videos: Sequence[Video]) -> dict[Video, ClipNotes | None]:
     """Find the boxes to use.
 
     Args:
@@ -208,37 +194,31 @@ def read_boxes(place: Path | None, videos: Sequence[Video]) -> dict[Video, ClipN
 
 def _work(task: _Task) -> Prepared:
     """Prepare one video; runs in a process of its own."""
-    video = task.video
+    video, output, options, boxes = task
     try:
-        cut = cut_faces(video, task.options, task.boxes)
-    except InputError as error:
-        return _failed(video, error.status, error.message)
-    if not len(cut.crops):
-        return replace(
-            _report(video, cut.notes),
-            status="no_face",
-            message=f"No face was found in {cut.notes.looked_at} frames.",
+        crops, notes, remark = cut_faces(
+            video, frames=options.frames, size=options.size, margin=options.margin, boxes=boxes
         )
-    ClipWriter(task.output / video.file).write(video.key, cut.crops, cut.notes)
-    return replace(_report(video, cut.notes), message=cut.remark)
+    except InputError as error:
+        return _prepared(video, status=error.status, message=error.message)
+    if not len(crops):
+        message = f"No face was found in {notes.looked_at} frames."
+        return _prepared(video, notes, status="no_face", message=message)
+    ClipWriter(output / video.file).write(video.key, crops, notes)
+    return _prepared(video, notes, message=remark)
 
 
-def _failed(video: Video, status: str, message: str) -> Prepared:
-    return Prepared(video.file, video.key, video.name, status, message=message)
-
-
-def _report(video: Video, notes: ClipNotes, *, earlier: bool = False) -> Prepared:
-    frames = len(notes.frames)
-    return Prepared(
-        video.file,
-        video.key,
-        video.name,
-        frames=frames,
-        looked_at=notes.looked_at,
-        without_face=notes.looked_at - frames,
-        interpolated=notes.interpolated,
-        earlier=earlier,
-    )
+def _prepared(video: Video, notes: ClipNotes | None = None, **more: Any) -> Prepared:
+    counts: dict[str, Any] = {}
+    if notes is not None:
+        frames, looked_at = len(notes.frames), notes.looked_at
+        counts = {
+            "frames": frames,
+            "looked_at": looked_at,
+            "without_face": looked_at - frames,
+            "interpolated": notes.interpolated,
+        }
+    return Prepared(video.file, video.key, video.name, **counts, **more)
 
 
 Task = TypeVar("Task")

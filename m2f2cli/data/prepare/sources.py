@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from m2f2cli.data.images import IMAGE_SUFFIXES
+from m2f2cli.data.images import IMAGE_SUFFIXES, check_file
 from m2f2cli.data.readers.ffpp import ORIGINAL, file_name
 from m2f2cli.data.samples import list_files
 from m2f2cli.data.video import VIDEO_SUFFIXES
@@ -25,40 +25,35 @@ _SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 
 @dataclass(frozen=True)
 class Video:
-    """One video, or pictures that stand for one.
+    """One video, or pictures that stand for one."""
 
-    Attributes:
-        paths: The video file, a single picture, or the pictures of a video in order.
-        name: As reports call it: the path inside the named folder.
-        file: The HDF5 file's name.
-        key: Its dataset.
-        compression: Of FaceForensics++; empty for others.
-        original: Whether it is one of FaceForensics++'s unmanipulated videos.
-    """
-
-    paths: tuple[Path, ...]
-    name: str
-    file: str
-    key: str
-    compression: str = ""
-    original: bool = False
+    paths: tuple[Path, ...]  # the video file, a single picture, or the pictures of a video in order
+    name: str  # as reports call it: the path inside the named folder
+    file: str  # the HDF5 file's name
+    key: str  # its dataset
+    compression: str = ""  # of FaceForensics++; empty for others
+    original: bool = False  # whether it is one of FaceForensics++'s unmanipulated videos
 
     @property
     def is_video(self) -> bool:
         """Whether it is a video file."""
         return self.paths[0].suffix.lower() in VIDEO_SUFFIXES
 
+    @property
+    def stored_bytes(self) -> int:
+        """The size of its files.
+
+        Raises:
+            InputError: One is gone.
+        """
+        return sum(map(check_file, self.paths))
+
 
 class Listing(NamedTuple):
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        videos: By HDF5 file, originals first, then by key.
-        passed_over: Files beside a FaceForensics++ layout that are no part of it, such as masks.
-    """
-
-    videos: tuple[Video, ...]
-    passed_over: int
+    videos: tuple[Video, ...]  # by HDF5 file, originals first, then by key
+    passed_over: int  # files beside a FaceForensics++ layout that are no part of it, such as masks
 
 
 def list_videos(sources: Sequence[Path]) -> Listing:
@@ -126,13 +121,15 @@ def _ffpp(files: Sequence[Path]) -> Iterator[Video]:
         )
         if match["form"] == "videos":
             yield video
-        else:
-            folder = path.parent.name
-            place = (video.file, folder)
-            before = pictures.get(place)
-            paths = (*before.paths, path) if before else (path,)
-            name = video.name.rpartition("/")[0]
-            pictures[place] = replace(video, paths=paths, name=name, key=folder)
+            continue
+        folder = path.parent.name
+        before = pictures.get((video.file, folder))
+        pictures[video.file, folder] = replace(
+            video,
+            paths=(*before.paths, path) if before else (path,),
+            name=video.name.rpartition("/")[0],
+            key=folder,
+        )
     yield from pictures.values()
 
 

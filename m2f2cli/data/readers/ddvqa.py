@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from m2f2cli.data.samples import (
 )
 from m2f2cli.errors import InputError
 
+T = TypeVar("T")
 REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
 # Flaws that annotators name, and the words that tell.
 FLAWS = {
@@ -77,32 +77,32 @@ def read_ddvqa(root: Path) -> SampleSet:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one annotator said to one question about a picture.
+    """What one annotator said to one question about a picture."""
 
-    Attributes:
-        region: One of ``REGIONS``; None where the question was about the whole picture.
-        text: The annotator's words, which begin with a verdict.
-    """
-
-    region: str | None
-    text: str
+    region: str | None  # one of REGIONS; None where the question was about the whole picture
+    text: str  # the annotator's words, which begin with a verdict
 
 
-def _annotation_files(folder: Path) -> list[Path]:
+def _read_files(folder: Path, read: Callable[[str, dict[str, Any]], T | None]) -> dict[str, T]:
+    """What ``read`` makes of each picture's name and questions, where that is not None."""
     files = sorted(folder.rglob("*.json"))
     if not files:
         raise InputError(f"There are no annotation files (*.json) in '{folder}'.", "empty")
-    return files
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"'{file}' is not a DD-VQA annotation file: {type(error).__name__} {error}."
-        ) from error
+    found: dict[str, T] = {}
+    for file in files:
+        try:
+            for stem, questions in json.loads(file.read_text(encoding="utf-8")).items():
+                value = read(stem, questions)
+                if value is None:
+                    continue
+                if stem in found:
+                    raise ValueError(f"'{stem}' is annotated twice")
+                found[stem] = value
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"'{file}' is not a DD-VQA annotation file: {type(error).__name__} {error}."
+            ) from error
+    return found
 
 
 def read_annotations(folder: Path) -> dict[str, tuple[Answer, ...]]:
@@ -118,19 +118,12 @@ def read_annotations(folder: Path) -> dict[str, tuple[Answer, ...]]:
     Raises:
         InputError: There are no annotation files, one is malformed, or two speak of one picture.
     """
-    found: dict[str, tuple[Answer, ...]] = {}
-    for file in _annotation_files(folder):
-        with _reading(file):
-            for stem, questions in json.loads(file.read_text(encoding="utf-8")).items():
-                if not DDVQA_NAME.fullmatch(stem):
-                    raise ValueError(f"'{stem}' is not named like a DD-VQA crop")
-                if stem in found:
-                    raise ValueError(f"'{stem}' is annotated twice")
-                found[stem] = tuple(_answers(stem, questions))
-    return found
+    return _read_files(folder, lambda stem, questions: tuple(_answers(stem, questions)))
 
 
 def _answers(stem: str, questions: dict[str, Any]) -> Iterator[Answer]:
+    if not DDVQA_NAME.fullmatch(stem):
+        raise ValueError(f"'{stem}' is not named like a DD-VQA crop")
     for entry in questions.values():
         asked = _ASKED.fullmatch(entry["question"])
         if asked is None or not isinstance(entry["answer"], list):
@@ -151,8 +144,7 @@ def read_judgements(folder: Path, stems: Iterable[str]) -> dict[str, np.ndarray]
     """Read what annotators saw in pictures.
 
     Args:
-        folder: Annotation JSON files, sub-folders included: ``{"0_005_010": {"0": {"question",
-            "answer": [...]}}}``.
+        folder: As for ``read_annotations``.
         stems: File names without suffix to look for.
 
     Returns:
@@ -161,16 +153,10 @@ def read_judgements(folder: Path, stems: Iterable[str]) -> dict[str, np.ndarray]
         (or fake, with no degree said). Then in the order of ``FLAWS``: 1 if named, else 0.
 
     Raises:
-        InputError: There are no annotation files, or one is malformed.
+        InputError: As ``read_annotations``.
     """
     wanted = set(stems)
-    judged = {}
-    for file in _annotation_files(folder):
-        with _reading(file):
-            annotations = json.loads(file.read_text(encoding="utf-8"))
-            for stem in wanted & annotations.keys():
-                judged[stem] = _judge(annotations[stem])
-    return judged
+    return _read_files(folder, lambda stem, entries: _judge(entries) if stem in wanted else None)
 
 
 def _judge(questions: dict[str, Any]) -> np.ndarray:

@@ -143,7 +143,7 @@ def test_what_has_no_crop_is_counted(root, tmp_path):
     assert (shifter.annotated, shifter.pictures, shifter.no_crop) == (1, 0, 1)
     assert (real.annotated, real.pictures, real.no_crop, real.unreadable) == (2, 1, 0, 1)
     assert list(report.unreadable) == ["5_002.jpg"]
-    assert report.unannotated == ("train/5_999.jpg",)
+    assert report.unannotated == ["train/5_999.jpg"]
     assert not any(
         "2_" in row["image"] for row in json.loads((tmp_path / "out" / FILES[0]).read_text())
     )

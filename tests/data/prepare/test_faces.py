@@ -180,7 +180,7 @@ def test_going_on_adds_what_is_new_and_repeats_what_changed(scene, tmp_path, mon
     worked: list[str] = []
     cut = tracking.cut_faces
     monkeypatch.setattr(
-        faces, "cut_faces", lambda video, *rest: worked.append(video.key) or cut(video, *rest)
+        faces, "cut_faces", lambda video, **how: worked.append(video.key) or cut(video, **how)
     )
     done = prepare(folder, tmp_path / "out")
     assert worked == ["b.mp4"]

@@ -1,0 +1,141 @@
+"""What ``detect`` and ``explain`` share: items are read once, and records leave when they can."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+
+from m2f2cli.data.images import Picture, read_picture
+from m2f2cli.data.video import read_frames
+from m2f2cli.inference import sources as reading
+from m2f2cli.inference.explain import explain_sources
+from m2f2cli.inference.pipeline import judge_sources
+from m2f2cli.inference.session import Session
+from m2f2cli.inference.sources import Source, expand
+from m2f2cli.options.detect import DetectOptions
+from m2f2cli.records import Detection
+from tests.inference.conftest import MeanJudge, noise_picture, write_picture
+from tests.inference.explainers import asking, tiny
+from tests.inference.test_video import flat, write_video
+
+FACELESS = Picture(np.full((60, 90, 3), 90, np.uint8), "0" * 64, "PNG")
+CROP = Picture(np.full((64, 64, 3), 200, np.uint8), "1" * 64, "PNG")
+BATCH = 4
+
+Run = Callable[[Sequence[Source]], Iterator[Detection]]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    return tiny()
+
+
+@pytest.fixture(params=["detect", "explain"])
+def run(request: pytest.FixtureRequest, loaded: Any) -> Run:
+    """Records of sources, as either command gives them, with small batches."""
+    if request.param == "detect":
+        options = DetectOptions(batch_size=BATCH)
+        return lambda sources: judge_sources(sources, model=MeanJudge(), options=options)
+    asked = asking(faces="auto", batch_size=BATCH, regions=("nose",))
+    return lambda sources: explain_sources(sources, model=loaded, options=asked)
+
+
+def source(name: str, read: Callable[[], Picture]) -> Source:
+    return Source(name, "image", PurePosixPath(name), read)
+
+
+def test_one_face_among_pictures_without_any_is_not_kept_waiting(run: Run) -> None:
+    """Its batch never fills; neither it nor the pictures behind it pile up."""
+    read: list[str] = []
+
+    def reader(name: str, picture: Picture) -> Callable[[], Picture]:
+        return lambda: (read.append(name), picture)[1]
+
+    first = source("face", reader("face", CROP))
+    others = [source(str(n), reader(str(n), FACELESS)) for n in range(200)]
+    seen = 0
+    for seen, record in enumerate(run([first, *others]), start=1):
+        assert record.status == ("ok" if seen == 1 else "no_face")
+        assert len(read) - seen < 60
+    assert seen == 201
+
+
+def test_a_record_does_not_wait_for_a_slow_item_behind_it(run: Run) -> None:
+    left = threading.Event()
+    waited = []
+
+    def slow() -> Picture:
+        waited.append(left.wait(60))
+        return FACELESS
+
+    records = run([source("face", lambda: CROP), source("slow", slow)])
+    assert next(records).status == "ok"
+    left.set()
+    assert [record.status for record in records] == ["no_face"]
+    assert waited == [True]
+
+
+def test_a_picture_is_read_once_for_its_verdict_and_its_drawings(tmp_path: Path) -> None:
+    file = noise_picture(tmp_path / "x.png", 0)
+    reads = []
+    item = source("x.png", lambda: (reads.append(1), read_picture(file))[1])
+    options = DetectOptions(faces="none", heatmap=tmp_path / "out", annotate=tmp_path / "out")
+    (record,) = judge_sources([item], model=MeanJudge(), options=options)
+    assert Path(str(record.heatmap)).exists()
+    assert Path(str(record.annotated)).exists()
+    assert len(reads) == 1
+
+
+def test_a_video_is_read_once_for_its_verdict_and_its_drawing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = [
+        str(write_video(tmp_path / f"{n}.mp4", [flat(20 * i + n) for i in range(9)]))
+        for n in range(5)
+    ]
+    opened: Counter[str] = Counter()
+
+    def counted(path: Path, **how: Any) -> Any:
+        opened[str(path)] += 1
+        return read_frames(path, **how)
+
+    monkeypatch.setattr(reading, "read_frames", counted)
+    options = DetectOptions(faces="none", frames=4, heatmap=tmp_path / "out")
+    records = list(judge_sources(expand(clips), model=MeanJudge(), options=options))
+    assert all(Path(str(record.heatmap)).exists() for record in records)
+    assert opened == Counter(clips)
+
+
+def test_pixels_are_kept_for_the_page_alone_until_they_are_drawn(tmp_path: Path) -> None:
+    photo = str(write_picture(tmp_path / "a.png", 200, 90))
+    session = Session(MeanJudge(), options=asking())
+    judged = session.judge(expand([photo])[0])
+    (view,) = judged.prepared.views
+    assert np.array_equal(view.pixels, read_picture(photo).pixels)
+    assert [view.pixels for view in judged.reduced().prepared.views] == [None]
+    assert judged.reduced().record == judged.record
+
+
+def test_a_prompt_is_tokenized_once(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Counter[str] = Counter()
+    tokens = type(loaded[1]).tokens
+
+    def counted(self: Any, prompt: str, pictures: int) -> list[int]:
+        asked[prompt] += 1
+        return tokens(self, prompt, pictures)
+
+    monkeypatch.setattr(type(loaded[1]), "tokens", counted)
+    files = [str(noise_picture(tmp_path / f"{n}.png", n)) for n in range(3)]
+    session = Session(loaded, options=asking())
+    for item in map(session.judge, expand(files)):
+        session.explain(item, regions=("nose", "eyes"))
+        session.explain(item, regions=("nose",), questions=("Why?",))
+    assert set(asked.values()) == {1}
