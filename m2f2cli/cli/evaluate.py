@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from m2f2cli.cli import options as flags
-from m2f2cli.cli.flags import signature_of
+from m2f2cli.cli.flags import command
 from m2f2cli.cli.output import EXIT_GATE, EXIT_SOME_FAILED, Output
 from m2f2cli.options.evaluate import (
     CalibrateOptions,
+    CompareOptions,
     DdvqaData,
     EvaluateOptions,
     FfppData,
@@ -118,43 +114,18 @@ def _command(
     help: str,
 ) -> Callable[..., None]:
     """A command: measure, print, and leave with the exit code of the gates."""
-    kind = about(options, data)
 
-    def run(**values: Any) -> None:
-        printer = Output(as_json=values.pop("as_json"), quiet=values.pop("quiet"))
-        del values["config"]
-        chosen = kind.from_flat(values)
+    def measure(chosen: MeasureOptions, printer: Output) -> int:
         found = verb(chosen, lambda steps: printer.progress("Judging", steps))
         _show(printer, found)
         if chosen.report:
             printer.note(f"Report: {chosen.report / 'index.html'}")
         for sentence in found.tripped:
             printer.error(sentence)
-        code = EXIT_GATE if found.tripped else EXIT_SOME_FAILED if found.unanswered else 0
-        raise typer.Exit(code)
+        return EXIT_GATE if found.tripped else EXIT_SOME_FAILED if found.unanswered else 0
 
-    run.__doc__ = help.format(_SETS[data]) + _EXIT_CODES
-    folder = typer.Argument(help="Folder of the data set.", metavar="[DIR]", show_default=False)
-    extras = {
-        "config": (flags.Config, None),
-        "check": (flags.Check, None),
-        "min_auc": (flags.MinAuc, None),
-        "min_accuracy": (flags.MinAccuracy, None),
-        "as_json": (flags.Json, False),
-        "quiet": (flags.Quiet, False),
-    }
-    parameters = [
-        p.replace(annotation=Annotated[Path | None, folder]) if name == "folder" else p
-        for name, p in signature_of(kind).parameters.items()
-        if name not in (*extras, "expected")
-    ]
-    parameters += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=flag)
-        for name, (flag, default) in extras.items()
-    ]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return run
+    measure.__doc__ = help.format(_SETS[data]) + _EXIT_CODES
+    return command(about(options, data))(measure)
 
 
 evaluate_ddvqa, evaluate_images, evaluate_ffpp = (
@@ -168,16 +139,8 @@ robustness_ddvqa, robustness_images, robustness_ffpp = (
 )
 
 
-def compare(
-    first: flags.Report,
-    second: flags.Report,
-    config: flags.Config = None,
-    common_items: flags.CommonItems = False,
-    resamples: flags.Resamples = 2000,
-    seed: flags.Seed = 0,
-    as_json: flags.Json = False,
-    quiet: flags.Quiet = False,
-) -> None:
+@command(CompareOptions)
+def compare(options: CompareOptions, printer: Output) -> None:
     """Set two reports side by side, with intervals of what differs.
 
     The standard figures are taken anew from the items that both reports keep; a paired bootstrap
@@ -186,17 +149,20 @@ def compare(
     from m2f2cli.evaluation.compare import compare_reports
 
     found = compare_reports(
-        first, second, common_items=common_items, resamples=resamples, seed=seed
+        options.first,
+        options.second,
+        common_items=options.common_items,
+        resamples=options.resamples,
+        seed=options.seed,
     )
-    printer = Output(as_json=as_json, quiet=quiet)
-    if as_json:
+    if printer.as_json:
         printer.json(found)
         return
     rows = dict(found["figures"])
     for kind, figures in found["per_kind"].items():
         rows |= {f"{kind}: {name}": row for name, row in figures.items()}
     printer.table(
-        ("Figure", f"{first}>", f"{second}>", "Difference>", "95 % interval>"),
+        ("Figure", f"{options.first}>", f"{options.second}>", "Difference>", "95 % interval>"),
         [
             (name, _value(row["first"]), _value(row["second"]), *_change(row))
             for name, row in rows.items()
