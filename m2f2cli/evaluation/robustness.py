@@ -25,7 +25,7 @@ from m2f2cli.evaluation.report import read_json
 from m2f2cli.evaluation.runs import check_same_data, count_items, list_sources, truth_of
 from m2f2cli.evaluation.truth import Joined, Truth, fingerprint, join
 from m2f2cli.files import atomic_write, json_bytes
-from m2f2cli.inference.pipeline import Judge, judge_sources, load, settings_of
+from m2f2cli.inference.pipeline import DetectPipeline, Judge, judge_sources
 from m2f2cli.inference.recordfile import RecordFile
 from m2f2cli.inference.sources import Source
 from m2f2cli.metrics import LEVEL, RESAMPLES, SEED
@@ -203,7 +203,7 @@ def sweep(
             if source.path not in logs[condition].done
         ]
         if not work:
-            _bind(logs, settings_of(model, load(model, detect), detect))
+            _bind(logs, DetectPipeline(model, detect).settings)
         records = judge_sources([s for _, s in work], model=model, options=detect) if work else ()
         for (condition, _), record in zip(work, records, strict=True):
             _bind(logs, record.settings)  # the first record does; all must be of these settings

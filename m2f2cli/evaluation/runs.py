@@ -19,8 +19,8 @@ from m2f2cli.data.images import Picture, read_picture
 from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.truth import Item, Truth
-from m2f2cli.inference.pipeline import Judge, judge_and_record
-from m2f2cli.inference.recordfile import RecordFile, Tally
+from m2f2cli.inference.pipeline import DetectPipeline, Judge, judge_sources
+from m2f2cli.inference.recordfile import RecordFile, Tally, record_new
 from m2f2cli.inference.sources import Source
 from m2f2cli.options.detect import DetectOptions
 
@@ -64,7 +64,13 @@ def score_set(
         sources = list_sources(samples, reader, frames=chosen.frames)
         with RecordFile(output, overwrite=overwrite) as log:
             check_same_data(log, sources)
-            for _ in judge_and_record(sources, model=model, options=chosen, log=log, tally=tally):
+            for _ in record_new(
+                sources,
+                run=partial(judge_sources, model=model, options=chosen),
+                settings=lambda: DetectPipeline(model, chosen).settings,
+                log=log,
+                tally=tally,
+            ):
                 if advance is not None:
                     advance()
     return tally
