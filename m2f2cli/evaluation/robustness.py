@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.corruptions import CORRUPTIONS, SEVERITIES, find_corruption
@@ -25,12 +25,15 @@ from m2f2cli.evaluation.report import read_json
 from m2f2cli.evaluation.runs import check_same_data, count_items, list_sources, truth_of
 from m2f2cli.evaluation.truth import Joined, Truth, fingerprint, join
 from m2f2cli.files import atomic_write, json_bytes
-from m2f2cli.inference.pipeline import DetectPipeline, Judge, judge_sources
+from m2f2cli.inference.pipeline import DetectPipeline, judge_sources
 from m2f2cli.inference.recordfile import RecordFile
 from m2f2cli.inference.sources import Source
 from m2f2cli.metrics import LEVEL, RESAMPLES, SEED
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Settings
+
+if TYPE_CHECKING:
+    from m2f2cli.models.detector import Detector
 
 SCHEMA_VERSION, KIND = 1, "robustness"
 REPORT, PLOT, RECORDS, PLAN = "robustness.json", "robustness.svg", "records", "plan.json"
@@ -165,7 +168,7 @@ class Sweep:
 def sweep(
     samples: SampleSet,
     *,
-    model: str | Judge,
+    model: str | Detector,
     folder: Path,
     options: SweepOptions | None = None,
     detect: DetectOptions | None = None,

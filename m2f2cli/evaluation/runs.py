@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m2f2cli.checkpoints import io
 from m2f2cli.data.clips import FrameReader
@@ -19,10 +19,13 @@ from m2f2cli.data.images import Picture, read_picture
 from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.truth import Item, Truth
-from m2f2cli.inference.pipeline import DetectPipeline, Judge, judge_sources
+from m2f2cli.inference.pipeline import DetectPipeline, judge_sources
 from m2f2cli.inference.recordfile import RecordFile, Tally, record_new
 from m2f2cli.inference.sources import Source
 from m2f2cli.options.detect import DetectOptions
+
+if TYPE_CHECKING:
+    from m2f2cli.models.detector import Detector
 
 SPLITS = ("all", "train", "validation", "test")
 _COMPARED = 64  # records of a resumed file whose pictures are looked at again
@@ -31,7 +34,7 @@ _COMPARED = 64  # records of a resumed file whose pictures are looked at again
 def score_set(
     samples: SampleSet,
     *,
-    model: str | Judge,
+    model: str | Detector,
     output: Path,
     options: DetectOptions | None = None,
     overwrite: bool = False,

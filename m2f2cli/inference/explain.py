@@ -22,12 +22,13 @@ from m2f2cli.data.conversations import parse_verdict
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.optimize_cpu import optimize_for_cpu
-from m2f2cli.inference.pipeline import DetectPipeline, Judge, Judged, Score, in_batches
+from m2f2cli.inference.pipeline import DetectPipeline, Judged, Score, in_batches
 from m2f2cli.inference.questions import Question, choose
 from m2f2cli.inference.recordfile import EXPLANATIONS, Job
 from m2f2cli.inference.sources import Crop, Decoder, Source, expand
 from m2f2cli.inference.verdict import faces_of
 from m2f2cli.models.conversation import template
+from m2f2cli.models.detector import Detector
 from m2f2cli.models.explainer import Explainer, PictureFeatures
 from m2f2cli.models.prefix import SharedPrompts
 from m2f2cli.models.processing import ExplainerProcessor
@@ -79,11 +80,7 @@ def explain_sources(
 ) -> Iterator[Explanation]:
     """``explain`` for sources already listed; arguments and records as there.
 
-    Args:
-        sources: The items.
-        model: As for ``explain``.
-        options: As for ``explain``.
-        on_text: Is called with each answer's text while it is generated, answer by answer.
+    ``on_text`` is called with each answer's text while it is generated, answer by answer.
     """
     if options.condition == "truth":
         raise UsageError(
@@ -128,7 +125,7 @@ def explain_job(
 
 
 def load_pipeline(
-    model: str | Judge | Loaded, options: ExplainOptions | None = None
+    model: str | Detector | Loaded, options: ExplainOptions | None = None
 ) -> DetectPipeline:
     """A detector or an explainer that stays loaded, and keeps its forgery maps.
 
@@ -148,13 +145,7 @@ def load_pipeline(
 
 
 class Face(NamedTuple):
-    """A face to ask about.
-
-    Attributes:
-        crop: What is seen of it.
-        score: The detector's.
-        frame: Number of the video's frame; None for a picture.
-    """
+    """A face to ask about; ``frame`` is the number of the video's frame, None for a picture."""
 
     crop: Crop
     score: Score
@@ -162,13 +153,7 @@ class Face(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What is asked about one item.
-
-    Attributes:
-        judged: The item.
-        faces: The faces asked about; none of an item without a verdict.
-        questions: What is asked about each.
-    """
+    """What is asked about each of some faces of one item; none of an item without a verdict."""
 
     judged: Judged
     faces: Sequence[Face]
@@ -183,13 +168,9 @@ class Prompt(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The answers about one face.
+    """The detector's verdict on a face, what the questions told of it (if anything), and answers.
 
-    Attributes:
-        verdict: The detector's.
-        told: What the questions told of the face, ``real`` or ``fake``; None when nothing.
-        prompts: The questions inside the template.
-        answers: In order.
+    ``told`` is ``real``, ``fake`` or None; ``prompts`` are the questions inside the template.
     """
 
     verdict: str
@@ -199,15 +180,9 @@ class Answers(NamedTuple):
 
 
 class TextChunk(NamedTuple):
-    """A piece of an answer while it is generated.
+    """A piece of an answer while it is generated: new text, empty when the answer begins.
 
-    Attributes:
-        crop: Of the face.
-        fake_probability: The detector's.
-        verdict: The detector's.
-        question: What is answered.
-        asked: The same in words.
-        text: New text; empty when the answer begins.
+    It comes with the face's crop, the detector's score and verdict, the question, and its words.
     """
 
     crop: Box
@@ -279,10 +254,6 @@ class ExplainPipeline(DetectPipeline):
     def prompt(self, question: Question, told: str | None) -> Prompt:
         """A question about one picture, ready to be answered; each is tokenized once.
 
-        Args:
-            question: What is asked.
-            told: As for ``Question.asked``.
-
         Raises:
             UsageError: Its placeholders do not fit one picture, or it is too long.
         """
@@ -336,15 +307,15 @@ class ExplainPipeline(DetectPipeline):
         questions: Sequence[str] = (),
         on_text: Callable[[TextChunk], object] | None = None,
     ) -> Explanation:
-        """Ask about one face of a judged item.
+        """Ask about one face of a judged item with status ``ok``.
 
         Args:
-            judged: From ``judge``, with status ``ok``.
+            judged: The item.
             face: ``crop`` of a face of a picture; None takes the one that decides. Of a video it
                 is always the one that decides the frame with the highest fake probability.
-            regions: As in ``ExplainOptions``.
-            questions: As in ``ExplainOptions``.
-            on_text: Is called with each answer's text while it is generated.
+            regions: As in ``ExplainOptions``, like ``questions``.
+            questions: See ``regions``.
+            on_text: As for ``explain_sources``.
 
         Raises:
             UsageError: A question is impossible.
@@ -369,12 +340,9 @@ class ExplainPipeline(DetectPipeline):
     ) -> Iterator[tuple[Request, list[Answers]]]:
         """Answer everything that is asked, equal questions about equal faces once.
 
-        Args:
-            requests: One an item; None says that the next one takes its time.
-            on_text: As for ``explain_sources``.
-
         Yields:
-            Each request with the answers about its faces, in order, as soon as they are known.
+            Each request with the answers about its faces, in order, as soon as they are known;
+            None among the requests says that the next one takes its time.
         """
         items = (
             None

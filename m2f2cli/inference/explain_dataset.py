@@ -42,18 +42,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """One answer, or why there is none.
+    """One answer, or the status and message why there is none; only answers go to a file.
 
     Attributes:
         path: The question's key, or for a judgement the picture.
         image: The picture, as the published files spell it.
-        status: A key of ``records.STATUSES``; only answers (``ok``) are written to a file.
-        settings: Of the run.
-        message: Why there is no answer.
-        prompt: The whole prompt.
         text: The answer between the tokenizer's marks.
-        fake_probability: The detector's.
-        verdict: The detector's.
         told: What the question says of the face, ``real`` or ``fake``; None when nothing.
     """
 
@@ -86,14 +80,7 @@ class AnswerRow:
 
 @dataclass
 class Count:
-    """How a run over questions went.
-
-    Attributes:
-        questions: In the file.
-        answered: Those of an earlier, resumed run included.
-        earlier: Answered by an earlier run.
-        missing: Questions whose picture is missing or unreadable.
-    """
+    """How many questions of a file are answered, by an earlier run, or lack their picture."""
 
     questions: int = 0
     answered: int = 0

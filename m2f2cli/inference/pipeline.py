@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from m2f2cli.records import Box, Detection, Explanation, Settings
 if TYPE_CHECKING:
     import torch
 
+    from m2f2cli.models.detector import Detector
+
 AT_ONCE_ON_CPU = 4  # crops; the feature maps of more outgrow its cache
 _BACKLOG = 2  # batches' worth of items that wait for a batch to fill
 _REMEMBERED = 65_536  # crops whose scores are kept for another appearance
@@ -40,7 +42,7 @@ Result = TypeVar("Result")
 def detect(
     paths: Sequence[str],
     *,
-    model: str | Judge = "lite",
+    model: str | Detector = "lite",
     options: DetectOptions | None = None,
     recursive: bool = False,
 ) -> Iterator[Detection]:
@@ -64,10 +66,10 @@ def detect(
 
 
 def judge_sources(
-    sources: Sequence[Source], *, model: str | Judge, options: DetectOptions
+    sources: Sequence[Source], *, model: str | Detector, options: DetectOptions
 ) -> Iterator[Detection]:
     """``detect`` for sources already listed; arguments and records as there."""
-    renderer = Renderer(options.heatmap, options.annotate, sources)
+    renderer = Renderer(options, sources)
     with Decoder(sources, options, keep="judged" if renderer.draws else "nothing") as decoder:
         pipeline = DetectPipeline(model, options, maps=options.heatmap is not None)
         renderer.check(pipeline.detector.config)
@@ -80,7 +82,7 @@ def detect_job(
     paths: Sequence[str],
     *,
     options: DetectOptions,
-    model: str | Judge = "lite",
+    model: str | Detector = "lite",
     recursive: bool = False,
     output: Path | None = None,
     overwrite: bool = False,
@@ -95,33 +97,12 @@ def detect_job(
     )
 
 
-class Judge(Protocol):
-    """What the pipeline asks of a detector; ``models.detector.Detector`` is one."""
-
-    config: Any
-    fingerprint: str | None
-
-    @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its weights."""
-
-    def __call__(self, pixel_values: torch.Tensor) -> Any:
-        """Give ``logits`` and ``forgery_map`` of (B, 3, S, S) pictures."""
-
-    def fake_probability(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (B, 2), order (real, fake), to (B,) float32 in [0, 1]."""
-
-
 class Score(NamedTuple):
-    """What the model says of one crop.
+    """What the model says of one crop, rounded to ``verdict.DIGITS``.
 
     Attributes:
-        fake_probability: In [0, 1], rounded to ``verdict.DIGITS``.
-        domain_distance: 0 or more, rounded alike; None where it has no check.
+        fake_probability: In [0, 1].
+        domain_distance: 0 or more; None where the model has no check.
         forgery_map: float32 (g, g), cosines in [-1, 1]; None when absent or not asked for.
         features: What an explainer's language model is shown of the crop, as
             ``models.explainer.PictureFeatures`` of one picture; None without one.
@@ -135,12 +116,9 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Judged:
-    """An item with its verdict, and all that is needed to draw and to explain it.
+    """An item with its record, and all that is needed to draw and to explain it.
 
-    Attributes:
-        record: As ``m2f2 detect`` gives it.
-        prepared: The item as read, with its crops.
-        scores: By the crops' digests.
+    ``scores`` are by the digests of the crops that ``prepared`` holds.
     """
 
     record: Detection
@@ -182,13 +160,15 @@ class DetectPipeline:
 
     explains = False
 
-    def __init__(self, model: str | Judge, options: DetectOptions, *, maps: bool = False) -> None:
+    def __init__(
+        self, model: str | Detector, options: DetectOptions, *, maps: bool = False
+    ) -> None:
         if isinstance(model, str):
             from m2f2cli.checkpoints.load import load_detector
             from m2f2cli.inference.optimize_cpu import optimize_for_cpu
 
             self.name = model
-            self.detector: Judge = optimize_for_cpu(
+            self.detector: Detector = optimize_for_cpu(
                 load_detector(model, device=options.device, dtype=options.dtype)
             )
         else:
@@ -248,21 +228,14 @@ class DetectPipeline:
             return next(item for item in self.judge(decoder) if item is not None)
 
     def explain(self, *asked: Any, **how: Any) -> Explanation:
-        """Say why; see ``ExplainPipeline.explain``.
-
-        Raises:
-            UsageError: The model is a detector.
-        """
+        """See ``ExplainPipeline.explain``; a detector alone raises ``UsageError``."""
         raise UsageError(
             "This model is a detector, which judges without words.",
             "Name an explainer with --model.",
         )
 
     def score(self, crops: Sequence[Crop]) -> list[Score]:
-        """Judge crops; a GPU takes them in one batch.
-
-        Args:
-            crops: At least one, all of the model's input size.
+        """Judge crops of the model's input size; a GPU takes them in one batch.
 
         Raises:
             M2F2Error: The model answers with something that is no number.
@@ -327,7 +300,7 @@ def in_batches(
         items: Items, each with its work by key; None says that the next one takes its time.
         run: Gives the results of a batch, in order.
         size: Rows of a batch.
-        rows: Rows that a piece of work has.
+        rows: How many of them the work of a key takes.
         remember: How many results are kept for another appearance of their key.
         reduce: What is kept of a result for that.
 
