@@ -20,7 +20,7 @@ from m2f2cli.checkpoints import io, keymaps
 from m2f2cli.checkpoints.io import LazyTensor, Weights, as_lazy, digests_of
 from m2f2cli.checkpoints.keymaps import DELTA_PREFIX, Entry
 from m2f2cli.errors import CheckpointError
-from m2f2cli.files import MARK, atomic_folder, json_bytes
+from m2f2cli.files import json_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -77,16 +77,10 @@ def write_delta(
         CheckpointError: The folder exists, a tensor holds NaN or infinity, or the disk refuses;
             whatever was there before is still there.
     """
-    checked = {key: as_lazy(t).finite(what=f"The tensor '{key}'") for key, t in tensors.items()}
-    with atomic_folder(folder, overwrite) as partial:
-        name = TENSORS if adapter is None else ADAPTER
-        digests = io.write_tensor_file(partial / name, checked)
-        if adapter is not None:
-            (partial / ADAPTER_CONFIG).write_bytes(json_bytes(adapter))
-        mark = io.combine(adapter or {}, digests)
-        said = stage(digests) if callable(stage) else stage
-        (partial / MARK).write_bytes(json_bytes({**said, "fingerprint": mark}))
-    return mark
+    lazy = {key: as_lazy(tensor) for key, tensor in tensors.items()}
+    weights = {TENSORS if adapter is None else ADAPTER: lazy}
+    others = {} if adapter is None else {ADAPTER_CONFIG: json_bytes(adapter)}
+    return io.write_folder(folder, adapter or {}, weights, stage, others, overwrite=overwrite)
 
 
 def adapter_fields(config: Mapping[str, Any]) -> dict[str, Any]:

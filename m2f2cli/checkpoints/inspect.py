@@ -8,18 +8,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from m2f2cli.checkpoints import io, keymaps
 from m2f2cli.checkpoints.hub import BUNDLED, resolve_checkpoint
-from m2f2cli.checkpoints.io import LazyTensor, folder_config, layout_of, open_weight_file
+from m2f2cli.checkpoints.io import LazyTensor, Weights
 from m2f2cli.errors import CheckpointError, M2F2Error
-from m2f2cli.files import sha256_of
+from m2f2cli.files import MARK, sha256_of
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_OURS = (keymaps.DETECTOR, keymaps.OUR_EXPLAINER)
+_OURS = {keymaps.DETECTOR: "m2f2_detector", keymaps.OUR_EXPLAINER: "m2f2_explainer"}
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 # The kinds that answer in words, so that their folder needs a tokenizer.
 _TALKING = (keymaps.OUR_EXPLAINER, keymaps.EXPLAINER, keymaps.LLAVA, keymaps.LLAVA_HF)
@@ -46,12 +46,12 @@ class Description:
     kind: str
     files: dict[str, int]
     tensors: dict[str, LazyTensor]
-    config: dict[str, Any] = field(default_factory=dict)
-    stage: dict[str, Any] = field(default_factory=dict)
-    fingerprint: str | None = None
-    missing: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    foreign: tuple[str, ...] = ()
+    config: dict[str, Any]
+    stage: dict[str, Any]
+    fingerprint: str | None
+    missing: list[str]
+    notes: list[str]
+    foreign: tuple[str, ...]
 
     @property
     def parameters(self) -> int:
@@ -66,12 +66,10 @@ class Description:
     def parts(self) -> list[tuple[str, int, int]]:
         """Rows (part, tensors, parameters), grouped by the names' beginnings."""
         depth = 2 if len({_part(key, 1) for key in self.tensors}) < 3 else 1
-        counts: dict[str, tuple[int, int]] = {}
+        groups: dict[str, list[int]] = {}
         for key, tensor in self.tensors.items():
-            name = _part(key, depth)
-            number, total = counts.get(name, (0, 0))
-            counts[name] = (number + 1, total + tensor.size)
-        return [(name, *pair) for name, pair in counts.items()]
+            groups.setdefault(_part(key, depth), []).append(tensor.size)
+        return [(name, len(sizes), sum(sizes)) for name, sizes in groups.items()]
 
     def as_dict(self) -> dict[str, Any]:
         """The whole description as plain data."""
@@ -85,8 +83,8 @@ class Description:
             "fingerprint": self.fingerprint,
             "stage": self.stage or None,
             "config": self.config or None,
-            "missing": list(self.missing),
-            "notes": list(self.notes),
+            "missing": self.missing,
+            "notes": self.notes,
             "foreign": list(self.foreign),
             "shapes": {key: [list(t.shape), t.dtype] for key, t in sorted(self.tensors.items())},
         }
@@ -107,103 +105,80 @@ def inspect_checkpoint(name: str, *, verify: bool = False) -> Description:
         path = resolve_checkpoint(name)
     if not path.exists():
         raise CheckpointError(f"There is nothing at '{path}'.", "Check the path.")
-    found = _describe_folder(path) if path.is_dir() else _describe_file(path)
-    if verify:
-        io.check_finite(found.tensors, what=f"'{path}'")
-        if found.kind in _OURS and path.is_dir():
-            io.fingerprint(path, verify=True)
-    if found.kind not in _OURS or not found.config or not found.tensors:
-        return found
-    from m2f2cli.checkpoints.load import check_model
-
-    kind = {keymaps.DETECTOR: "m2f2_detector", keymaps.OUR_EXPLAINER: "m2f2_explainer"}[found.kind]
-    try:
-        check_model(found.tensors, {**found.config, "model_type": kind}, what="The folder")
-    except M2F2Error as error:
-        return replace(found, missing=(*found.missing, error.message.rstrip(".")))
-    return found
-
-
-def _describe_file(path: Path) -> Description:
-    file = open_weight_file(path)
-    tensors = file.tensors
-    kind = keymaps.kind_of(tensors)
-    notes = [f"{file.layout} layout"]
-    if file.where:
-        notes.append(f"the weights lie under '{file.where}'")
-    if any(key.startswith("module.") for key in tensors):
-        notes.append("its names begin with 'module.' (saved from a parallel model)")
-    if file.rest:
-        notes.append(f"also holds {', '.join(file.rest[:8])}")
-    return Description(
-        path=path,
-        kind=kind,
-        files={path.name: path.stat().st_size},
-        tensors=tensors,
-        fingerprint=f"sha256:{sha256_of(path)}",
-        missing=tuple(keymaps.missing_parts(kind, tensors)),
-        notes=(*notes, *_notes(tensors, {})),
-        foreign=file.foreign,
+    is_folder = path.is_dir()
+    found = io.survey(path) if is_folder else io.open_weight_file(path)
+    stage = io.read_stage(path) if is_folder else {}
+    mark = stage.get("fingerprint") if is_folder else f"sha256:{sha256_of(path)}"
+    kind, tensors = found.kind, found.tensors
+    missing = (_missing_in_folder(found) if is_folder else []) + keymaps.missing_parts(
+        kind, tensors
     )
-
-
-def _describe_folder(path: Path) -> Description:
-    layout = layout_of(path)
-    tensors: dict[str, LazyTensor] = {}
-    missing = [f"the shard {name}" for name in layout.absent]
-    foreign: set[str] = set()
-    for name in layout.files:
-        try:
-            file = open_weight_file(path / name)
-            tensors |= file.tensors
-        except CheckpointError as error:
-            missing.append(error.message.rstrip("."))
-            continue
-        foreign |= set(file.foreign)
-    if strays := layout.strays(tensors):
-        missing.append(f"{len(strays)} tensors of {layout.index}: {io.name_some(strays)}")
-    shared = {}
     try:
-        shared = io.shared_tensors(path)
-    except CheckpointError as error:
+        io.refuse_unusable(found)
+        if kind in _OURS and found.config and tensors:
+            from m2f2cli.checkpoints.load import check_model
+
+            check_model(tensors, found.config | {"model_type": _OURS[kind]}, what="The folder")
+    except M2F2Error as error:
         missing.append(error.message.rstrip("."))
-    tensors |= shared
-    config, stage = folder_config(path), io.read_stage(path)
-    kind = keymaps.kind_of_folder(config, stage, tensors, layout.files)
-    missing += _missing_files(path, kind, layout.files) + keymaps.missing_parts(kind, tensors)
-    mark = stage.get("fingerprint")
+    if verify:
+        io.check_finite(tensors, what=f"'{path}'")
+        if kind in _OURS and is_folder:
+            io.fingerprint(path, verify=True)
     return Description(
         path=path,
         kind=kind,
-        files={name: (path / name).stat().st_size for name in layout.files},
+        files={file.name: file.stat().st_size for file in found.files},
         tensors=tensors,
-        config=config,
+        config=found.config,
         stage=stage,
         fingerprint=mark if isinstance(mark, str) else None,
-        missing=tuple(missing),
-        notes=(*_notes(tensors, config), *_sources(shared)),
-        foreign=tuple(sorted(foreign)),
+        missing=missing,
+        notes=(_shared if is_folder else _file_notes)(found) + _notes(tensors, found.config),
+        foreign=found.foreign,
     )
 
 
-def _missing_files(path: Path, kind: str, files: tuple[str, ...]) -> list[str]:
+def _missing_in_folder(found: Weights) -> list[str]:
+    """Shards and files that a folder lacks, and what is wrong with those that are there."""
+    missing = [f"the shard {name}" for name in found.absent]
+    faults = found.faults[1:] if found.absent else found.faults
+    missing += [fault.message.rstrip(".") for fault in faults]
     needed = ["config.json"]
-    if kind in _OURS:
-        needed = ["config.json", "preprocessor_config.json", "stage.json"]
-    elif kind in (keymaps.PEFT, keymaps.STAGE_3):
+    if found.kind in _OURS:
+        needed = ["config.json", "preprocessor_config.json", MARK]
+    elif found.kind in (keymaps.PEFT, keymaps.STAGE_3):
         needed = ["adapter_config.json"]
-        if not any(name.startswith("adapter_model.") for name in files):
+        if not any(file.name.startswith("adapter_model.") for file in found.files):
             needed.append("adapter_model.safetensors")
-    elif kind in (keymaps.UNKNOWN, keymaps.DELTA):
+    elif found.kind in (keymaps.UNKNOWN, keymaps.DELTA):
         needed = []
-    missing = [name for name in needed if not (path / name).is_file()]
-    if kind in _TALKING and not any((path / name).is_file() for name in _TOKENIZERS):
+    missing += [name for name in needed if not (found.path / name).is_file()]
+    if found.kind in _TALKING and not any((found.path / name).is_file() for name in _TOKENIZERS):
         missing.append(" or ".join(_TOKENIZERS))
-    return missing if files else [*missing, "any weights"]
+    return missing if found.files else [*missing, "any weights"]
+
+
+def _shared(found: Weights) -> list[str]:
+    """Where the tensors lie that a folder takes from others."""
+    places = Counter(t.path.parent for t in found.tensors.values() if t.path)
+    others = {place: count for place, count in places.items() if place != found.path}
+    return [f"{count} of its tensors lie in '{place.resolve()}'" for place, count in others.items()]
+
+
+def _file_notes(found: Weights) -> list[str]:
+    notes = [f"{found.layout} layout"]
+    if found.where:
+        notes.append(f"the weights lie under '{found.where}'")
+    if any(key.startswith("module.") for key in found.tensors):
+        notes.append("its names begin with 'module.' (saved from a parallel model)")
+    if found.others:
+        notes.append(f"also holds {', '.join(found.others[:8])}")
+    return notes
 
 
 def _notes(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> list[str]:
-    """What a reader asks of an explainer or an adapter: sizes, template, base."""
+    """What a reader asks of an explainer or an adapter: sizes, template, base, what is shared."""
     notes = []
     blocks = {int(n) for key in tensors for n in _LAYER.findall(key)}
     words = [t for key, t in tensors.items() if key.endswith("embed_tokens.weight")]
@@ -226,13 +201,6 @@ def _notes(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> list
     return notes
 
 
-def _sources(shared: Mapping[str, LazyTensor]) -> list[str]:
-    """Where the tensors lie that a folder takes from others."""
-    places = Counter(t.path.parent.resolve() for t in shared.values() if t.path)
-    return [f"{count} of its tensors lie in '{place}'" for place, count in places.items()]
-
-
 def _part(key: str, depth: int) -> str:
     parts = key.removeprefix("module.").split(".")
-    kept = parts[: min(depth, max(1, len(parts) - 1))]
-    return ".".join(kept)
+    return ".".join(parts[: min(depth, max(1, len(parts) - 1))])

@@ -13,15 +13,16 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from m2f2cli.checkpoints.keymaps import kind_of_folder
+from m2f2cli.checkpoints.keymaps import kind_of, kind_of_folder
 from m2f2cli.checkpoints.torch_files import read_torch_file
 from m2f2cli.errors import CheckpointError
 from m2f2cli.files import MARK, ParallelFile, atomic_folder, json_bytes, read_json, sha256_of
@@ -45,6 +46,8 @@ _BOOKKEEPING = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 )
 _NAMED_IN_ERRORS = 4
+# What bitsandbytes stores beside a weight that it has quantized.
+_PACKED = re.compile(r"\.(absmax|quant_state\.bitsandbytes__\w+|SCB)$")
 _MOST_WORKERS = 8
 # Name in a safetensors file -> name in torch.
 _DTYPES = {
@@ -69,6 +72,9 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
+# --- tensors ------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor whose values are read when asked for, as often as asked.
@@ -81,6 +87,7 @@ class LazyTensor:
         whole: Gives it at once, mapped from its file where that can be; by default from blocks.
         path: The file in which its values lie.
         offset: Their first byte in it, where they lie in one piece.
+        checked: Reading it refuses NaN and infinity.
     """
 
     shape: tuple[int, ...]
@@ -89,6 +96,7 @@ class LazyTensor:
     whole: Callable[[], torch.Tensor] | None = None
     path: Path | None = None
     offset: int | None = None
+    checked: bool = False
 
     @property
     def size(self) -> int:
@@ -101,14 +109,9 @@ class LazyTensor:
         return _dtype(self.dtype).is_floating_point
 
     @property
-    def width(self) -> int:
-        """Bytes of one value."""
-        return _dtype(self.dtype).itemsize
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all values."""
-        return self.size * self.width
+        return self.size * _dtype(self.dtype).itemsize
 
     def load(self) -> torch.Tensor:
         """The tensor at once."""
@@ -125,52 +128,41 @@ class LazyTensor:
 
         return torch.cat([torch.empty(0), *(b.float() for b in self.blocks())]).reshape(self.shape)
 
-    def each(
-        self, change: Callable[[torch.Tensor], torch.Tensor], dtype: str | None = None
-    ) -> LazyTensor:
-        """The tensor with every block changed, of another dtype where one is named."""
-        return LazyTensor(self.shape, dtype or self.dtype, lambda: map(change, self.blocks()))
-
     def cast(self, dtype: str, *, what: str) -> LazyTensor:
         """Round to another floating type; integers keep theirs.
 
-        Args:
-            dtype: A torch dtype's name.
-            what: The tensor, for the message.
-
-        Raises:
-            CheckpointError: On reading, when a value lies outside the range of ``dtype``.
+        Reading the result raises a ``CheckpointError`` that names ``what`` when a value lies
+        outside the range of ``dtype``.
         """
         if self.dtype == dtype or not self.floating:
             return self
 
-        def rounded(block: torch.Tensor) -> torch.Tensor:
-            block = block.to(_dtype(dtype))
-            if not all_finite(block):
-                raise CheckpointError(
-                    f"{what} has values outside the range of {dtype}.",
-                    "Use --dtype bfloat16 or float32.",
-                )
-            return block
+        def rounded() -> Iterator[torch.Tensor]:
+            for block in self.blocks():
+                result = block.to(_dtype(dtype))
+                if not all_finite(result):
+                    if not all_finite(block):
+                        raise CheckpointError(f"{what} holds NaN or infinite values.", _BAD_VALUES)
+                    raise CheckpointError(
+                        f"{what} has values outside the range of {dtype}.",
+                        "Use --dtype bfloat16 or float32.",
+                    )
+                yield result
 
-        return self.each(rounded, dtype)
+        return LazyTensor(self.shape, dtype, rounded, checked=True)
 
     def finite(self, *, what: str) -> LazyTensor:
-        """The same tensor, which refuses NaN and infinity when it is read.
+        """The same; reading it refuses NaN and infinity by a ``CheckpointError`` on ``what``."""
+        if self.checked:
+            return self
 
-        Args:
-            what: The tensor, for the message.
+        def checked() -> Iterator[torch.Tensor]:
+            for block in self.blocks():
+                if not all_finite(block):
+                    raise CheckpointError(f"{what} holds NaN or infinite values.", _BAD_VALUES)
+                yield block
 
-        Raises:
-            CheckpointError: On reading.
-        """
-
-        def checked(block: torch.Tensor) -> torch.Tensor:
-            if not all_finite(block):
-                raise CheckpointError(f"{what} holds NaN or infinite values.", _BAD_VALUES)
-            return block
-
-        return self.each(checked)
+        return LazyTensor(self.shape, self.dtype, checked, checked=True)
 
 
 def from_tensor(tensor: torch.Tensor) -> LazyTensor:
@@ -188,24 +180,6 @@ def as_lazy(source: torch.Tensor | LazyTensor) -> LazyTensor:
     return source if isinstance(source, LazyTensor) else from_tensor(source)
 
 
-def _from_file(
-    path: Path, offset: int, shape: tuple[int, ...], dtype: str, whole: Callable[[], torch.Tensor]
-) -> LazyTensor:
-    """A tensor whose values lie in a file in one piece."""
-
-    def blocks() -> Iterator[torch.Tensor]:
-        return _read(path, offset, dtype, math.prod(shape))
-
-    return LazyTensor(shape, dtype, blocks, whole, path, offset)
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    kind: torch.dtype = getattr(torch, name)
-    return kind
-
-
 def watched(
     tensors: Mapping[str, LazyTensor], advance: Callable[..., None]
 ) -> dict[str, LazyTensor]:
@@ -219,6 +193,13 @@ def watched(
         return replace(tensor, blocks=blocks, whole=None)
 
     return {name: watch(name, tensor) for name, tensor in tensors.items()}
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    kind: torch.dtype = getattr(torch, name)
+    return kind
 
 
 def all_finite(block: torch.Tensor) -> bool:
@@ -250,7 +231,18 @@ def largest_difference(first: LazyTensor, second: LazyTensor) -> float:
     return worst
 
 
-def _read(path: Path, offset: int, dtype: str, size: int) -> Iterator[torch.Tensor]:
+def _in_file(
+    path: Path, offset: int, shape: tuple[int, ...], dtype: str, whole: Callable[[], torch.Tensor]
+) -> LazyTensor:
+    """A tensor whose values lie in a file in one piece."""
+
+    def blocks() -> Iterator[torch.Tensor]:
+        return _map(path, offset, dtype, math.prod(shape))
+
+    return LazyTensor(shape, dtype, blocks, whole, path, offset)
+
+
+def _map(path: Path, offset: int, dtype: str, size: int) -> Iterator[torch.Tensor]:
     """Map a tensor's part of a file, and let each block's memory go when the next but one is asked.
 
     A mapping is several times cheaper than reading into fresh memory. A block that is looked at
@@ -263,10 +255,10 @@ def _read(path: Path, offset: int, dtype: str, size: int) -> Iterator[torch.Tens
     kind = _dtype(dtype)
     width = kind.itemsize
     if path.stat().st_size < offset + size * width:
-        raise CheckpointError(f"'{path}' is truncated.", "Copy or download it again.")
+        raise CheckpointError(f"'{path}' is truncated.", _AGAIN)
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    done = offset
+    page, done = mmap.PAGESIZE, offset - offset % mmap.PAGESIZE
     for first in range(0, size, BLOCK):
         begin, count = offset + first * width, min(BLOCK, size - first)
         if begin % width:
@@ -274,16 +266,10 @@ def _read(path: Path, offset: int, dtype: str, size: int) -> Iterator[torch.Tens
             yield torch.frombuffer(data, dtype=kind)
         else:
             yield torch.frombuffer(mapped, dtype=kind, count=count, offset=begin)
-        done = _let_go(mapped, done, begin)
-
-
-def _let_go(mapped: mmap.mmap, begin: int, end: int) -> int:
-    """Free the memory of the whole pages between two places of a mapping; gives the new begin."""
-    page = mmap.PAGESIZE
-    low, high = begin - begin % page, end - end % page
-    if high > low and hasattr(mapped, "madvise"):
-        mapped.madvise(mmap.MADV_DONTNEED, low, high - low)
-    return max(high, begin)
+        whole_pages = begin - begin % page
+        if whole_pages > done and hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_DONTNEED, done, whole_pages - done)
+            done = whole_pages
 
 
 def workers() -> int:
@@ -294,14 +280,9 @@ def workers() -> int:
 
 
 def spread(job: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
-    """Do a job for many items at once, in threads for each of which torch uses one core.
+    """The results of a job for many items, in threads for each of which torch uses one core.
 
-    Args:
-        job: What to do; the first exception ends the others and is raised.
-        items: What to do it for.
-
-    Returns:
-        The results, in the order of the items.
+    The first exception ends the others and is raised.
     """
     import torch
 
@@ -313,227 +294,7 @@ def spread(job: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Res
         torch.set_num_threads(threads)  # a worker's setting is that of all threads to come
 
 
-def write_tensor_file(
-    path: Path, tensors: Mapping[str, torch.Tensor] | Mapping[str, LazyTensor]
-) -> dict[str, str]:
-    """Write one safetensors file and return ``{name: digest}``.
-
-    Args:
-        path: The file to write.
-        tensors: Tensors of any device and stride, or lazy ones; several are read at once.
-
-    Returns:
-        For each tensor the hex SHA-256 of its dtype, shape and values.
-
-    Raises:
-        CheckpointError: A tensor's dtype has no name in the format, or a tensor cannot be read.
-        OSError: The disk refuses.
-    """
-    lazy = {name: as_lazy(tensor) for name, tensor in tensors.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # Widest elements first, so that every tensor is aligned to its element size.
-    order = sorted(lazy, key=lambda name: (-lazy[name].width, name))
-    end = 0
-    for name in order:
-        begin, end = end, end + lazy[name].nbytes
-        header[name] = {
-            "dtype": _code(name, lazy[name].dtype),
-            "shape": list(lazy[name].shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    with ParallelFile(path, len(head) + end) as file:
-        file.edges.append((0, head))
-
-        def write(name: str) -> str:
-            with file.part(len(head) + header[name]["data_offsets"][0]) as part:
-                return _digest(lazy[name], part.write)
-
-        return dict(zip(order, spread(write, order), strict=True))
-
-
-def digest_of(tensor: torch.Tensor | LazyTensor) -> str:
-    """Hex SHA-256 of a tensor's dtype, shape and values."""
-    return _digest(as_lazy(tensor), lambda block: None)
-
-
-def digests_of(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
-    """``digest_of`` each tensor, several at once."""
-    return dict(zip(tensors, spread(digest_of, tensors.values()), strict=True))
-
-
-def _digest(tensor: LazyTensor, each: Callable[[Any], object]) -> str:
-    """Hash a tensor and hand each block to ``each`` as a flat uint8 array."""
-    import torch
-
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
-    for block in tensor.blocks():
-        data = block.view(torch.uint8).numpy()
-        digest.update(data.data)
-        each(data)
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """What one file of weights holds, still on disk.
-
-    Args:
-        path: The file.
-        layout: ``zip``, ``legacy`` or ``safetensors``.
-        tensors: The state dict.
-        where: The key under which it lies; empty when the file is the state dict.
-        rest: The other top-level keys, when the state dict is wrapped, or what is no tensor in it.
-        foreign: Classes and functions the file names that were made inert.
-    """
-
-    path: Path
-    layout: str
-    tensors: dict[str, LazyTensor]
-    where: str = ""
-    rest: tuple[str, ...] = ()
-    foreign: tuple[str, ...] = ()
-
-
-def open_weight_file(path: Path) -> WeightFile:
-    """Open a file of weights of any of the common layouts; nothing in it runs.
-
-    Args:
-        path: A ``.pth``, ``.pt``, ``.bin`` (torch's zip or older layout) or ``.safetensors`` file;
-            the layout is read from the content, not the name.
-
-    Raises:
-        CheckpointError: The file is missing, truncated, something else, or holds no state dict.
-    """
-    head = _head(path)
-    # A header's length may begin with any byte, a pickle's first one too; it is never this large.
-    length = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and (head[:1] != b"\x80" or length < path.stat().st_size):
-        return WeightFile(path, "safetensors", _open_safetensors(path))
-    if not head.startswith((b"PK\x03\x04", b"\x80")):
-        if head.startswith(_POINTER):
-            raise CheckpointError(
-                f"'{path}' is a Git LFS pointer, not the file it stands for.",
-                "Fetch the files with: git lfs pull",
-            )
-        raise CheckpointError(
-            f"'{path}' is no PyTorch or safetensors file.",
-            "Give a .pth, .pt, .bin or .safetensors file that holds model weights.",
-        )
-    file = read_torch_file(path)
-    where, found = file.state_dict()
-    tensors = {}
-    for key, tensor in found.items():
-        lazy = from_tensor(tensor)
-        if (offset := file.offset_of(tensor)) is not None:
-            lazy = _from_file(path, offset, lazy.shape, lazy.dtype, lazy.load)
-        tensors[key] = lazy
-    rest = tuple(str(k) for k in file.content if k != where and (where or k not in tensors))
-    return WeightFile(path, file.layout, tensors, where, rest, file.foreign)
-
-
-def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            head = file.read(16)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"There is no file '{path}'.", "Check the path.") from error
-    except OSError as error:
-        raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
-    if not head:
-        raise CheckpointError(f"'{path}' is empty.", _AGAIN)
-    return head
-
-
-def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """List the tensors of a safetensors file without reading them."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file = safe_open(str(path), framework="pt")
-        offsets = _offsets(path)
-        found = {}
-        for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-            view = file.get_slice(name)
-            dtype = _DTYPES.get(view.get_dtype(), view.get_dtype())
-            shape = tuple(view.get_shape())
-            whole = partial(file.get_tensor, name)
-            found[name] = _from_file(path, offsets[name], shape, dtype, whole)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"'{path}' is no complete safetensors file ({_first_line(error)}).",
-            _AGAIN,
-        ) from error
-    return found
-
-
-def _offsets(path: Path) -> dict[str, int]:
-    """Where each tensor of a sound safetensors file begins."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return {
-        name: 8 + length + entry["data_offsets"][0]
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _code(name: str, dtype: str) -> str:
-    code = _CODES.get(dtype)
-    if code is None:
-        raise CheckpointError(f"Tensor '{name}' has dtype {dtype}, which cannot be stored.")
-    return code
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which files hold a folder's weights.
-
-    Args:
-        files: Names of those that are there, in the order they are read.
-        absent: Names of shards that the index lists and that are not there.
-        index: The index's name, where the weights are in shards.
-        mapping: The index: tensor names to shards.
-    """
-
-    files: tuple[str, ...]
-    absent: tuple[str, ...] = ()
-    index: str | None = None
-    mapping: Mapping[str, str] | None = None
-
-    def strays(self, names: Mapping[str, Any]) -> list[str]:
-        """Tensors that only the index, or only the shards know."""
-        return sorted(set(self.mapping or ()) ^ set(names)) if self.index else []
-
-
-def layout_of(folder: Path) -> Layout:
-    """Find the files that hold a folder's weights; nothing is opened but an index.
-
-    Safetensors go before pickles, a whole model before shards, a model before parts of a delta.
-
-    Raises:
-        CheckpointError: An index is unreadable.
-    """
-    for name in _FORMS:
-        if not (folder / name).is_file():
-            continue
-        if name not in INDICES:
-            return Layout((name,))
-        mapping = read_json(folder / name).get("weight_map")
-        if not isinstance(mapping, dict) or not all(isinstance(v, str) for v in mapping.values()):
-            raise CheckpointError(f"'{folder / name}' has no weight_map.", _AGAIN)
-        shards = sorted(set(mapping.values()))
-        there = tuple(s for s in shards if Path(s).name == s and (folder / s).is_file())
-        return Layout(there, tuple(s for s in shards if s not in there), name, mapping)
-    adapters = [name for name in _ADAPTERS if (folder / name).is_file()][:1]
-    return Layout((*adapters, *(name for name in _PARTS if (folder / name).is_file())))
+# --- opening ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -547,18 +308,24 @@ class Weights:
         files: The files they lie in.
         config: ``config.json`` or ``adapter_config.json`` of the folder.
         layout: How the files are written: ``zip``, ``legacy``, ``safetensors`` or several.
+        where: The key under which a file's state dict lies; empty when the file is one.
         foreign: Classes and functions the files name that were made inert.
         others: Keys of a file that are no weights.
+        absent: Shards that an index names and that are not there.
+        faults: What is wrong with a folder.
     """
 
     path: Path
     kind: str
     tensors: dict[str, LazyTensor]
     files: tuple[Path, ...]
-    config: dict[str, Any]
-    layout: str
+    config: dict[str, Any] = field(default_factory=dict)
+    layout: str = "safetensors"
+    where: str = ""
     foreign: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    faults: tuple[CheckpointError, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -570,54 +337,232 @@ def open_weights(path: Path) -> Weights:
     """Open a folder or file strictly: every shard must be whole and there.
 
     Raises:
-        CheckpointError: Nothing is there, no weights, an absent or truncated shard, or an index
-            that does not agree with its shards.
+        CheckpointError: Nothing is there, no weights, an absent or truncated shard, an index that
+            does not agree with its shards, or weights that are placeholders or quantized.
     """
     if not path.exists():
         raise CheckpointError(f"There is nothing at '{path}'.", "Check the path.")
-    layout = layout_of(path) if path.is_dir() else Layout((path.name,))
-    folder = path if path.is_dir() else path.parent
-    if layout.absent:
-        raise CheckpointError(
-            f"'{folder / str(layout.index)}' names the shard {name_some(layout.absent)}, which is "
-            "not there.",
-            "Copy or download the missing shards into the folder.",
-        )
-    if not layout.files:
+    found = survey(path) if path.is_dir() else open_weight_file(path)
+    if found.faults:
+        raise found.faults[0]
+    if not found.files:
         raise CheckpointError(
             f"The folder '{path}' holds no weights.",
             "Give the folder that holds model.safetensors or pytorch_model.bin (or their shards).",
         )
-    opened = [open_weight_file(folder / name) for name in layout.files]
-    tensors: dict[str, LazyTensor] = {}
-    for file in opened:
-        tensors |= file.tensors
-    if strays := layout.strays(tensors):
+    refuse_unusable(found)
+    return found
+
+
+def refuse_unusable(found: Weights) -> None:
+    """Refuse weights that stand for others: placeholders of sharded ones, quantized ones."""
+    if empty := [key for key, tensor in found.tensors.items() if tensor.shape == (0,)]:
         raise CheckpointError(
-            f"'{folder}' does not hold what {layout.index} says: {name_some(strays)}.", _AGAIN
+            f"'{found.path}' holds {len(empty)} empty tensors ({name_some(empty)}): placeholders "
+            "that DeepSpeed ZeRO-3 or FSDP leaves where each process has its own part.",
+            "Gather the weights first: python zero_to_fp32.py RUN_DIR OUTPUT_DIR (DeepSpeed puts "
+            "the script into the run's folder), or save them again with a full state dict.",
         )
-    if path.is_dir():
-        tensors = _unpacked(tensors) | shared_tensors(path)
-    config = folder_config(path) if path.is_dir() else {}
-    stage = read_stage(path) if path.is_dir() else {}
-    return Weights(
-        path=path,
-        kind=kind_of_folder(config, stage, tensors, layout.files),
-        tensors=tensors,
-        files=tuple(folder / name for name in layout.files),
-        config=config,
-        layout=", ".join(sorted({file.layout for file in opened})),
-        foreign=tuple(sorted({name for file in opened for name in file.foreign})),
-        others=tuple(sorted({name for file in opened for name in file.rest})),
+    if packed := [key for key in found.tensors if _PACKED.search(key)]:
+        bits = "8" if packed[0].endswith(".SCB") else "4"
+        raise CheckpointError(
+            f"'{found.path}' holds weights that bitsandbytes has quantized to {bits} bits: "
+            f"{name_some(packed)}.",
+            "Give the model in floating point; it is quantized when it is loaded, with --quantize.",
+        )
+
+
+def open_tensors(folder: Path) -> dict[str, LazyTensor]:
+    """List the tensors of a checkpoint of ours, single file or shards, without reading them.
+
+    Matrices stored as int8 with a scale for each row are listed as what they stand for, float32.
+
+    Raises:
+        CheckpointError: No weights, a missing or truncated shard, an index that does not agree
+            with its shards, or see ``shared_tensors``.
+    """
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        raise CheckpointError(f"'{folder}' has no {WEIGHTS}.", f"m2f2 info '{folder}'")
+    found = open_weights(folder)
+    if found.layout != "safetensors":
+        raise CheckpointError(f"'{folder}' holds pickles under the name of {WEIGHTS}.", _AGAIN)
+    return found.tensors
+
+
+def read_tensors(folder: Path, *, finite: bool = False) -> dict[str, torch.Tensor]:
+    """Read a checkpoint's tensors, mapped from the files.
+
+    With ``finite``, NaN and infinity are refused, at the price of reading every value.
+
+    Raises:
+        CheckpointError: See ``open_tensors``; or a tensor holds NaN or infinity.
+    """
+    tensors = {key: stored.load() for key, stored in open_tensors(folder).items()}
+    if finite:
+        check_finite(tensors, what=f"'{folder}'")
+    return tensors
+
+
+def open_weight_file(path: Path) -> Weights:
+    """Open a file of weights of any of the common layouts; nothing in it runs.
+
+    Args:
+        path: A ``.pth``, ``.pt``, ``.bin`` (torch's zip or older layout) or ``.safetensors`` file;
+            the layout is read from the content, not the name.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, something else, or holds no state dict.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no file '{path}'.", "Check the path.") from error
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from error
+    if not head:
+        raise CheckpointError(f"'{path}' is empty.", _AGAIN)
+    # A header's length may begin with any byte, a pickle's first one too; it is never this large.
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and (head[:1] != b"\x80" or length < path.stat().st_size):
+        tensors = _open_safetensors(path)
+        return Weights(path, kind_of(tensors), tensors, (path,))
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return _open_torch_file(path)
+    if head.startswith(_POINTER):
+        raise CheckpointError(
+            f"'{path}' is a Git LFS pointer, not the file it stands for.",
+            "Fetch the files with: git lfs pull",
+        )
+    raise CheckpointError(
+        f"'{path}' is no PyTorch or safetensors file.",
+        "Give a .pth, .pt, .bin or .safetensors file that holds model weights.",
     )
 
 
-def folder_config(folder: Path) -> dict[str, Any]:
-    """A folder's ``adapter_config.json`` or ``config.json``; empty where it has neither."""
-    for name in ("adapter_config.json", "config.json"):
-        if (folder / name).is_file():
-            return read_json(folder / name)
-    return {}
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """List the tensors of a safetensors file without reading them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        opened = safe_open(str(path), framework="pt")  # checks the header
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CheckpointError(
+            f"'{path}' is no complete safetensors file ({said}).", _AGAIN
+        ) from error
+    header.pop("__metadata__", None)
+    return {
+        name: _in_file(
+            path,
+            8 + length + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+            _DTYPES.get(entry["dtype"], entry["dtype"]),
+            partial(opened.get_tensor, name),
+        )
+        for name, entry in header.items()
+    }
+
+
+def _open_torch_file(path: Path) -> Weights:
+    file = read_torch_file(path)
+    where, found = file.state_dict()
+    tensors = {}
+    for key, tensor in found.items():
+        lazy = from_tensor(tensor)
+        if (offset := file.offset_of(tensor)) is not None:
+            lazy = _in_file(path, offset, lazy.shape, lazy.dtype, lazy.load)
+        tensors[key] = lazy
+    rest = tuple(str(k) for k in file.content if k != where and (where or k not in tensors))
+    return Weights(
+        path, kind_of(tensors), tensors, (path,), {}, file.layout, where, file.foreign, rest
+    )
+
+
+def survey(folder: Path) -> Weights:
+    """Open what can be opened of a folder; ``faults`` says what is wrong with the rest.
+
+    Safetensors go before pickles, a whole model before shards, a model before parts of a delta.
+
+    Raises:
+        CheckpointError: A JSON file is unreadable.
+    """
+    names, index, mapping = _weight_files(folder)
+    absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    faults = []
+    if absent:
+        faults.append(
+            CheckpointError(
+                f"'{folder / index}' names the shard {name_some(absent)}, which is not there: it "
+                "is missing.",
+                "Copy or download the missing shards into the folder.",
+            )
+        )
+    tensors: dict[str, LazyTensor] = {}
+    opened: list[Weights] = []
+    there = [name for name in names if name not in absent]
+    for name in there:
+        try:
+            part = open_weight_file(folder / name)
+        except CheckpointError as error:
+            faults.append(error)
+            continue
+        opened.append(part)
+        wanted = {key for key, shard in mapping.items() if shard == name}
+        if index and (strays := wanted ^ set(part.tensors)):
+            said = f"'{folder / name}' does not hold what {index} says: {name_some(strays)}."
+            faults.append(CheckpointError(said, _AGAIN))
+        tensors |= part.tensors
+    try:
+        tensors = _unpacked(tensors) | shared_tensors(folder)
+    except CheckpointError as error:
+        faults.append(error)
+    configs = [folder / name for name in ("adapter_config.json", "config.json")]
+    config = next((read_json(path) for path in configs if path.is_file()), {})
+    return Weights(
+        path=folder,
+        kind=kind_of_folder(config, read_stage(folder), tensors, there),
+        tensors=tensors,
+        files=tuple(folder / name for name in there),
+        config=config,
+        layout=", ".join(sorted({part.layout for part in opened})),
+        foreign=tuple(sorted({name for part in opened for name in part.foreign})),
+        others=tuple(sorted({name for part in opened for name in part.others})),
+        absent=tuple(absent),
+        faults=tuple(faults),
+    )
+
+
+def _weight_files(folder: Path) -> tuple[list[str], str, dict[str, str]]:
+    """The files of a folder's weights; the name and the content of their index, if there is one."""
+    name = next((name for name in _FORMS if (folder / name).is_file()), None)
+    if name is None:
+        adapters = [name for name in _ADAPTERS if (folder / name).is_file()][:1]
+        return [*adapters, *(name for name in _PARTS if (folder / name).is_file())], "", {}
+    if name not in INDICES:
+        return [name], "", {}
+    mapping = read_json(folder / name).get("weight_map")
+    if not isinstance(mapping, dict) or not all(isinstance(v, str) for v in mapping.values()):
+        raise CheckpointError(f"'{folder / name}' has no weight_map.", _AGAIN)
+    return sorted(set(mapping.values())), name, mapping
+
+
+def home_of(path: Path) -> Path:
+    """The folder that a weight file belongs to, where it is one of several files; else the file.
+
+    A shard stands for its folder, and so does a file of a stage-3 delta or a whole model.
+    """
+    if not path.is_file():
+        return path
+    folder = path.parent
+    names, index, _ = _weight_files(folder)
+    together = path.name in (*_ADAPTERS, "non_lora_trainables.bin")
+    if path.name in names and (index or together or (folder / "config.json").is_file()):
+        return folder
+    return path
 
 
 def describe_file(file: Weights) -> dict[str, Any]:
@@ -630,132 +575,6 @@ def describe_file(file: Weights) -> dict[str, Any]:
         "kind": file.kind,
         "layout": file.layout,
         "foreign": list(file.foreign),
-    }
-
-
-def home_of(path: Path) -> Path:
-    """The folder that a weight file belongs to, where it is one of several files; else the file.
-
-    A shard stands for its folder, and so does a file of a stage-3 delta or a whole model.
-    """
-    if path.is_dir() or not path.is_file():
-        return path
-    folder = path.parent
-    layout = layout_of(folder)
-    together = {"adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"}
-    if path.name in layout.files and (
-        layout.index or path.name in together or (folder / "config.json").is_file()
-    ):
-        return folder
-    return path
-
-
-def write_checkpoint(  # noqa: PLR0913 - a checkpoint is its parts
-    folder: Path,
-    *,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor] | Mapping[str, LazyTensor],
-    stage: Mapping[str, Any] | Callable[[Mapping[str, str]], Mapping[str, Any]],
-    extra_files: Mapping[str, bytes] | None = None,
-    int8: Collection[str] = (),
-    max_shard_bytes: int = 5_000_000_000,
-    overwrite: bool = False,
-) -> str:
-    """Write a checkpoint folder in one step and return its fingerprint.
-
-    Args:
-        folder: Where; parents are made.
-        config: Becomes ``config.json``.
-        tensors: Becomes ``model.safetensors``, or shards with an index. Lazy ones are read once,
-            a few at a time in threads, so memory does not grow with them.
-        stage: Becomes ``stage.json``, with the fingerprint added. A function is called when the
-            tensors are written, with the digest of each.
-        extra_files: Further files by name, for example ``preprocessor_config.json``.
-        int8: Matrices to store as int8 with a scale for each row (see ``pack_rows``).
-        max_shard_bytes: No file holds more, unless a single tensor does.
-        overwrite: Replace an existing checkpoint folder.
-
-    Returns:
-        ``sha256:`` and 64 hex digits (see ``fingerprint``).
-
-    Raises:
-        CheckpointError: The folder exists, a tensor holds NaN or infinity, or the disk refuses;
-            whatever was there before is still there.
-    """
-    what = f"The model for '{folder}'"
-    check_finite({k: t for k, t in tensors.items() if not isinstance(t, LazyTensor)}, what=what)
-    lazy = {
-        key: t.finite(what=f"The tensor '{key}'") if isinstance(t, LazyTensor) else as_lazy(t)
-        for key, t in tensors.items()
-    }
-    with atomic_folder(folder, overwrite) as partial:
-        (partial / "config.json").write_bytes(json_bytes(config))
-        for name, data in (extra_files or {}).items():
-            if Path(name).name != name:
-                raise CheckpointError(f"'{name}' is no plain file name.")
-            (partial / name).write_bytes(data)
-        packed: dict[str, torch.Tensor] = {}
-        for name in int8:
-            packed[name], packed[f"{name}_scale"] = pack_rows(lazy[name].load())
-        written = lazy | {name: from_tensor(tensor) for name, tensor in packed.items()}
-        shards = _split(written, max_shard_bytes)
-        digests: dict[str, str] = {}
-        for name, keys in shards.items():
-            digests |= write_tensor_file(partial / name, {key: written[key] for key in keys})
-        if len(shards) > 1:
-            (partial / INDEX).write_bytes(json_bytes(_index(written, shards)))
-        # A fingerprint is of the values, however they are stored.
-        digests = {k: d for k, d in digests.items() if k not in packed}
-        digests |= digests_of({name: lazy[name] for name in int8})
-        mark = combine(config, digests)
-        said = stage(digests) if callable(stage) else stage
-        (partial / MARK).write_bytes(json_bytes({**said, "fingerprint": mark}))
-    return mark
-
-
-def _split(tensors: Mapping[str, LazyTensor], limit: int) -> dict[str, list[str]]:
-    groups: list[list[str]] = [[]]
-    room = limit
-    for key in sorted(tensors):
-        size = tensors[key].nbytes
-        if size > room and groups[-1]:
-            groups.append([])
-            room = limit
-        groups[-1].append(key)
-        room -= size
-    if len(groups) == 1:
-        return {WEIGHTS: groups[0]}
-    total = len(groups)
-    return {f"model-{n:05d}-of-{total:05d}.safetensors": g for n, g in enumerate(groups, start=1)}
-
-
-def _index(tensors: Mapping[str, LazyTensor], shards: Mapping[str, list[str]]) -> dict[str, Any]:
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    mapping = {key: name for name, keys in shards.items() for key in keys}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(mapping.items()))}
-
-
-def preprocessor_config(size: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
-    """The content of ``preprocessor_config.json``, as transformers' CLIP image processor reads it.
-
-    Args:
-        size: Side of the model's input in pixels.
-        mean: Per channel, in [0, 1].
-        std: Per channel, in [0, 1].
-    """
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
     }
 
 
@@ -780,40 +599,36 @@ def read_stage(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def open_tensors(folder: Path) -> dict[str, LazyTensor]:
-    """List the tensors of a folder's weights, single file or shards, without reading them.
+def shared_tensors(folder: Path) -> dict[str, LazyTensor]:
+    """List the tensors that a folder takes from another checkpoint, as its ``shared.json`` says.
 
-    Matrices stored as int8 with a scale for each row are listed as what they stand for, float32.
+    The file maps the beginning of their names to ``{"folder": relative path, "fingerprint": …}``;
+    ``share`` writes it. Most folders have none and share nothing.
 
     Raises:
-        CheckpointError: No weights, a missing or truncated shard, an index that does not agree
-            with its shards, or see ``shared_tensors``.
+        CheckpointError: The file is malformed, or the other checkpoint is missing or not the one
+            that was shared.
     """
-    return _unpacked(_own_tensors(folder)) | shared_tensors(folder)
-
-
-def _own_tensors(folder: Path) -> dict[str, LazyTensor]:
-    single, index = folder / WEIGHTS, folder / INDEX
-    if single.is_file():
-        return _open_safetensors(single)
-    if not index.is_file():
-        raise CheckpointError(f"'{folder}' has no {WEIGHTS}.", f"m2f2 info '{folder}'")
-    mapping = read_json(index).get("weight_map")
-    if not isinstance(mapping, dict) or not all(isinstance(v, str) for v in mapping.values()):
-        raise CheckpointError(f"'{index}' has no weight_map.")
+    path = folder / SHARED
+    if not path.is_file():
+        return {}
     found: dict[str, LazyTensor] = {}
-    for shard in sorted(set(mapping.values())):
-        if Path(shard).name != shard or not (folder / shard).is_file():
-            raise CheckpointError(f"The shard '{shard}' of '{folder}' is missing.")
-        tensors = _open_safetensors(folder / shard)
-        wanted = {key for key, file in mapping.items() if file == shard}
-        if wanted != set(tensors):
+    for begin, source in read_json(path).items():
+        try:
+            other, mark = folder / source["folder"], source["fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"'{path}' does not say what is shared with whom.") from error
+        if read_stage(other).get("fingerprint") != mark:
             raise CheckpointError(
-                f"'{folder / shard}' does not hold what {INDEX} says: "
-                f"{name_some(wanted ^ set(tensors))}."
+                f"'{folder}' takes the tensors '{begin}' from '{other}', which is not there or not "
+                "the checkpoint they were left to.",
+                "Keep the two folders together, as they were made.",
             )
-        found |= tensors
+        found |= {begin + key: tensor for key, tensor in open_tensors(other).items()}
     return found
+
+
+# --- int8 matrices -----------------------------------------------------------------------------
 
 
 def pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -864,58 +679,46 @@ def _product(packed: LazyTensor, scale: LazyTensor) -> LazyTensor:
     return LazyTensor(packed.shape, "float32", lambda: from_tensor(whole()).blocks(), whole)
 
 
-def shared_tensors(folder: Path) -> dict[str, LazyTensor]:
-    """List the tensors that a folder takes from another checkpoint, as its ``shared.json`` says.
+# --- fingerprints and checks --------------------------------------------------------------------
 
-    The file maps the beginning of their names to ``{"folder": relative path, "fingerprint": …}``;
-    ``share`` writes it. Most folders have none and share nothing.
 
-    Raises:
-        CheckpointError: The file is malformed, or the other checkpoint is missing or not the one
-            that was shared.
+def digest_of(
+    tensor: torch.Tensor | LazyTensor, each: Callable[[Any], object] = lambda block: None
+) -> str:
+    """Hex SHA-256 of a tensor's dtype, shape and values.
+
+    Each block is handed to ``each`` as a flat uint8 array.
     """
-    path = folder / SHARED
-    if not path.is_file():
-        return {}
-    found: dict[str, LazyTensor] = {}
-    for begin, source in read_json(path).items():
-        try:
-            other, mark = folder / source["folder"], source["fingerprint"]
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"'{path}' does not say what is shared with whom.") from error
-        if read_stage(other).get("fingerprint") != mark:
-            raise CheckpointError(
-                f"'{folder}' takes the tensors '{begin}' from '{other}', which is not there or not "
-                "the checkpoint they were left to.",
-                "Keep the two folders together, as they were made.",
-            )
-        found |= {begin + key: tensor for key, tensor in open_tensors(other).items()}
-    return found
+    import torch
+
+    tensor = as_lazy(tensor)
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+    for block in tensor.blocks():
+        data = block.view(torch.uint8).numpy()
+        digest.update(data.data)
+        each(data)
+    return digest.hexdigest()
 
 
-def read_tensors(folder: Path, *, finite: bool = False) -> dict[str, torch.Tensor]:
-    """Read a folder's tensors, mapped from the files.
+def digests_of(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
+    """``digest_of`` each tensor, several at once."""
+    return dict(zip(tensors, spread(digest_of, tensors.values()), strict=True))
 
-    Args:
-        folder: A checkpoint folder.
-        finite: Also refuse NaN and infinity, at the price of reading every value.
 
-    Raises:
-        CheckpointError: See ``open_tensors``; or a tensor holds NaN or infinity.
-    """
-    tensors = {key: stored.load() for key, stored in open_tensors(folder).items()}
-    if finite:
-        check_finite(tensors, what=f"'{folder}'")
-    return tensors
+def combine(config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    """The fingerprint of a model with this configuration and these digests of its tensors."""
+    kept = {key: value for key, value in config.items() if key not in _BOOKKEEPING}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    for key in sorted(digests):
+        digest.update(f"\n{key} {digests[key]}".encode())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def fingerprint(folder: Path, *, verify: bool = False) -> str:
-    """Name a model by its content: ``sha256:`` over the config's model fields and every tensor.
+    """Name a checkpoint by its content: ``sha256:`` over its model's settings and every tensor.
 
-    Args:
-        folder: A checkpoint folder.
-        verify: Compute it from the files and compare it with ``stage.json``, instead of trusting
-            what ``stage.json`` says.
+    With ``verify`` it is computed from the files and compared with ``stage.json``, instead of
+    trusting what that says.
 
     Raises:
         CheckpointError: The folder is unreadable, or ``verify`` finds another content.
@@ -951,23 +754,34 @@ def check_names_and_shapes(
     Raises:
         CheckpointError: Names the missing, the unexpected and the wrongly shaped tensors.
     """
-    faults = []
-    if missing := [key for key in expected if key not in found and key not in optional]:
-        faults.append(f"{len(missing)} missing: {name_some(missing)}")
-    if extra := [key for key in found if key not in expected]:
-        faults.append(f"{len(extra)} unexpected: {name_some(extra)}")
     wrong = [
         f"{key} is {list(found[key].shape)}, not {list(expected[key].shape)}"
         for key in expected
         if key in found and tuple(found[key].shape) != tuple(expected[key].shape)
     ]
-    if wrong:
-        faults.append(f"{len(wrong)} of the wrong shape: {name_some(wrong)}")
-    if faults:
+    faults = {
+        "missing": [key for key in expected if key not in found and key not in optional],
+        "unexpected": [key for key in found if key not in expected],
+        "of the wrong shape": wrong,
+    }
+    if said := say_faults(faults):
         raise CheckpointError(
-            f"{what} does not fit its model: {'; '.join(faults)}.",
+            f"{what} does not fit its model: {said}.",
             "The file is incomplete or of another kind; m2f2 info PATH says what it is.",
         )
+
+
+def say_faults(faults: Mapping[str, Collection[str]]) -> str:
+    """How many tensors have each fault, and the first of them by name; empty without any."""
+    return "; ".join(f"{len(f)} {words}: {name_some(f)}" for words, f in faults.items() if f)
+
+
+def name_some(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    ordered = sorted(names)
+    rest = len(ordered) - _NAMED_IN_ERRORS
+    shown = ", ".join(ordered[:_NAMED_IN_ERRORS])
+    return f"{shown} and {rest} more" if rest > 0 else shown
 
 
 def check_finite(
@@ -975,12 +789,8 @@ def check_finite(
 ) -> None:
     """Refuse NaN and infinite values.
 
-    Args:
-        tensors: Floating-point tensors are checked, others ignored.
-        what: The file or model, for the message.
-
     Raises:
-        CheckpointError: Names the tensors at fault.
+        CheckpointError: Names ``what`` and the tensors at fault.
     """
     bad = [
         key
@@ -994,21 +804,146 @@ def check_finite(
         )
 
 
-def name_some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    ordered = sorted(names)
-    rest = len(ordered) - _NAMED_IN_ERRORS
-    shown = ", ".join(ordered[:_NAMED_IN_ERRORS])
-    return f"{shown} and {rest} more" if rest > 0 else shown
+# --- writing ------------------------------------------------------------------------------------
 
 
-def combine(config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
-    """The fingerprint of a model with this configuration and these digests of its tensors."""
-    kept = {key: value for key, value in config.items() if key not in _BOOKKEEPING}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    for key in sorted(digests):
-        digest.update(f"\n{key} {digests[key]}".encode())
-    return f"sha256:{digest.hexdigest()}"
+def write_checkpoint(  # noqa: PLR0913 - a checkpoint is its parts
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor] | Mapping[str, LazyTensor],
+    stage: Mapping[str, Any] | Callable[[Mapping[str, str]], Mapping[str, Any]],
+    extra_files: Mapping[str, bytes] | None = None,
+    int8: Collection[str] = (),
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> str:
+    """Write a checkpoint folder in one step and return its fingerprint.
+
+    Args:
+        folder: Where; parents are made.
+        config: Becomes ``config.json``.
+        tensors: Becomes ``model.safetensors``, or shards with an index. Lazy ones are read once,
+            a few at a time in threads, so memory does not grow with them.
+        stage: Becomes ``stage.json``, with the fingerprint added. A function is called when the
+            tensors are written, with the digest of each.
+        extra_files: Further files by name, for example ``preprocessor_config.json``.
+        int8: Matrices to store as int8 with a scale for each row (see ``pack_rows``).
+        max_shard_bytes: No file holds more, unless a single tensor does.
+        overwrite: Replace an existing checkpoint folder.
+
+    Raises:
+        CheckpointError: The folder exists, a tensor holds NaN or infinity, or the disk refuses;
+            whatever was there before is still there.
+    """
+    held = {key: t for key, t in tensors.items() if not isinstance(t, LazyTensor)}
+    check_finite(held, what=f"The model for '{folder}'")
+    lazy = {
+        key: t if isinstance(t, LazyTensor) else replace(from_tensor(t), checked=True)
+        for key, t in tensors.items()
+    }
+    packed: dict[str, torch.Tensor] = {}
+    for name in int8:
+        packed[name], packed[f"{name}_scale"] = pack_rows(lazy[name].load())
+    written = lazy | {name: from_tensor(tensor) for name, tensor in packed.items()}
+    shards = _split(written, max_shard_bytes)
+    others = {"config.json": json_bytes(config), **(extra_files or {})}
+    if len(shards) > 1:
+        mapping = {key: name for name, part in shards.items() for key in part}
+        total = {"total_size": sum(tensor.nbytes for tensor in written.values())}
+        index = {"metadata": total, "weight_map": dict(sorted(mapping.items()))}
+        others[INDEX] = json_bytes(index)
+    values = {name: lazy[name] for name in int8}
+    return write_folder(folder, config, shards, stage, others, values=values, overwrite=overwrite)
+
+
+def _split(tensors: Mapping[str, LazyTensor], limit: int) -> dict[str, dict[str, LazyTensor]]:
+    """Tensors by file."""
+    groups: list[dict[str, LazyTensor]] = [{}]
+    room = limit
+    for key in sorted(tensors):
+        if tensors[key].nbytes > room and groups[-1]:
+            groups.append({})
+            room = limit
+        groups[-1][key] = tensors[key]
+        room -= tensors[key].nbytes
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    total = len(groups)
+    return {f"model-{n:05d}-of-{total:05d}.safetensors": g for n, g in enumerate(groups, start=1)}
+
+
+def write_folder(
+    folder: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Mapping[str, LazyTensor]],
+    stage: Mapping[str, Any] | Callable[[Mapping[str, str]], Mapping[str, Any]],
+    others: Mapping[str, bytes],
+    *,
+    values: Mapping[str, LazyTensor] | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Write tensors by file, other files and at last ``stage.json``; see ``write_checkpoint``.
+
+    The fingerprint that is returned is of ``config`` and the tensors, however they are stored:
+    ``values`` has those that are stored as int8.
+    """
+    with atomic_folder(folder, overwrite) as partial:
+        for name, data in others.items():
+            if Path(name).name != name:
+                raise CheckpointError(f"'{name}' is no plain file name.")
+            (partial / name).write_bytes(data)
+        digests: dict[str, str] = {}
+        for name, tensors in weights.items():
+            checked = {k: t.finite(what=f"The tensor '{k}'") for k, t in tensors.items()}
+            digests |= write_tensor_file(partial / name, checked)
+        for name, tensor in (values or {}).items():
+            del digests[f"{name}_scale"]
+            digests[name] = digest_of(tensor)
+        mark = combine(config, digests)
+        said = stage(digests) if callable(stage) else stage
+        (partial / MARK).write_bytes(json_bytes({**said, "fingerprint": mark}))
+    return mark
+
+
+def write_tensor_file(
+    path: Path, tensors: Mapping[str, torch.Tensor] | Mapping[str, LazyTensor]
+) -> dict[str, str]:
+    """Write one safetensors file and return ``{name: digest_of(tensor)}``.
+
+    Tensors may be of any device and stride, or lazy; several are read at once.
+
+    Raises:
+        CheckpointError: A tensor's dtype has no name in the format, or a tensor cannot be read.
+        OSError: The disk refuses.
+    """
+    lazy = {name: as_lazy(tensor) for name, tensor in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # Widest elements first, so that every tensor is aligned to its element size.
+    order = sorted(lazy, key=lambda name: (-_dtype(lazy[name].dtype).itemsize, name))
+    end = 0
+    for name in order:
+        tensor = lazy[name]
+        if tensor.dtype not in _CODES:
+            said = f"Tensor '{name}' has dtype {tensor.dtype}, which cannot be stored."
+            raise CheckpointError(said)
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    with ParallelFile(path, len(head) + end) as file:
+        file.edges.append((0, head))
+
+        def write(name: str) -> str:
+            with file.part(len(head) + header[name]["data_offsets"][0]) as part:
+                return digest_of(lazy[name], part.write)
+
+        return dict(zip(order, spread(write, order), strict=True))
 
 
 def share(folder: Path, output: Path, *, begin: str, source: Path) -> None:
@@ -1042,3 +977,25 @@ def share(folder: Path, output: Path, *, begin: str, source: Path) -> None:
         write_tensor_file(partial / WEIGHTS, own)
         (partial / SHARED).write_bytes(json_bytes(said))
         shutil.copyfile(folder / MARK, partial / MARK)
+
+
+def preprocessor_config(size: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """The content of ``preprocessor_config.json``, as transformers' CLIP image processor reads it.
+
+    ``size`` is the side of the model's input in pixels; ``mean`` and ``std`` are per channel, in
+    [0, 1].
+    """
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }

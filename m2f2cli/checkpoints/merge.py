@@ -382,16 +382,16 @@ def _check_fit(base: Weights, delta: Delta) -> None:
         for name in base.tensors
         if name.startswith(f"{module}.") and name not in delta.whole
     ]
-    faults = {
-        "have no place in it": extra,
-        "of the wrong shape": wrong,
-        "of another kind of number": retyped,
-        "missing": absent,
-    }
-    said = [f"{len(names)} {w}: {io.name_some(names)}" for w, names in faults.items() if names]
+    said = io.say_faults(
+        {
+            "have no place in it": extra,
+            "of the wrong shape": wrong,
+            "of another kind of number": retyped,
+            "missing": absent,
+        }
+    )
     if said:
         raise CheckpointError(
-            f"The delta '{delta.path}' does not fit '{base.path}': of its tensors "
-            f"{'; '.join(said)}.",
+            f"The delta '{delta.path}' does not fit '{base.path}': of its tensors {said}.",
             "It belongs to another model, or is incomplete; m2f2 info PATH says what each is.",
         )

@@ -268,7 +268,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(layers: Sequence[Any], rows: int) -> None:
-    """Pack the linear layers of CLIP encoder layers in place, for batches of some ``rows`` tokens."""
+    """Pack the linear layers of CLIP encoder layers in place, for some ``rows`` tokens."""
     for layer in layers:
         fused = isinstance(layer.mlp.activation_fn, nn.SiLU)
         for parent, name in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from m2f2cli.errors import ConfigError
 from m2f2cli.options.fields import Options, flag_name, option, required
@@ -277,6 +277,10 @@ class ObjectiveOptions(Options):
 class RunOptions(Options):
     """Where the result goes and how the machine is used."""
 
+    # How a run is carried out, never what comes of it: these may differ on --resume.
+    incidental: ClassVar[frozenset[str]] = frozenset(
+        ("output", "recipe", "workers", "cache", "save-steps", "resume", "overwrite", "report-to")
+    )
     output: Path = required("Folder for the detector; it must not exist yet.")
     recipe: str | None = option(
         None,
@@ -330,12 +334,6 @@ class RunOptions(Options):
         """One may go on or begin anew, not both."""
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other.", "Give one of them.")
-
-
-# How a run is carried out, never what comes of it: these may differ on --resume.
-INCIDENTAL = frozenset(
-    ("output", "recipe", "workers", "cache", "save-steps", "resume", "overwrite", "report-to")
-)
 
 
 @dataclass(frozen=True)

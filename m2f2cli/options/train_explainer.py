@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from m2f2cli.errors import ConfigError
 from m2f2cli.options.fields import Options, option, required
@@ -166,6 +166,10 @@ class LoraStepOptions(StepOptions):
 class StageRunOptions(Options):
     """Where the result goes and how the machines are used."""
 
+    # How a run is carried out, never what comes of it: these may differ on --resume.
+    incidental: ClassVar[frozenset[str]] = frozenset(
+        ("output", "workers", "save-steps", "resume", "overwrite", "report-to")
+    )
     output: Path = required("Folder for the delta; it must not exist yet.")
     seed: int = option(0, "Seed of every random choice but the split.", low=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
@@ -211,10 +215,6 @@ class StageRunOptions(Options):
                 f"--deepspeed '{self.deepspeed}' is no file.",
                 f"Use {', '.join(DEEPSPEED)} or a JSON file.",
             )
-
-
-# How a run is carried out, never what comes of it: these may differ on --resume.
-INCIDENTAL = frozenset(("output", "workers", "save-steps", "resume", "overwrite", "report-to"))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""What is learnt: the detector with its loss terms, and what only exists while it trains."""
+"""What is learnt: which parameters train in which stage, and the detector with its loss terms.
+
+Names of parameters are those of ``Detector.named_parameters()``; what only exists while training
+(heads of auxiliary tasks) stands under ``heads.``.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,130 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from m2f2cli.models.backbone import Backbone
 from m2f2cli.models.detector import Detector
-from m2f2cli.options.train_detector import TrainDetectorOptions
-from m2f2cli.training.stages import freeze, group_of
+from m2f2cli.options.train_detector import ModelOptions, OptimizerOptions, TrainDetectorOptions
+
+# Group of parameters -> how their names begin. Every parameter is in exactly one group.
+PARAMETER_GROUPS: dict[str, tuple[str, ...]] = {
+    "backbone": ("backbone.",),
+    "projections": ("backbone_proj.", "vision_proj.", "text_proj.", "bridge.", "head."),
+    "prompt_tokens": ("forgery_prompt.",),
+    "alpha_vision": ("alpha_vision",),
+    "alpha_text": ("alpha_text",),
+    "clip": ("clip.",),
+    "auxiliary": ("heads.",),
+}
+
+_LIGHT = ("prompt_tokens", "alpha_vision", "alpha_text")
+
+# --train -> the groups that move; all others stay as they are, BatchNorm statistics included.
+STAGES: dict[str, tuple[str, ...]] = {
+    "published": ("backbone", "projections", *_LIGHT, "auxiliary"),
+    "head": ("projections", *_LIGHT, "auxiliary"),
+    "prompt": (*_LIGHT, "auxiliary"),
+    "everything": tuple(PARAMETER_GROUPS),
+}
+
 
 # Turns a cosine similarity into the logit of "forged here": ±1 becomes ±10.
 _MAP_SHARPNESS = 10.0
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def group_of(name: str) -> str:
+    """The group of ``PARAMETER_GROUPS`` that a parameter belongs to.
+
+    Raises:
+        LookupError: The table has no group for it, or two.
+    """
+    homes = [group for group, starts in PARAMETER_GROUPS.items() if name.startswith(starts)]
+    if len(homes) != 1:
+        raise LookupError(f"Parameter '{name}' is in {len(homes)} groups of PARAMETER_GROUPS.")
+    return homes[0]
+
+
+def backbone_layers(backbone: Backbone | None) -> dict[str, int]:
+    """The stage of each backbone parameter by its name: 0 the stem, then 1 for the first stage on.
+
+    Its timm network says which of its parts are stages; None has no parameter.
+    """
+    if backbone is None:
+        return {}
+    from timm.models import group_parameters
+
+    layers = group_parameters(backbone.net, backbone.net.group_matcher(coarse=True))
+    return {
+        f"backbone.net.{name}": int(number) for number, names in layers.items() for name in names
+    }
+
+
+def freeze(
+    named: Mapping[str, nn.Parameter], backbone: Backbone | None, options: ModelOptions
+) -> None:
+    """Let exactly the parameters of a stage train.
+
+    Args:
+        named: Every parameter of the model in training, by name.
+        backbone: The detector's backbone.
+        options: ``train`` and ``freeze_stages``.
+    """
+    moving = STAGES[options.train]
+    layers = backbone_layers(backbone) if options.freeze_stages else {}
+    for name, parameter in named.items():
+        frozen_stage = layers.get(name, options.freeze_stages + 1) <= options.freeze_stages
+        parameter.requires_grad_(group_of(name) in moving and not frozen_stage)
+
+
+def optimizer_groups(
+    named: Mapping[str, nn.Parameter], backbone: Backbone | None, options: OptimizerOptions
+) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups: every trainable parameter exactly once.
+
+    Args:
+        named: Every parameter of the model in training, by name.
+        backbone: The detector's backbone.
+        options: Learning rates and weight decay.
+
+    Returns:
+        Dictionaries with ``params``, ``names``, ``group``, ``lr`` and ``weight_decay``.
+    """
+    head_lr = options.learning_rate if options.head_lr is None else options.head_lr
+    rates = {
+        "backbone": options.learning_rate,
+        "projections": head_lr,
+        "prompt_tokens": options.prompt_lr,
+        "alpha_vision": options.vision_alpha_lr,
+        "alpha_text": options.text_alpha_lr,
+        "clip": options.clip_lr,
+        "auxiliary": head_lr,
+    }
+    layers = backbone_layers(backbone) if options.layer_decay < 1 else {}
+    last = max(layers.values(), default=0)
+    found: dict[tuple[str, float, float], dict[str, Any]] = {}
+    for name, parameter in named.items():
+        if not parameter.requires_grad:
+            continue
+        group = group_of(name)
+        rate = rates[group] * options.layer_decay ** (last - layers.get(name, last))
+        decay = options.weight_decay if options.decay_all or parameter.ndim > 1 else 0.0
+        entry = found.setdefault(
+            (group, rate, decay),
+            {"params": [], "names": [], "group": group, "lr": rate, "weight_decay": decay},
+        )
+        entry["params"].append(parameter)
+        entry["names"].append(name)
+    return list(found.values())
+
+
+def trained_values(named: Mapping[str, nn.Parameter]) -> dict[str, int]:
+    """How many values train in each group of parameters."""
+    counts: dict[str, int] = {}
+    for name, parameter in named.items():
+        if parameter.requires_grad:
+            group = group_of(name)
+            counts[group] = counts.get(group, 0) + parameter.numel()
+    return counts
 
 
 class Objective(nn.Module):
@@ -27,8 +148,6 @@ class Objective(nn.Module):
         kinds: Manipulations to tell apart, without ``real``.
         judgements: Columns of the annotators' judgements.
     """
-
-    accepts_loss_kwargs = False  # the Trainer's own loss arguments, which ``more`` is not
 
     def __init__(
         self,
@@ -67,7 +186,7 @@ class Objective(nn.Module):
         """Set the mode; whatever is frozen keeps its BatchNorm statistics."""
         super().train(mode)
         for module in self.detector.modules():
-            if isinstance(module, BATCH_NORMS):
+            if isinstance(module, _BATCH_NORMS):
                 trainable = any(p.requires_grad for p in module.parameters())
                 if self.options.model.freeze_batch_norm or not trainable:
                     module.eval()
@@ -84,7 +203,7 @@ class Objective(nn.Module):
         """Compute the loss of a batch.
 
         Args:
-            pixel_values: (B, 3, S, S), normalised.
+            pixel_values: (B, 3, S, S), normalized.
             labels: (B,) int64, 0 real and 1 fake; the target when measuring.
             target: (B,) float32, fake probability to learn, in [0, 1].
             weight: () what the batch counts beside the others of its step; 1 if unset.
@@ -203,17 +322,7 @@ def _moving(detector: Detector) -> Mapping[str, torch.Tensor]:
     """Trainable parameters, and the statistics of BatchNorm layers that have such parameters."""
     moving: dict[str, Any] = {n: p for n, p in detector.named_parameters() if p.requires_grad}
     for prefix, module in detector.named_modules():
-        if isinstance(module, BATCH_NORMS) and f"{prefix}.weight" in moving:
+        if isinstance(module, _BATCH_NORMS) and f"{prefix}.weight" in moving:
             moving[f"{prefix}.running_mean"] = module.running_mean
             moving[f"{prefix}.running_var"] = module.running_var
     return moving
-
-
-def moving_groups(objective: Objective) -> dict[str, int]:
-    """How many values train in each group of parameters, for the record."""
-    counts: dict[str, int] = {}
-    for name, parameter in objective.named_weights().items():
-        if parameter.requires_grad:
-            group = group_of(name)
-            counts[group] = counts.get(group, 0) + parameter.numel()
-    return counts

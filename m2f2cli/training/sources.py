@@ -43,28 +43,26 @@ def read_sources(
         InputError: A source cannot be read or cut, or one identity is on both sides.
     """
     tell = tell or (lambda _: None)
-    prefixes = _prefixes(data.data)
     official: list[SampleSet] = []
-    judged: list[SampleSet] = []
+    official_held: list[SampleSet] = []
     free: list[SampleSet] = []
-    for source in data.data:
-        if not is_ffpp(source):
-            free.append(_prefixed(_read_pictures(source), prefixes[source]))
-            continue
-        official.append(_prefixed(_read_videos(source, data, "train", tell), prefixes[source]))
-        if data.validation is None:
-            videos = _read_videos(source, data, "validation", tell)
-            judged.append(_prefixed(videos, prefixes[source]))
+    for source, prefix in _prefixes(data.data).items():
+        into = official if is_ffpp(source) else free
+        into.append(_read(source, prefix, data, "train", tell))
+        if is_ffpp(source) and data.validation is None:
+            official_held.append(_read(source, prefix, data, "validation", tell))
     if data.identities is not None:
         people = read_people(data.identities, {s.name for part in free for s in part.samples})
         free = [part.with_people(people) for part in free]
     if data.validation is not None:
-        train, held = _joined([*official, *free]), _read_held(data, tell)
+        sources = _prefixes(data.validation).items()
+        train = _joined([*official, *free])
+        held = _joined([_read(s, prefix, data, "validation", tell) for s, prefix in sources])
         _refuse_shared(train, held)
     elif not official:
         train, held = split_by_identity(_joined(free), data.validation_share, data.split_seed)
     else:
-        train, held = _joined(official), _joined(judged)
+        train, held = _joined(official), _joined(official_held)
         _refuse_shared(train, held)
         for part in free:
             more, rest = _cut_along(part, train.people(), held.people(), data)
@@ -83,16 +81,21 @@ def _root(source: str) -> Path:
     return Path(rest if colon and len(layout) > 1 else source).expanduser()
 
 
-def _read_pictures(source: str) -> SampleSet:
-    try:
-        return read_samples(source)
-    except ConfigError as error:
-        known = ", ".join([*LAYOUTS.names(), _FFPP.removesuffix(":")])
-        raise ConfigError(error.message, f"Use one of: {known}.") from error
+def _read(source: str, prefix: str, data: DataOptions, split: str, tell: Tell) -> SampleSet:
+    """A source's pictures, or the videos of its official split, with a prefix to their names."""
+    if is_ffpp(source):
+        found = _read_videos(source, data, split, tell)
+    else:
+        try:
+            found = read_samples(source)
+        except ConfigError as error:
+            known = ", ".join([*LAYOUTS.names(), _FFPP.removesuffix(":")])
+            raise ConfigError(error.message, f"Use one of: {known}.") from error
+    named = (replace(s, name=f"{prefix}/{s.name}" if prefix else s.name) for s in found.samples)
+    return replace(found, samples=tuple(named))
 
 
 def _read_videos(source: str, data: DataOptions, split: str, tell: Tell) -> SampleSet:
-    """The videos of an official split as samples, sorted by name."""
     found = read_ffpp(
         _root(source),
         compression=data.compression,
@@ -107,22 +110,6 @@ def _read_videos(source: str, data: DataOptions, split: str, tell: Tell) -> Samp
     videos = SampleSet(found.root, "ffpp", tuple(ordered))
     check_classes(videos, f"the split '{split}' of '{found.root}'")
     return videos
-
-
-def _read_held(data: DataOptions, tell: Tell) -> SampleSet:
-    sources = data.validation or ()
-    prefixes = _prefixes(sources)
-    return _joined(
-        [
-            _prefixed(
-                _read_videos(source, data, "validation", tell)
-                if is_ffpp(source)
-                else _read_pictures(source),
-                prefixes[source],
-            )
-            for source in sources
-        ]
-    )
 
 
 def _prefixes(sources: Sequence[str]) -> dict[str, str]:
@@ -140,12 +127,6 @@ def _prefixes(sources: Sequence[str]) -> dict[str, str]:
             name, number = f"{base}-{number}", number + 1
         taken[source] = name
     return taken
-
-
-def _prefixed(part: SampleSet, prefix: str) -> SampleSet:
-    if not prefix:
-        return part
-    return replace(part, samples=tuple(replace(s, name=f"{prefix}/{s.name}") for s in part.samples))
 
 
 def _joined(parts: Sequence[SampleSet]) -> SampleSet:

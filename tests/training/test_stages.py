@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from m2f2cli.training.detector import prepare
-from m2f2cli.training.stages import PARAMETER_GROUPS, STAGES, group_of, optimiser_groups
+from m2f2cli.training.objective import PARAMETER_GROUPS, STAGES, group_of, optimizer_groups
 
 
 def one_step(options):
@@ -13,7 +13,7 @@ def one_step(options):
     objective = run.model
     before = {name: t.clone() for name, t in objective.state_dict().items()}
     objective.train()
-    batch = next(iter(run.loader()))
+    batch = next(iter(run.loader))
     objective(**batch)["loss"].backward()
     with_gradient = {n for n, p in objective.named_parameters() if p.grad is not None}
     run.optimizer.step()
@@ -68,7 +68,7 @@ def test_frozen_batch_norm_keeps_statistics_but_trains(options):
 def test_groups_cover_every_trainable_parameter_once(options):
     objective = prepare(options(layer_decay=0.8, decay_all=False, weight_decay=0.1)).model
     named = objective.named_weights()
-    groups = optimiser_groups(named, objective.detector.backbone, objective.options.optimizer)
+    groups = optimizer_groups(named, objective.detector.backbone, objective.options.optimizer)
     names = [name for group in groups for name in group["names"]]
     assert len(names) == len(set(names))
     assert set(names) == {name for name, p in named.items() if p.requires_grad}
