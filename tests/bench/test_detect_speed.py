@@ -48,7 +48,7 @@ def test_a_cold_start_against_importing_clip():
 
 @pytest.mark.skipif("M2F2_DDVQA" not in os.environ, reason="M2F2_DDVQA is not set")
 def test_pictures_a_second_after_start_up():
-    from m2f2cli.inference.pipeline import detect
+    from m2f2cli.inference.pipeline import DetectPipeline, detect
     from m2f2cli.options.detect import DetectOptions
 
     folder = Path(os.environ["M2F2_DDVQA"]) / "images" / "c40" / "test"
