@@ -8,7 +8,6 @@ pictures, or ``FILE://KEY_FRAME`` for a frame in an HDF5 file there:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from m2f2cli.data.images import read_picture
-from m2f2cli.data.samples import Sample, hold_out, identity_groups, kind_of, people_in
+from m2f2cli.data.samples import Sample, hold_out, identity_groups, kind_of, load_json, people_in
 from m2f2cli.errors import InputError
 
 ROLES = ("human", "gpt")
@@ -81,16 +80,8 @@ def read_conversations(file: Path) -> list[Conversation]:
         InputError: It is missing, no JSON list, or empty; or an entry, named by its number, has
             unknown or misplaced roles, a missing text, an empty answer or one with a placeholder.
     """
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"There is no conversation file '{file}'.",
-            "missing",
-            "Make one with: m2f2 prepare ddvqa DIR --output DIR",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"The conversations '{file}' cannot be read: {error}.") from error
+    hint = "Make one with: m2f2 prepare ddvqa DIR --output DIR"
+    rows = load_json(file, "conversation file", hint)
     if not isinstance(rows, list) or not rows:
         raise InputError(
             f"'{file}' is no list of conversations.",
@@ -131,11 +122,7 @@ def _conversation(number: int, row: Any, file: Path) -> Conversation:
 
 
 class Pictures:
-    """The pictures that conversations are about.
-
-    Args:
-        root: The folder that their names are inside of.
-    """
+    """The pictures that conversations are about; their names are inside the folder ``root``."""
 
     def __init__(self, root: Path) -> None:
         from m2f2cli.data.clips import FrameReader
@@ -183,14 +170,10 @@ def find_missing(conversations: Sequence[Conversation], pictures: Pictures) -> d
 def split_conversations(
     conversations: Sequence[Conversation], share: float, seed: int
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Cut conversations in two so that nobody is spoken of in both parts.
+    """Cut conversations so that nobody is spoken of in both parts, with every verdict alike.
 
-    Both parts get every verdict alike; see ``samples.hold_out``.
-
-    Args:
-        conversations: In the order of their file.
-        share: Wanted share of the second part, in [0, 1); 0 leaves it empty.
-        seed: Decides the cut.
+    Returns:
+        The larger part, and the held-out one of about ``share``, in [0, 1); see ``hold_out``.
 
     Raises:
         InputError: They cannot be cut.
@@ -255,8 +238,7 @@ def parse_as_published(text: str) -> str | None:
 def stated_label(question: str) -> int | None:
     """The label that a question gives away ("The nose in the image is fake, tell me why.").
 
-    Returns:
-        0 real, 1 fake; None when it names neither or both.
+    0 real, 1 fake; None when it names neither or both.
     """
     found = set(_STATED.findall(_CHOICE.sub(" ", question.lower())))
     return int(found == {"fake"}) if len(found) == 1 else None

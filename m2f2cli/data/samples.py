@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -297,6 +299,20 @@ def list_files(folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list
             if Path(name).suffix.lower() in suffixes and not name.startswith("."):
                 found.append(Path(where, name))
     return sorted(found)
+
+
+def load_json(file: Path, noun: str, hint: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        InputError: It is missing (``hint`` says how to come by it) or unreadable.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"There is no {noun} '{file}'.", "missing", hint) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"The {noun} '{file}' cannot be read: {error}.") from error
 
 
 def read_people(file: Path, names: Collection[str]) -> dict[str, tuple[str, ...]]:

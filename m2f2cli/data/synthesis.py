@@ -37,6 +37,15 @@ class Region(NamedTuple):
     width: float
     height: float
 
+    def grown(self, factor: float) -> Region:
+        """The same with longer radii."""
+        return self._replace(width=self.width * factor, height=self.height * factor)
+
+    def jittered(self, rng: np.random.Generator) -> Region:
+        """A little elsewhere and of another size."""
+        x, y = self.x + rng.normal(0, 0.012), self.y + rng.normal(0, 0.012)
+        return Region(x, y, self.width * rng.uniform(0.9, 1.1), self.height * rng.uniform(0.9, 1.1))
+
 
 FACE = Region(0.50, 0.52, 0.34, 0.42)
 INNER_FACE = Region(0.50, 0.50, 0.27, 0.33)
@@ -76,14 +85,15 @@ def forge(
     if kind is None:
         possible = [name for name in KINDS if name != "swap_blend" or other is not None]
         kind = possible[int(rng.integers(len(possible)))]
-    if kind == "self_blend":
-        return Forgery(*self_blend(pixels, rng), kind)
-    if kind == "mouth_warp":
-        return Forgery(*mouth_warp(pixels, rng), kind)
-    if kind == "expression_warp":
-        return Forgery(*expression_warp(pixels, rng), kind)
-    if kind != "swap_blend":
+    if kind not in KINDS:
         raise ConfigError(f"Unknown forgery '{kind}'.", f"Use one of: {', '.join(KINDS)}.")
+    if kind != "swap_blend":
+        makers = {
+            "self_blend": self_blend,
+            "mouth_warp": mouth_warp,
+            "expression_warp": expression_warp,
+        }
+        return Forgery(*makers[kind](pixels, rng), kind)
     if other is None:
         raise ConfigError("'swap_blend' needs a face of another person.")
     return Forgery(*swap_blend(pixels, other, rng), kind)
@@ -115,17 +125,9 @@ def self_blend(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
 def swap_blend(
     pixels: np.ndarray, other: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put the inner face of another person on this head, its colors only partly matched.
-
-    Args:
-        pixels: The head that stays, uint8 (H, W, 3).
-        other: The crop whose face is taken, any size.
-        rng: Source of every random choice.
-    """
+    """Put the inner face of ``other``, a crop of any size, on this head, colors partly matched."""
     height, width = pixels.shape[:2]
-    if other.shape != pixels.shape:
-        picture = Image.fromarray(np.ascontiguousarray(other))
-        other = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+    other = _resized(other, (width, height))
     if rng.random() < 0.5:
         other = np.ascontiguousarray(other[:, ::-1])
     other = affine(
@@ -145,10 +147,10 @@ def swap_blend(
 
 def mouth_warp(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Reshape the mouth and draw it again a little softer, as neural re-rendering does."""
-    region = _jittered(MOUTH, rng)
+    region = MOUTH.jittered(rng)
     dx, dy = _mouth_field(pixels.shape[:2], region, rng)
     moved = _rendered(warp(pixels, dx, dy), rng)
-    mask = soft_blob(pixels.shape[:2], _grown(region, rng.uniform(1.1, 1.7)), rng)
+    mask = soft_blob(pixels.shape[:2], region.grown(rng.uniform(1.1, 1.7)), rng)
     return blend(pixels, moved, mask), mask
 
 
@@ -156,10 +158,10 @@ def expression_warp(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.nd
     """Move mouth, eyes and brows a little and draw the whole face again, as reenactment does."""
     shape = pixels.shape[:2]
     dx, dy = _elastic(shape, rng, rng.uniform(0.002, 0.008))
-    steps = [_mouth_field(shape, _jittered(MOUTH, rng), rng)]
+    steps = [_mouth_field(shape, MOUTH.jittered(rng), rng)]
     lift, squint = rng.uniform(-0.03, 0.03), rng.uniform(-0.35, 0.35)
     for eye in EYES:
-        region = _jittered(eye, rng)
+        region = eye.jittered(rng)
         weight, _, v = _bump(shape, region)
         one_eye = weight * np.float32(lift * shape[0])
         steps.append((np.zeros_like(one_eye), one_eye + weight * v * np.float32(squint)))
@@ -179,10 +181,7 @@ def blend(base: np.ndarray, over: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def warp(pixels: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
     """Fetch each pixel from (x + dx, y + dy), bilinear, the border repeated outwards.
 
-    Args:
-        pixels: uint8 (H, W, 3).
-        dx: float32 (H, W), in pixels.
-        dy: float32 (H, W), in pixels.
+    ``dx`` and ``dy`` are float32 (H, W), in pixels.
     """
     height, width = pixels.shape[:2]
     y, x = np.mgrid[:height, :width].astype(np.float32)
@@ -200,7 +199,7 @@ def warp(pixels: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
 def soft_blob(shape: tuple[int, int], region: Region, rng: np.random.Generator) -> np.ndarray:
     """A jittered, elastically deformed ellipse with a soft edge; float32 (H, W) in [0, 1]."""
     height, width = shape
-    region = _jittered(_grown(region, rng.uniform(0.85, 1.12)), rng)
+    region = region.grown(rng.uniform(0.85, 1.12)).jittered(rng)
     dx, dy = _elastic(shape, rng, rng.uniform(0.008, 0.026))
     y, x = np.mgrid[:height, :width].astype(np.float32)
     u = np.abs((x + dx) / width - region.x) / region.width
@@ -217,11 +216,7 @@ def match_color(
 ) -> np.ndarray:
     """Shift each channel's mean and spread under the mask towards those of ``like``.
 
-    Args:
-        pixels: uint8 (H, W, 3).
-        like: uint8 (H, W, 3).
-        mask: float32 (H, W); where to measure.
-        strength: 0 changes nothing, 1 matches fully.
+    Both are uint8 (H, W, 3), the mask float32 (H, W); strength 0 changes nothing, 1 matches fully.
     """
     where = mask > 0.5
     if where.sum() < 16:
@@ -233,9 +228,7 @@ def match_color(
     return to_uint8(pixels + np.float32(strength) * (matched - pixels))
 
 
-def compress_h264(
-    pixels: np.ndarray, crf: int = 40, *, scale: float = 1.0, frames: int = 1
-) -> np.ndarray:
+def compress_h264(pixels: np.ndarray, crf: int = 40) -> np.ndarray:
     """Encode as an H.264 video of one still picture (libx264, 4:2:0) and decode it.
 
     FaceForensics++ calls crf 23 and 40 "c23" and "c40".
@@ -243,42 +236,36 @@ def compress_h264(
     Args:
         pixels: uint8 (H, W, 3), RGB.
         crf: Constant rate factor, 0 (lossless) to 51.
-        scale: Size of the encoded picture relative to the given one; the result has the given size.
-        frames: Frames to encode; the last is returned.
     """
     import av
 
     if not 0 <= crf <= 51:
         raise ConfigError(f"'crf' must be between 0 and 51, not {crf}.")
     height, width = pixels.shape[:2]
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
     # 4:2:0 needs even edges.
-    coded = (max(2, round(width * scale / 2) * 2), max(2, round(height * scale / 2) * 2))
-    if coded != (width, height):
-        picture = picture.resize(coded, Image.Resampling.BICUBIC)
+    coded = (max(2, round(width / 2) * 2), max(2, round(height / 2) * 2))
     encoder = av.CodecContext.create("libx264", "w")
     encoder.width, encoder.height = coded
     encoder.pix_fmt = "yuv420p"
     encoder.time_base = fractions.Fraction(1, 25)
-    encoder.thread_count = 1
     encoder.options = {"crf": str(crf), "preset": "medium", "tune": "zerolatency"}
     decoder = av.CodecContext.create("h264", "r")
-    decoder.thread_count = 1
-    still = av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24").reformat(
-        format="yuv420p"
-    )
-    packets = []
-    for index in range(max(1, frames)):
-        still.pts = index
-        packets += encoder.encode(still)
-    packets += encoder.encode(None)
+    encoder.thread_count = decoder.thread_count = 1
+    still = av.VideoFrame.from_ndarray(_resized(pixels, coded), format="rgb24")
+    still = still.reformat(format="yuv420p")
+    still.pts = 0
+    packets = [*encoder.encode(still), *encoder.encode(None)]
     decoded = [frame for packet in packets for frame in decoder.decode(packet)]
     decoded += decoder.decode(None)
-    result = decoded[-1].to_ndarray(format="rgb24")
-    if coded != (width, height):
-        resized = Image.fromarray(result).resize((width, height), Image.Resampling.BICUBIC)
-        result = np.asarray(resized)
-    return result
+    return _resized(decoded[-1].to_ndarray(format="rgb24"), (width, height))
+
+
+def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Pixels at (width, height)."""
+    if pixels.shape[1::-1] == size:
+        return np.ascontiguousarray(pixels)
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
 
 
 def _recolor(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -319,15 +306,6 @@ def _rendered(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.3:
         pixels = add_noise(pixels, rng.uniform(1, 4), rng)
     return pixels
-
-
-def _jittered(region: Region, rng: np.random.Generator) -> Region:
-    x, y = region.x + rng.normal(0, 0.012), region.y + rng.normal(0, 0.012)
-    return Region(x, y, region.width * rng.uniform(0.9, 1.1), region.height * rng.uniform(0.9, 1.1))
-
-
-def _grown(region: Region, factor: float) -> Region:
-    return Region(region.x, region.y, region.width * factor, region.height * factor)
 
 
 def _elastic(

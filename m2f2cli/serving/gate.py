@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,20 +72,17 @@ class Uploads:
         self._sent.mkdir()
 
     def store(self, name: str, content: BinaryIO) -> str:
-        """Keep one file.
+        """Keep one file and tell its path; the folder it is in cannot be guessed.
 
         Args:
             name: As the visitor calls it; only its last part is used.
             content: Is read to its end.
 
-        Returns:
-            Its path; the folder it is in cannot be guessed.
-
         Raises:
             M2F2Error: There is no room for it.
         """
         self.sweep()
-        if self._stored() > MAX_STORED:
+        if sum(_size(path) for path in self._sent.glob("*/*")) > MAX_STORED:
             raise M2F2Error("Too many files are waiting here.", "Try again in a few minutes.")
         place = self._sent / secrets.token_hex(16)
         place.mkdir()
@@ -130,26 +127,20 @@ class Uploads:
         """Delete what nobody asked about in ``MAX_AGE`` seconds."""
         limit = time.time() - MAX_AGE
         for place in self._sent.iterdir():
-            try:
-                old = place.stat().st_mtime < limit
-            except FileNotFoundError:
-                continue
-            if old:
-                shutil.rmtree(place, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                if place.stat().st_mtime < limit:
+                    shutil.rmtree(place, ignore_errors=True)
 
     def close(self) -> None:
         """Delete everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _stored(self) -> int:
-        total = 0
-        for root, _, files in os.walk(self._sent):
-            for name in files:
-                try:
-                    total += os.stat(os.path.join(root, name)).st_size
-                except FileNotFoundError:
-                    continue
-        return total
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _is_file_in(folder: Path, path: object) -> bool:
@@ -172,7 +163,6 @@ class Gate:
     def __init__(
         self,
         app: ASGIApp,
-        *,
         uploads: Uploads,
         password: str | None = None,
         hosts: Iterable[str] = (),
@@ -214,25 +204,22 @@ class Gate:
             elif not _GET.fullmatch(path) or ".." in path:
                 raise HTTPException(404, "There is nothing here.")
             await self._app(scope, receive, send)
-            return
-        if method != "POST" or not _POST.fullmatch(path):
+        elif method != "POST" or not _POST.fullmatch(path):
             raise HTTPException(404 if method == "POST" else 405, "There is nothing here.")
-        takes_files = path.startswith(f"{_API}/upload")
-        request = Request(scope, _limited(receive, headers, MAX_BYTES if takes_files else MAX_JSON))
-        if takes_files:
+        elif path.startswith(f"{_API}/upload"):
+            request = Request(scope, _limited(receive, headers, MAX_BYTES))
             await JSONResponse(await self._stored(request))(scope, receive, send)
-            return
-        try:
-            body = await request.body()
-        except ClientDisconnect as error:
-            raise HTTPException(400, "The request was cut off.") from error
-        self._check_files(body)
-        await self._app(scope, _replayed(body, receive), send)
+        else:
+            try:
+                body = await Request(scope, _limited(receive, headers, MAX_JSON)).body()
+            except ClientDisconnect as error:
+                raise HTTPException(400, "The request was cut off.") from error
+            self._check_files(body)
+            await self._app(scope, _replayed(body, receive), send)
 
     def _check_visitor(self, headers: Headers) -> None:
-        host = headers.get("host", "").rpartition(":")
-        name = host[0] if host[1] and host[2].isdigit() else "".join(host)
-        if self._hosts and name.lower() not in self._hosts:
+        name = re.sub(r":\d+$", "", headers.get("host", "")).lower()
+        if self._hosts and name not in self._hosts:
             raise HTTPException(421, "This server does not go by that name.")
         if self._password is None:
             return

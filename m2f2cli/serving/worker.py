@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,8 +19,7 @@ from PIL import Image
 
 from m2f2cli.data.video import VIDEO_SUFFIXES, read_frames
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.inference.pipeline import Judged
-from m2f2cli.inference.session import Session
+from m2f2cli.inference.pipeline import DetectPipeline, Judged
 from m2f2cli.inference.sources import Source
 from m2f2cli.options.explain import REGIONS
 from m2f2cli.records import Box, Detection, Explanation
@@ -127,15 +126,10 @@ class Look:
 
 
 class Service:
-    """Answers about uploads, one at a time.
+    """Answers about uploads, one at a time, with a loaded model."""
 
-    Args:
-        session: The loaded model.
-        uploads: Where they are.
-    """
-
-    def __init__(self, session: Session, uploads: Uploads) -> None:
-        self.session, self._uploads, self._worker = session, uploads, Worker()
+    def __init__(self, pipeline: DetectPipeline, uploads: Uploads) -> None:
+        self.pipeline, self._uploads, self._worker = pipeline, uploads, Worker()
 
     async def look(self, sent: Sent | None, *, kind: str | None = None) -> Look:
         """Judge an upload and delete it.
@@ -160,20 +154,12 @@ class Service:
     async def explain(
         self, sent: Sent, *, regions: Sequence[str] = (), question: str = ""
     ) -> dict[str, Any]:
-        """The record of ``m2f2 explain`` about an upload; of a picture, its deciding face.
-
-        Args:
-            sent: As for ``look``.
-            regions: See ``m2f2 explain --region``.
-            question: The visitor's own; empty for none.
-        """
+        """The record of ``m2f2 explain`` about an upload; of a picture, its deciding face."""
         questions = self._questions(question)
         look = await self.look(sent)
         if look.record.status != "ok":
             return look.record.to_dict()
-        ask: Callable[[], Detection] = lambda: self.session.explain(  # noqa: E731
-            look.judged, regions=regions, questions=questions
-        )
+        ask = partial(self.pipeline.explain, look.judged, regions=regions, questions=questions)
         return (await self._worker.run(ask)).to_dict()
 
     async def reasons(
@@ -202,7 +188,7 @@ class Service:
                 tell(tuple(said))
 
             regions = () if questions else REGIONS
-            record = self.session.explain(
+            record = self.pipeline.explain(
                 look.judged, face=face, regions=regions, questions=questions, on_text=add
             )
             explained = record.explanations[0]
@@ -221,20 +207,23 @@ class Service:
 
     def _look(self, sent: Sent | None, kind: str | None) -> Look:
         with self._uploads.taken(sent) as (path, name):
-            suffix = os.path.splitext(name)[1].lower()
-            return self._judge(
-                Path(path), name, kind or ("video" if suffix in VIDEO_SUFFIXES else "image")
-            )
+            named = "video" if Path(name).suffix.lower() in VIDEO_SUFFIXES else "image"
+            return self._judge(Path(path), name, kind or named)
 
     def _judge(self, file: Path, name: str, kind: str) -> Look:
         if kind == "video":
             _check_length(file, name)
-        judged = self.session.judge(Source(str(file), kind, PurePosixPath("item")))
+        judged = self.pipeline.judge_one(Source(str(file), kind, PurePosixPath("item")))
         views = {view.index: view for view in judged.prepared.views}
         numbers = worst_frames(judged.record) if kind == "video" else list(views)
         chosen = [views[number] for number in numbers]
         shown = {v.index: _jpeg(v.pixels) for v in chosen if v.pixels is not None}
-        return Look(_called(judged.reduced(), str(file), name), shown)
+        # Under its owner's name: nobody is told where it lay here.
+        judged = judged.reduced()
+        message = judged.record.message and judged.record.message.replace(str(file), name)
+        return Look(
+            replace(judged, record=replace(judged.record, path=name, message=message)), shown
+        )
 
 
 def _check_length(file: Path, name: str) -> None:
@@ -249,13 +238,6 @@ def _check_length(file: Path, name: str) -> None:
             "too_large",
             "Cut out the part in question.",
         )
-
-
-def _called(judged: Judged, path: str, name: str) -> Judged:
-    """The same about a file under its owner's name: nobody is told where it lay here."""
-    record = judged.record
-    message = record.message and record.message.replace(path, name)
-    return replace(judged, record=replace(record, path=name, message=message))
 
 
 def worst_frames(record: Detection) -> list[int]:

@@ -10,13 +10,12 @@ The official splits are three JSON files of pairs of video numbers, ``train.json
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from m2f2cli.data.clips import FrameReader
-from m2f2cli.data.samples import REAL, Sample, SampleSet, people_in
+from m2f2cli.data.samples import REAL, Sample, SampleSet, load_json, people_in
 from m2f2cli.errors import ConfigError, InputError
 from m2f2cli.options.training_data import COMPRESSIONS, MANIPULATIONS
 
@@ -138,16 +137,8 @@ def read_split(folder: Path, split: str) -> list[tuple[str, str]]:
         InputError: The file is missing or is no list of pairs of three-digit numbers.
     """
     file = folder / SPLITS[_ALIASES.get(split, split)]
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"There is no split file '{file}'.",
-            "missing",
-            "Name the folder of FaceForensics++'s train.json, val.json and test.json.",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"The split file '{file}' cannot be read: {error}.") from error
+    hint = "Name the folder of FaceForensics++'s train.json, val.json and test.json."
+    rows = load_json(file, "split file", hint)
     if not isinstance(rows, list) or not rows or not all(map(_is_pair, rows)):
         raise InputError(
             f"'{file}' is no list of pairs of video numbers.", hint='For example: [["000", "003"]].'
