@@ -78,37 +78,22 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ev
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was learned, and from how much.
+    """What was learned, and from how much."""
 
-    Attributes:
-        temperature: What the logits are to be divided by, in all.
-        temperature_before: What they were divided by when the scores were made.
-        threshold: Calibrated probability from which the verdict is fake.
-        uncertain: (low, high) of the uncertain band, ends included; None for no band.
-        target_fpr: Share of real pictures that may be called fake.
-        band_level: Level of the band's bootstrap interval; 0 for no band.
-        real: Real pictures that it was learned from.
-        fake: Forged pictures.
-        false_positives: Real ones at or above the threshold.
-        detected: Forged ones at or above the threshold.
-        nll: Mean negative log-likelihood in nats, before and after.
-        calibration_error: Expected calibration error, before and after.
-        notes: What to know about it.
-    """
-
-    temperature: float
-    temperature_before: float
-    threshold: float
+    temperature: float  # what the logits are to be divided by, in all
+    temperature_before: float  # what they were divided by when the scores were made
+    threshold: float  # calibrated probability from which the verdict is fake
+    # (low, high) of the uncertain band, ends included; None for no band
     uncertain: tuple[float, float] | None
-    target_fpr: float
-    band_level: float
-    real: int
-    fake: int
-    false_positives: int
-    detected: int
-    nll: tuple[float, float]
-    calibration_error: tuple[float, float]
-    notes: tuple[str, ...] = ()
+    target_fpr: float  # share of real pictures that may be called fake
+    band_level: float  # level of the band's bootstrap interval; 0 for no band
+    real: int  # real pictures that it was learned from
+    fake: int  # forged pictures
+    false_positives: int  # real ones at or above the threshold
+    detected: int  # forged ones at or above the threshold
+    nll: tuple[float, float]  # mean negative log-likelihood in nats, before and after
+    calibration_error: tuple[float, float]  # expected calibration error, before and after
+    notes: tuple[str, ...] = ()  # what to know about it
 
     def sentences(self) -> tuple[str, ...]:
         """What was learned, in words for the user."""

@@ -59,21 +59,13 @@ Progress = Callable[[int], AbstractContextManager[Advance]]
 
 
 class Evaluation(NamedTuple):
-    """What came of an evaluation.
+    """What came of an evaluation."""
 
-    Attributes:
-        report: Of ``report.build_report``.
-        scored: The joined items.
-        tripped: The gates that tripped, a sentence each.
-        calibration: What ``calibrate`` stored.
-        sweep: What ``robustness`` measured.
-    """
-
-    report: dict[str, Any]
-    scored: Joined
-    tripped: tuple[str, ...] = ()
-    calibration: Calibration | None = None
-    sweep: Sweep | None = None
+    report: dict[str, Any]  # of report.build_report
+    scored: Joined  # the joined items
+    tripped: tuple[str, ...] = ()  # the gates that tripped, a sentence each
+    calibration: Calibration | None = None  # what calibrate stored
+    sweep: Sweep | None = None  # what robustness measured
 
     @property
     def unanswered(self) -> int:
@@ -104,21 +96,13 @@ def silent(steps: int) -> Iterator[Advance]:
 
 
 class Subject(NamedTuple):
-    """What is measured; all that is named is there and fits, before any work.
+    """What is measured; all that is named is there and fits, before any work."""
 
-    Attributes:
-        options: How.
-        detect: How a model judges.
-        expectation: What the figures should be.
-        samples: What the model is to judge; None with predictions.
-        truth: None where only the predictions tell.
-    """
-
-    options: MeasureOptions
-    detect: DetectOptions
-    expectation: reports.Expectation | None
-    samples: SampleSet | None
-    truth: Truth | None
+    options: MeasureOptions  # how
+    detect: DetectOptions  # how a model judges
+    expectation: reports.Expectation | None  # what the figures should be
+    samples: SampleSet | None  # what the model is to judge; None with predictions
+    truth: Truth | None  # none where only the predictions tell
 
     @property
     def steps(self) -> int:

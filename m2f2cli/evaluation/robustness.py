@@ -94,41 +94,26 @@ def conditions(corruptions: Sequence[str]) -> list[Condition]:
 
 @dataclass(frozen=True)
 class Row:
-    """One condition's figures.
+    """One condition's figures."""
 
-    Attributes:
-        corruption: Its name; ``none`` for untouched pictures.
-        severity: 1 to 5; 0 for untouched pictures.
-        value: The corruption's number at that severity; None as above.
-        auc: Area under the ROC curve over pictures or frames.
-        accuracy: At the stored threshold; a picture without an answer counts as wrong.
-        uncertain: Share of the judged whose verdict is uncertain; None if none was judged.
-        in_domain: Share that resembles the training pictures; None without a domain check.
-        judged: How many have a probability.
-        failed: How many have none.
-    """
-
-    corruption: str
-    severity: int
-    value: float | None
-    auc: Figure
-    accuracy: Figure
+    corruption: str  # its name; none for untouched pictures
+    severity: int  # 1 to 5; 0 for untouched pictures
+    value: float | None  # the corruption's number at that severity; None as above
+    auc: Figure  # area under the ROC curve over pictures or frames
+    accuracy: Figure  # at the stored threshold; a picture without an answer counts as wrong
+    # Share of the judged whose verdict is uncertain; None if none was judged
     uncertain: float | None
+    # Share that resembles the training pictures; None without a domain check
     in_domain: float | None
-    judged: int
-    failed: int
+    judged: int  # how many have a probability
+    failed: int  # how many have none
 
 
 class Sweep(NamedTuple):
-    """A finished sweep.
+    """A finished sweep."""
 
-    Attributes:
-        rows: One a condition, untouched pictures first.
-        notes: What to know about it.
-    """
-
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = ()
+    rows: tuple[Row, ...]  # one a condition, untouched pictures first
+    notes: tuple[str, ...] = ()  # what to know about it
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headings and rows for people; a heading that ends in ``>`` is aligned to the right."""
