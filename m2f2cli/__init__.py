@@ -13,7 +13,7 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from m2f2cli.checkpoints.convert import import_weights
-    from m2f2cli.checkpoints.initialize import InitLlavaOptions, init_llava
+    from m2f2cli.checkpoints.initialize import init_llava
     from m2f2cli.checkpoints.load import load_detector, load_explainer
     from m2f2cli.evaluation.calibrate import calibrate
     from m2f2cli.evaluation.evaluate import evaluate
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from m2f2cli.inference.pipeline import detect
     from m2f2cli.models.detector import Detector, DetectorConfig
     from m2f2cli.models.explainer import Explainer, ExplainerConfig
+    from m2f2cli.options.checkpoints import InitLlavaOptions
     from m2f2cli.options.detect import DetectOptions
     from m2f2cli.options.evaluate import (
         CalibrateOptions,
@@ -81,7 +82,7 @@ _MODULES = {
     "ExplainerConfig": "models.explainer",
     "FfppData": "options.evaluate",
     "ImagesData": "options.evaluate",
-    "InitLlavaOptions": "checkpoints.initialize",
+    "InitLlavaOptions": "options.checkpoints",
     "LoraOptions": "options.train_explainer",
     "RobustnessOptions": "options.evaluate",
     "TrainDetectorOptions": "options.train_detector",

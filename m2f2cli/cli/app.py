@@ -54,11 +54,11 @@ COMMANDS = (
     Entry("robustness ffpp", "m2f2cli.cli.evaluate:robustness_ffpp", "Measure"),
     Entry("evaluate compare", "m2f2cli.cli.evaluate:compare", "Measure"),
     Entry("train-detector", "m2f2cli.cli.train:train_detector", "Train"),
-    Entry("align", "m2f2cli.cli.stages:align", "Train"),
-    Entry("lora", "m2f2cli.cli.stages:lora", "Train"),
-    Entry("init-llava", "m2f2cli.cli.weights:init_llava", "Checkpoints"),
+    Entry("align", "m2f2cli.cli.train:align", "Train"),
+    Entry("lora", "m2f2cli.cli.train:lora", "Train"),
+    Entry("init-llava", "m2f2cli.cli.init_llava:init_llava", "Checkpoints"),
     Entry("merge", "m2f2cli.cli.merge:merge", "Checkpoints"),
-    Entry("import", "m2f2cli.cli.weights:import_checkpoint", "Checkpoints"),
+    Entry("import", "m2f2cli.cli.import_weights:import_checkpoint", "Checkpoints"),
     Entry("info", "m2f2cli.cli.info:info", "Checkpoints"),
 )
 # What the groups of commands are for.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m2f2cli.cli import options as flags
+from m2f2cli.cli.flags import signature_of
 from m2f2cli.cli.output import EXIT_GATE, EXIT_SOME_FAILED, Output
-from m2f2cli.cli.train import signature_of
 from m2f2cli.options.evaluate import (
     CalibrateOptions,
     DdvqaData,

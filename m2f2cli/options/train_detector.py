@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from m2f2cli.errors import ConfigError
 from m2f2cli.options.fields import Options, flag_name, option, required
@@ -286,6 +285,7 @@ class RunOptions(Options):
         None,
         "Settings to start from, by name: published, published-efficientnet-b4, robust or "
         "small-data. Flags, environment and --config file go before them.",
+        below=read_recipe,
     )
     seed: int = option(0, "Seed of every random choice but the split.", low=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
@@ -347,18 +347,6 @@ class TrainDetectorOptions(Options):
     augment: AugmentOptions
     pseudo: PseudoFakeOptions
     run: RunOptions
-
-    @classmethod
-    def from_flat(cls, values: Mapping[str, Any]) -> TrainDetectorOptions:
-        """As ``Options.from_flat``; what is missing is taken from the recipe, if one is named.
-
-        Raises:
-            ConfigError: As there, or the recipe is unknown.
-        """
-        given = {name.replace("-", "_"): value for name, value in values.items()}
-        if given.get("recipe") is not None:
-            given = {**read_recipe(given["recipe"]), **given}
-        return super().from_flat(given)
 
     def check(self) -> None:
         """Objectives have what they learn from."""

@@ -16,7 +16,7 @@ DEEPSPEED = ("zero2", "zero3", "zero3-offload")
 class ConversationOptions(Options):
     """What to learn from."""
 
-    data: Path = required("Conversation JSON, as 'm2f2 prepare ddvqa' writes it.")
+    data: Path = required("Conversation JSON, as 'm2f2 prepare ddvqa' writes it.", metavar="FILE")
     images: Path = required(
         "Folder of its pictures, or of the HDF5 files that names like "
         "FF++_Deepfakes_c40://000_003_17 speak of."
@@ -79,7 +79,9 @@ class ConversationOptions(Options):
 class ExplainerOptions(Options):
     """What it starts from and how it is held in memory."""
 
-    model: str = required("The explainer to start from: a checkpoint folder or Hub id.")
+    model: str = required(
+        "The explainer to start from: a checkpoint folder or Hub id.", metavar="DIR|HUB-ID"
+    )
     precision: str = option(
         "auto",
         "Arithmetic and frozen weights: float32, bfloat16 or float16, what trains being float32 "

@@ -1,35 +1,53 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+import yaml
 
-from m2f2cli.cli import app, options
+from m2f2cli.cli import app
+from m2f2cli.cli.flags import command
+from m2f2cli.cli.output import Output
+from m2f2cli.options.fields import Options, group, option
 
 
-def probe(seen: dict[str, Any]) -> typer.Typer:
-    """A command with one flag of each kind that notes what it was given."""
-    application = typer.Typer()
+@dataclass(frozen=True)
+class Size(Options):
+    """How large."""
 
-    @application.command()
-    def show(
-        config: options.Config = None,
-        batch_size: options.BatchSize = 16,
-        model: options.Model = "lite",
-        quiet: options.Quiet = False,
-        fail_on: options.FailOn = None,
-    ) -> None:
-        seen.update(batch_size=batch_size, model=model, quiet=quiet, fail_on=fail_on)
+    batch_size: int = option(16, "Crops at a time.", low=1)
+    side: int = option(8, "Pixels.", key=True)
 
-    return application
+
+@dataclass(frozen=True)
+class Probe(Options):
+    """One option of each kind."""
+
+    size: Size = group(Size)
+    model: str = option("lite", "The model.")
+    fail_on: tuple[str, ...] = option((), "Gates.", "fake", "error")
 
 
 def call(*arguments: str) -> tuple[int, dict[str, Any]]:
+    """Run a command that notes what it was given."""
     seen: dict[str, Any] = {}
-    return app.run(arguments, app=probe(seen)), seen
+    application = typer.Typer()
+
+    @application.command()
+    @command(Probe)
+    def show(options: Probe, output: Output) -> None:
+        seen.update(
+            batch_size=options.size.batch_size,
+            model=options.model,
+            quiet=output.quiet,
+            fail_on=options.fail_on,
+        )
+
+    return app.run(arguments, app=application), seen
 
 
 @pytest.fixture
@@ -42,26 +60,30 @@ def config(tmp_path: Path) -> Path:
 def test_flags_beat_environment_beat_file_beat_default(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert call()[1] == {"batch_size": 16, "model": "lite", "quiet": False, "fail_on": None}
+    assert call()[1] == {"batch_size": 16, "model": "lite", "quiet": False, "fail_on": ()}
     file = ("--config", str(config))
     in_file = {
         "batch_size": 3,
         "model": "from-file",
         "quiet": True,
-        "fail_on": ["fake", "error"],
+        "fail_on": ("fake", "error"),
     }
     assert call(*file)[1] == in_file
     monkeypatch.setenv("M2F2_BATCH_SIZE", "4")
     assert call(*file)[1] == {**in_file, "batch_size": 4}
     assert call(*file, "--batch-size", "5")[1] == {**in_file, "batch_size": 5}
     assert call("--batch-size", "5", *file)[1] == {**in_file, "batch_size": 5}
+    assert call(*file, "--batch-size", "5", "--set", "batch-size=6")[1]["batch_size"] == 6
     monkeypatch.setenv("M2F2_CONFIG", str(config))
     assert call()[1] == {**in_file, "batch_size": 4}
 
 
-def test_underscores_in_the_file_are_dashes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", ["batch_size: 7\n", "size:\n  batch-size: 7\n", "size: {batch: {size: 7}}\n"]
+)
+def test_underscores_are_dashes_and_groups_may_be_written_out(content: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("batch_size: 7\n")
+    path.write_text(content)
     assert call("--config", str(path))[1]["batch_size"] == 7
 
 
@@ -69,6 +91,7 @@ def test_underscores_in_the_file_are_dashes(tmp_path: Path) -> None:
     ("content", "words"),
     [
         ("batchsize: 3\n", ["'batchsize'", "Did you mean 'batch-size'?"]),
+        ("size: {batchsize: 3}\n", ["'size.batchsize'", "Did you mean 'batch-size'?"]),
         ("colour: red\n", ["'colour'", "Known: "]),
         ("batch-size: many\n", ["--batch-size", "valid integer"]),
         ("batch-size: 0\n", ["batch-size"]),
@@ -94,14 +117,35 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
     assert call("--config", str(path))[0] == 0
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "merge --base a --delta b --delta c --output d --dry-run",
+        "import a.pth b.pth --output d --verify",
+        "init-llava --llava a --detector b --output c --seed 3",
+        "info lite --verify",
+        "prepare faces clips/ more/ --output d --boxes-from e",
+        "prepare ddvqa data/ --output d --seed 2",
+    ],
+)
+def test_printed_settings_are_a_file_that_says_the_same(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb = line.split()[: 2 if line.startswith("prepare") else 1]
+    assert app.run([*line.split(), "--print-config"]) == 0
+    first = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(first)
+    assert app.run([*verb, "--config", str(tmp_path / "printed.yaml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == first
+    assert len(yaml.safe_load(first)) >= 3
+
+
 def test_every_flag_answers_to_its_environment_variable() -> None:
     """The variable is the flag's own name; nothing is spelled twice."""
-    command = typer.main.get_command(app.build())
-    for name, sub in command.commands.items():  # type: ignore[attr-defined]
-        for parameter in sub.params:
-            longs = [o for o in parameter.opts if o.startswith("--") and o != "--help"]
-            if not longs or name != "detect":
-                continue
+    root = typer.main.get_command(app.build())
+    for parameter in root.commands["detect"].params:  # type: ignore[attr-defined]
+        longs = [o for o in parameter.opts if o.startswith("--") and o != "--help"]
+        if longs:
             assert parameter.envvar == "M2F2_" + longs[0][2:].upper().replace("-", "_")
             assert parameter.help
             assert re.search(r"[.)]$", parameter.help)
