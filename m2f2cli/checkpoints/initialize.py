@@ -17,8 +17,6 @@ import torch
 from m2f2cli import files
 from m2f2cli.checkpoints import configs, io, keymaps
 from m2f2cli.checkpoints.convert import (
-    Progress,
-    no_progress,
     preprocessor_file,
     source_fingerprint,
     tokenizer_files,
@@ -36,6 +34,7 @@ from m2f2cli.checkpoints.io import (
 from m2f2cli.checkpoints.load import check_model
 from m2f2cli.errors import CheckpointError
 from m2f2cli.options.checkpoints import InitLlavaOptions
+from m2f2cli.runtime import Progress, no_progress
 
 _HUB_FILES = ("*.json", "tokenizer.model", "*.safetensors", "pytorch_model*.bin")
 _CLIP = "clip.vision."

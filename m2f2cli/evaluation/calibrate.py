@@ -23,16 +23,15 @@ from m2f2cli.checkpoints import io
 from m2f2cli.errors import CheckpointError, InputError, UsageError
 from m2f2cli.evaluation.evaluate import (
     Evaluation,
-    Progress,
     is_test_set,
     measure,
     read_subject,
-    silent,
 )
 from m2f2cli.evaluation.truth import Joined
 from m2f2cli.files import MARK, atomic_folder, json_bytes, refuse_existing
 from m2f2cli.metrics import Groups, Ranking, calibration_error
 from m2f2cli.options.evaluate import CalibrateOptions
+from m2f2cli.runtime import Progress, no_progress
 
 TARGET_FPR, BAND_LEVEL = 0.05, 0.95
 FEWEST = 20  # pictures of each class below which nothing is fitted
@@ -43,12 +42,12 @@ _SATURATED = 0.5 * 10**-_DIGITS  # what a score of 0 or 1 in a record stands for
 _STEPS = 80  # halvings of the interval that holds the temperature
 
 
-def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Evaluation:
+def calibrate(options: CalibrateOptions, progress: Progress = no_progress) -> Evaluation:
     """Calibrate a detector on a set that it judges, and measure and report that set.
 
     Args:
         options: The set, the detector, and where the result is stored.
-        progress: Told of every picture that is judged.
+        progress: Shows how many pictures are judged.
 
     Returns:
         What ``evaluate`` gives, with the ``calibration``.
@@ -63,7 +62,7 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ev
         check_calibration(
             options.model, split, output=options.calibrated, overwrite=options.overwrite
         )
-    with (progress or silent)(subject.steps) as advance:
+    with progress("Judging", subject.steps) as advance:
         found = measure(subject, advance)
     calibration = calibrate_checkpoint(
         options.model,

@@ -8,8 +8,8 @@ exist are measured without torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -44,6 +44,7 @@ from m2f2cli.options.evaluate import (
     ImagesData,
     MeasureOptions,
 )
+from m2f2cli.runtime import Advance, Progress, no_progress
 
 if TYPE_CHECKING:
     from m2f2cli.evaluation.calibrate import Calibration
@@ -52,10 +53,6 @@ if TYPE_CHECKING:
 RECORDS = "predictions.jsonl"
 SPLITS = ("all", "train", "validation", "test")
 _COMPARED = 64  # records of a resumed file whose pictures are looked at again
-
-Advance = Callable[[], object]
-# Called with the number of pictures that are to be judged; gives what is called after each.
-Progress = Callable[[int], AbstractContextManager[Advance]]
 
 
 class Evaluation(NamedTuple):
@@ -73,26 +70,20 @@ class Evaluation(NamedTuple):
         return len(self.scored.missing) + int(self.report["counts"].get("failed", 0))
 
 
-def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Evaluation:
+def evaluate(options: EvaluateOptions, progress: Progress = no_progress) -> Evaluation:
     """Judge a data set if need be, measure the answers, and write the report.
 
     Args:
         options: What is measured, and how.
-        progress: Told of every picture that is judged.
+        progress: Shows how many pictures are judged.
 
     Raises:
         M2F2Error: Something named is missing or broken, predictions and truth do not fit, a file
             cannot be written, or the report's extra is not installed.
     """
     subject = read_subject(options)
-    with (progress or silent)(subject.steps) as advance:
+    with progress("Judging", subject.steps) as advance:
         return measure(subject, advance)
-
-
-@contextmanager
-def silent(steps: int) -> Iterator[Advance]:
-    """The progress that nobody watches."""
-    yield lambda: None
 
 
 class Subject(NamedTuple):

@@ -22,12 +22,10 @@ from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, MissingExtraError, UsageError
 from m2f2cli.evaluation.evaluate import (
     Evaluation,
-    Progress,
     check_same_data,
     list_sources,
     measure,
     read_subject,
-    silent,
     truth_of,
 )
 from m2f2cli.evaluation.predictions import read_predictions
@@ -41,6 +39,7 @@ from m2f2cli.inference.sources import Source
 from m2f2cli.metrics import LEVEL, RESAMPLES, SEED
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.evaluate import RobustnessOptions
+from m2f2cli.runtime import Progress, no_progress
 
 SCHEMA_VERSION, KIND = 1, "robustness"
 REPORT, PLOT, RECORDS, PLAN = "robustness.json", "robustness.svg", "records", "plan.json"
@@ -50,12 +49,12 @@ _CHUNK = 16  # pictures that are decoded and then taken through all conditions
 Condition = tuple[str, int]
 
 
-def robustness(options: RobustnessOptions, progress: Progress | None = None) -> Evaluation:
+def robustness(options: RobustnessOptions, progress: Progress = no_progress) -> Evaluation:
     """Measure and report a set as ``evaluate`` does, and under every corruption.
 
     Args:
         options: The set, the detector, and where the results go.
-        progress: Told of every picture that is judged.
+        progress: Shows how many pictures are judged.
 
     Returns:
         What ``evaluate`` gives, with the ``sweep``.
@@ -67,7 +66,7 @@ def robustness(options: RobustnessOptions, progress: Progress | None = None) -> 
     if subject.samples is None or subject.truth is None:
         raise UsageError("Corrupted pictures are judged by a model, not measured by predictions.")
     whole = subject.steps * (1 + len(conditions(tuple(CORRUPTIONS))))
-    with (progress or silent)(whole) as advance:
+    with progress("Judging", whole) as advance:
         found = measure(subject, advance)
         swept = sweep(
             subject.samples,

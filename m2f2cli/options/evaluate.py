@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from m2f2cli.errors import UsageError
-from m2f2cli.options.fields import Options, flag_name, group, option
+from m2f2cli.options.fields import Options, flag_name, group, option, required
 
 Kind = TypeVar("Kind", bound="MeasureOptions")
 
@@ -237,6 +237,19 @@ class RobustnessOptions(MeasureOptions):
                 "m2f2 robustness needs a folder for its records.",
                 "Add --robustness-dir DIR or --report DIR.",
             )
+
+
+@dataclass(frozen=True)
+class CompareOptions(Options):
+    """How two reports are compared."""
+
+    first: Path = required(
+        "A folder that --report made, or the report.json in it.", argument=True, metavar="REPORT"
+    )
+    second: Path = required("The other one.", argument=True, metavar="REPORT")
+    common_items: bool = option(False, "Compare what both have although their data differ.")
+    resamples: int = option(2000, "Bootstrap resamples behind the intervals.", low=1)
+    seed: int = option(0, "Seed of the bootstrap.", low=0)
 
 
 def about(options: type[Kind], data: type[Options]) -> type[Kind]:
