@@ -33,8 +33,8 @@ from m2f2cli.evaluation.truth import (
     frames_truth,
     join,
 )
-from m2f2cli.inference.pipeline import Judge, judge_and_record
-from m2f2cli.inference.recordfile import RecordFile, Tally
+from m2f2cli.inference.pipeline import DetectPipeline, judge_sources
+from m2f2cli.inference.recordfile import RecordFile, Tally, record_new
 from m2f2cli.inference.sources import Source
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.evaluate import (
@@ -49,6 +49,7 @@ from m2f2cli.runtime import Advance, Progress, no_progress
 if TYPE_CHECKING:
     from m2f2cli.evaluation.calibrate import Calibration
     from m2f2cli.evaluation.robustness import Sweep
+    from m2f2cli.models.detector import Detector
 
 RECORDS = "predictions.jsonl"
 SPLITS = ("all", "train", "validation", "test")
@@ -245,7 +246,7 @@ def measure(subject: Subject, advance: Advance) -> Evaluation:
 def score_set(
     samples: SampleSet,
     *,
-    model: str | Judge,
+    model: str | Detector,
     output: Path,
     options: DetectOptions | None = None,
     overwrite: bool = False,
@@ -278,7 +279,13 @@ def score_set(
         sources = list_sources(samples, reader, frames=chosen.frames)
         with RecordFile(output, overwrite=overwrite) as log:
             check_same_data(log, sources)
-            for _ in judge_and_record(sources, model=model, options=chosen, log=log, tally=tally):
+            for _ in record_new(
+                sources,
+                run=partial(judge_sources, model=model, options=chosen),
+                settings=lambda: DetectPipeline(model, chosen).settings,
+                log=log,
+                tally=tally,
+            ):
                 if advance is not None:
                     advance()
     return tally

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.corruptions import CORRUPTIONS, SEVERITIES, find_corruption
@@ -33,13 +33,16 @@ from m2f2cli.evaluation.protocols import Figure, standard
 from m2f2cli.evaluation.report import read_json
 from m2f2cli.evaluation.truth import Joined, Truth, fingerprint, join
 from m2f2cli.files import atomic_write, json_bytes
-from m2f2cli.inference.pipeline import Judge, judge_sources, load, settings_of
+from m2f2cli.inference.pipeline import DetectPipeline, judge_sources
 from m2f2cli.inference.recordfile import RecordFile
 from m2f2cli.inference.sources import Source
 from m2f2cli.metrics import LEVEL, RESAMPLES, SEED
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.evaluate import RobustnessOptions
 from m2f2cli.runtime import Progress, no_progress
+
+if TYPE_CHECKING:
+    from m2f2cli.models.detector import Detector
 
 SCHEMA_VERSION, KIND = 1, "robustness"
 REPORT, PLOT, RECORDS, PLAN = "robustness.json", "robustness.svg", "records", "plan.json"
@@ -139,7 +142,7 @@ class Sweep(NamedTuple):
 def sweep(
     samples: SampleSet,
     *,
-    model: str | Judge,
+    model: str | Detector,
     folder: Path,
     corruptions: Sequence[str] = tuple(CORRUPTIONS),
     split: str = "all",
@@ -182,7 +185,7 @@ def sweep(
         ]
         # Every file becomes writable, or is refused because it was made with other settings.
         if not work:
-            settings = settings_of(model, load(model, detect), detect)
+            settings = DetectPipeline(model, detect).settings
             for log in logs.values():
                 log.bind(settings)
         records = judge_sources([s for _, s in work], model=model, options=detect) if work else ()

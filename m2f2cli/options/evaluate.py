@@ -91,9 +91,13 @@ class MeasureOptions(Options):
         group="Protocol",
     )
     resamples: int = option(
-        2000, "Bootstrap resamples behind the intervals; 0 for none.", low=0, group="Protocol"
+        2000,
+        "Bootstrap resamples behind the intervals; 0 for none.",
+        low=0,
+        group="Protocol",
+        key=True,
     )
-    seed: int = option(0, "Seed of the bootstrap.", low=0, group="Protocol")
+    seed: int = option(0, "Seed of the bootstrap.", low=0, group="Protocol", key=True)
     model: str = option(
         "lite",
         "The detector: 'lite' (bundled), a checkpoint folder, or a hub id.",
@@ -124,6 +128,7 @@ class MeasureOptions(Options):
         "bfloat16",
         "float16",
         group="Model",
+        key=True,
     )
     batch_size: int = option(16, "Crops judged at a time.", low=1, group="Model")
     report: Path | None = option(
