@@ -238,6 +238,8 @@ def _score(crop: Crop, chance: float, forgery_map: np.ndarray | None, features: 
         raise M2F2Error(
             "The model's answer is not a number.", "Try --dtype float32 or another model."
         )
+    if forgery_map is not None and crop.turn:
+        forgery_map = np.rot90(forgery_map, -crop.turn)  # as the picture is
     distance = crop.domain_distance
     rounded = None if distance is None else round(distance, DIGITS)
     return Score(round(chance, DIGITS), rounded, forgery_map, features)
