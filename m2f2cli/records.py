@@ -66,10 +66,9 @@ class FrameScore:
         index: Number of the frame, from 0.
         time: Seconds from the start.
         faces_found: Faces in the frame.
-        fake_probability: In [0, 1]; None when the frame shows no face.
-        crop: (x0, y0, x1, y1) judged; None as above.
-        in_domain: As in ``FaceScore``; None also without a face.
-        domain_distance: As in ``FaceScore``; None also without a face.
+        fake_probability: In [0, 1]; None when the frame shows no face, like what follows.
+        crop: (x0, y0, x1, y1) judged.
+        in_domain: As in ``FaceScore``, like ``domain_distance``.
     """
 
     index: int
@@ -122,8 +121,7 @@ class Detection:
         message: Why there is no verdict; None when ``status`` is ok.
         note: What to know about how the file was read; None mostly.
         sha256: Of the file's bytes; None when they could not be read.
-        width: Of the upright picture or frame, pixels; None when not decoded.
-        height: As ``width``.
+        width, height: Of the upright picture or frame, pixels; None when not decoded.
         verdict: One of ``VERDICTS``; None unless ``status`` is ok.
         fake_probability: In [0, 1]: of the face that decides, for a video the mean over frames with
             a face; None as above.
@@ -135,8 +133,7 @@ class Detection:
         faces_found: Faces found in the picture; in a video, in the frame that has most.
         faces: Judged crops, the one that decides first; empty for videos.
         frames: Sampled frames in order; empty for pictures.
-        heatmap: File the forgery map was drawn into, if any.
-        annotated: File the boxes were drawn into, if any.
+        heatmap, annotated: Files that map and boxes were drawn into, if any.
     """
 
     path: str
@@ -225,7 +222,6 @@ class Answer:
     Attributes:
         region: A region of ``m2f2 explain --region``; None for a question of the user's own.
         question: As it was asked, without placeholders and template.
-        text: The answer.
         complete: Whether it ended by itself, not at ``max_new_tokens``.
     """
 
@@ -324,26 +320,10 @@ def to_line(row: Mapping[str, Any]) -> bytes:
 
 
 CSV_COLUMNS = (
-    "path",
-    "kind",
-    "status",
-    "verdict",
-    "fake_probability",
-    "reason",
-    "message",
-    "in_domain",
-    "domain_distance",
-    "faces_found",
-    "crop",
-    "crop_source",
-    "width",
-    "height",
-    "sha256",
-    "threshold",
-    "model",
-    "model_fingerprint",
-    "schema_version",
-)
+    "path", "kind", "status", "verdict", "fake_probability", "reason", "message", "in_domain",
+    "domain_distance", "faces_found", "crop", "crop_source", "width", "height", "sha256",
+    "threshold", "model", "model_fingerprint", "schema_version",
+)  # fmt: skip
 
 
 def to_csv(records: Iterable[Detection]) -> str:

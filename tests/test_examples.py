@@ -127,7 +127,7 @@ from m2f2cli import Detector, DetectorConfig
 from m2f2cli.cli import app
 from m2f2cli.data.samples import read_samples
 from m2f2cli.models.conversation import template
-from m2f2cli.training.stages import backbone_layers
+from m2f2cli.training.objective import backbone_layers
 
 detector = Detector(DetectorConfig(backbone="plain_cnn", image_size=32, bridge={
     "width": 16, "heads": 2, "size": 4, "clip_layers": [1, 2, 2]}))

@@ -35,7 +35,7 @@ from m2f2cli.checkpoints.io import (
 )
 from m2f2cli.checkpoints.load import check_model
 from m2f2cli.errors import CheckpointError
-from m2f2cli.options.fields import Options, option
+from m2f2cli.options.checkpoints import InitLlavaOptions
 
 _HUB_FILES = ("*.json", "tokenizer.model", "*.safetensors", "pytorch_model*.bin")
 _CLIP = "clip.vision."
@@ -51,27 +51,6 @@ _HINTS = {
     keymaps.DETECTOR: "Give it as --detector, and the LLaVA model as --llava.",
     keymaps.LANGUAGE: "It lacks LLaVA's projector: take liuhaotian/llava-v1.5-7b, for example.",
 }
-
-
-@dataclass(frozen=True)
-class InitLlavaOptions(Options):
-    """How an explainer is put together."""
-
-    dtype: str = option(
-        "auto",
-        "Type of the language model and the projectors; auto keeps the base's.",
-        "auto",
-        "float32",
-        "bfloat16",
-        "float16",
-    )
-    tower: str = option(
-        "detector",
-        "Whose CLIP tower serves both where they differ.",
-        "detector",
-        "llava",
-    )
-    seed: int = option(0, "Seed of the new projector.", low=0)
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,27 @@
-"""Commands that measure: ``evaluate ddvqa``, ``images``, ``ffpp`` and ``compare``."""
+"""Commands that measure: ``evaluate``, ``calibrate`` and ``robustness``, on each kind of data."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from m2f2cli.cli import options as flags
+from m2f2cli.cli.flags import command
 from m2f2cli.cli.output import EXIT_GATE, EXIT_SOME_FAILED, Output
-from m2f2cli.cli.train import signature_of
 from m2f2cli.options.evaluate import (
-    EvaluateDdvqaOptions,
-    EvaluateFfppOptions,
-    EvaluateImagesOptions,
+    CalibrateOptions,
+    CompareOptions,
+    DdvqaData,
     EvaluateOptions,
+    FfppData,
+    ImagesData,
+    MeasureOptions,
+    RobustnessOptions,
+    about,
 )
+from m2f2cli.options.fields import Options
 
 if TYPE_CHECKING:
-    from m2f2cli.evaluation.evaluate import Evaluation
+    from m2f2cli.evaluation.evaluate import Evaluation, Progress
 
 EXAMPLES = {
     "evaluate ddvqa": (
@@ -42,53 +43,104 @@ EXAMPLES = {
         "m2f2 evaluate compare old/ new/",
         "m2f2 evaluate compare old/report.json new/report.json --json",
     ),
+    "calibrate ddvqa": ("m2f2 calibrate ddvqa --data ddvqa/ --split train --model detector/",),
+    "calibrate images": ("m2f2 calibrate images faces/ --model detector/ --split validation",),
+    "calibrate ffpp": ("m2f2 calibrate ffpp ffpp_h5/ --split validation --model detector/",),
+    "robustness ddvqa": ("m2f2 robustness ddvqa --data ddvqa/ --robustness-dir sweep/",),
+    "robustness images": ("m2f2 robustness images faces/ --model detector/ --report report/",),
+    "robustness ffpp": ("m2f2 robustness ffpp ffpp_h5/ --model detector/ --report report/",),
 }
-
-
-def ddvqa(**values: Any) -> None:
-    """Measure answers about DD-VQA: judgements, explanations or probabilities.
+_EVALUATE = {
+    DdvqaData: """Measure answers about DD-VQA: judgements, explanations or probabilities.
 
     With --predictions the file's content decides what is measured, and no model is loaded;
     otherwise --model judges the crops of --data first. The truth comes from --truth or from the
     annotations in --data, from file names only with --truth-from-names.
-
-    Exit codes: 0 done, 3 some items have no answer, 4 a gate tripped.
-    """
-    run(EvaluateDdvqaOptions, values)
-
-
-def images(**values: Any) -> None:
-    """Measure a detector, or its records, on a folder of real and forged pictures.
+    """,
+    ImagesData: """Measure a detector, or its records, on a folder of real and forged pictures.
 
     The folder is one that train-detector takes: real/ and fake/, or DD-VQA crops. Pictures count
     as face crops unless --faces says otherwise.
-
-    Exit codes: 0 done, 3 some items have no answer, 4 a gate tripped.
-    """
-    run(EvaluateImagesOptions, values)
-
-
-def ffpp(**values: Any) -> None:
-    """Measure a detector, or its records, on FaceForensics++ videos in HDF5 files.
+    """,
+    FfppData: """Measure a detector, or its records, on FaceForensics++ videos in HDF5 files.
 
     A video's score is the mean over its frames. A published CSV of frames is measured without the
     folder.
+    """,
+}
+_CALIBRATE = """Calibrate a detector on {}.
 
-    Exit codes: 0 done, 3 some items have no answer, 4 a gate tripped.
+    Temperature, threshold and uncertain band are fitted to the set and stored in the checkpoint, or
+    in a copy of it with --calibrated. Refused on a test set. The set is measured and reported as by
+    'm2f2 evaluate'.
     """
-    run(EvaluateFfppOptions, values)
+_ROBUSTNESS = """Judge {}, corrupted.
+
+    JPEG, blur, noise, scaling and brightness, each from mild to severe. The untouched set is
+    measured and reported as by 'm2f2 evaluate'; the sweep's records, plot and table are resumable.
+    """
+_EXIT_CODES = """
+    Exit codes: 0 done, 3 some items have no answer, 4 a gate tripped.
+"""
+_SETS = {
+    DdvqaData: "the crops of DD-VQA",
+    ImagesData: "a folder of real and forged pictures",
+    FfppData: "FaceForensics++ videos in HDF5 files",
+}
 
 
-def compare(
-    first: flags.Report,
-    second: flags.Report,
-    config: flags.Config = None,
-    common_items: flags.CommonItems = False,
-    resamples: flags.Resamples = 2000,
-    seed: flags.Seed = 0,
-    as_json: flags.Json = False,
-    quiet: flags.Quiet = False,
-) -> None:
+def _evaluate(options: Any, progress: Progress) -> Evaluation:
+    from m2f2cli.evaluation.evaluate import evaluate
+
+    return evaluate(options, progress)
+
+
+def _calibrate(options: Any, progress: Progress) -> Evaluation:
+    from m2f2cli.evaluation.calibrate import calibrate
+
+    return calibrate(options, progress)
+
+
+def _robustness(options: Any, progress: Progress) -> Evaluation:
+    from m2f2cli.evaluation.robustness import robustness
+
+    return robustness(options, progress)
+
+
+def _command(
+    options: type[MeasureOptions],
+    data: type[Options],
+    verb: Callable[[Any, Progress], Evaluation],
+    help: str,
+) -> Callable[..., None]:
+    """A command: measure, print, and leave with the exit code of the gates."""
+
+    def measure(chosen: MeasureOptions, printer: Output) -> int:
+        found = verb(chosen, lambda steps: printer.progress("Judging", steps))
+        _show(printer, found)
+        if chosen.report:
+            printer.note(f"Report: {chosen.report / 'index.html'}")
+        for sentence in found.tripped:
+            printer.error(sentence)
+        return EXIT_GATE if found.tripped else EXIT_SOME_FAILED if found.unanswered else 0
+
+    measure.__doc__ = help.format(_SETS[data]) + _EXIT_CODES
+    return command(about(options, data))(measure)
+
+
+evaluate_ddvqa, evaluate_images, evaluate_ffpp = (
+    _command(EvaluateOptions, data, _evaluate, help) for data, help in _EVALUATE.items()
+)
+calibrate_ddvqa, calibrate_images, calibrate_ffpp = (
+    _command(CalibrateOptions, data, _calibrate, _CALIBRATE) for data in _SETS
+)
+robustness_ddvqa, robustness_images, robustness_ffpp = (
+    _command(RobustnessOptions, data, _robustness, _ROBUSTNESS) for data in _SETS
+)
+
+
+@command(CompareOptions)
+def compare(options: CompareOptions, printer: Output) -> None:
     """Set two reports side by side, with intervals of what differs.
 
     The standard figures are taken anew from the items that both reports keep; a paired bootstrap
@@ -97,17 +149,20 @@ def compare(
     from m2f2cli.evaluation.compare import compare_reports
 
     found = compare_reports(
-        first, second, common_items=common_items, resamples=resamples, seed=seed
+        options.first,
+        options.second,
+        common_items=options.common_items,
+        resamples=options.resamples,
+        seed=options.seed,
     )
-    printer = Output(as_json=as_json, quiet=quiet)
-    if as_json:
+    if printer.as_json:
         printer.json(found)
         return
     rows = dict(found["figures"])
     for kind, figures in found["per_kind"].items():
         rows |= {f"{kind}: {name}": row for name, row in figures.items()}
     printer.table(
-        ("Figure", f"{first}>", f"{second}>", "Difference>", "95 % interval>"),
+        ("Figure", f"{options.first}>", f"{options.second}>", "Difference>", "95 % interval>"),
         [
             (name, _value(row["first"]), _value(row["second"]), *_change(row))
             for name, row in rows.items()
@@ -119,29 +174,6 @@ def compare(
         printer.note(f"Of {found['items']['both']} items: {', '.join(words)}.")
     for note in found["notes"]:
         printer.note(note)
-
-
-def run(kind: type[EvaluateOptions], values: dict[str, Any]) -> None:
-    """Measure, print, and leave with the exit code of the gates."""
-    from m2f2cli.evaluation.evaluate import Evaluator
-    from m2f2cli.evaluation.gates import Gates
-
-    check, min_auc, min_accuracy, as_json, quiet, _ = (
-        values.pop(name)
-        for name in ("check", "min_auc", "min_accuracy", "as_json", "quiet", "config")
-    )
-    gates = Gates.of(check, min_auc=min_auc, min_accuracy=min_accuracy)
-    evaluator = Evaluator(kind.from_flat(values))
-    printer = Output(as_json=as_json, quiet=quiet)
-    with printer.progress("Judging", evaluator.steps) as advance:
-        found = evaluator.run(advance)
-    _show(printer, found)
-    if folder := evaluator.options.results.report:
-        printer.note(f"Report: {folder / 'index.html'}")
-    trips = gates.trips(found.report)
-    for sentence in trips:
-        printer.error(sentence)
-    raise typer.Exit(EXIT_GATE if trips else EXIT_SOME_FAILED if found.unanswered else 0)
 
 
 def _show(printer: Output, found: Evaluation) -> None:
@@ -164,7 +196,12 @@ def _show(printer: Output, found: Evaluation) -> None:
             printer.table(*found.sweep.table())
     counts = ", ".join(f"{count:,} {name}" for name, count in report["counts"].items() if count)
     printer.note(f"Counts: {counts}.")
-    for line in (*report["notes"], *found.calibration, *(found.sweep.notes if found.sweep else ())):
+    lines = list(report["notes"])
+    if found.calibration is not None:
+        lines += found.calibration.sentences()
+    if found.sweep is not None:
+        lines += found.sweep.notes
+    for line in lines:
         printer.note(line)
 
 
@@ -218,49 +255,3 @@ def _change(row: Mapping[str, Any]) -> tuple[str, str]:
 def _sure(row: Mapping[str, Any]) -> bool:
     """Whether the interval of a difference leaves out 0."""
     return row["low"] is not None and not row["low"] <= 0 <= row["high"]
-
-
-# Options that a verb does not have.
-_CALIBRATION = ("target_fpr", "calibrated")
-_ABSENT = {
-    "evaluate": {*_CALIBRATION, "robustness_dir"},
-    "calibrate": {"robustness_dir"},
-    "robustness": {*_CALIBRATION, "predictions"},
-}
-
-
-def as_command(
-    body: Callable[..., None], options: type[EvaluateOptions], verb: str = "evaluate"
-) -> None:
-    """Give a command its flags: those of its options, the gates, and how to print."""
-    absent = _ABSENT[verb] | {"calibrate", "robustness"}
-    own = signature_of(options).parameters
-    words = {
-        EvaluateImagesOptions: "Folder with real/ and fake/, or of DD-VQA crops.",
-        EvaluateFfppOptions: "Folder of the HDF5 files.",
-    }
-    folder = typer.Argument(help=words.get(options, ""), metavar="[DIR]", show_default=False)
-    extras = {
-        "config": (flags.Config, None),
-        "check": (flags.Check, None),
-        "min_auc": (flags.MinAuc, None),
-        "min_accuracy": (flags.MinAccuracy, None),
-        "as_json": (flags.Json, False),
-        "quiet": (flags.Quiet, False),
-    }
-    parameters = [
-        p.replace(annotation=Annotated[Path | None, folder]) if name == "folder" else p
-        for name, p in own.items()
-        if name not in absent
-    ]
-    parameters += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=flag)
-        for name, (flag, default) in extras.items()
-    ]
-    body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    body.__annotations__ = {p.name: p.annotation for p in parameters}
-
-
-as_command(ddvqa, EvaluateDdvqaOptions)
-as_command(images, EvaluateImagesOptions)
-as_command(ffpp, EvaluateFfppOptions)

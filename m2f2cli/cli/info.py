@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from m2f2cli.cli import options as flags
+from m2f2cli.cli.flags import command
 from m2f2cli.cli.output import Output
+from m2f2cli.options.checkpoints import InfoOptions
 
 if TYPE_CHECKING:
     from m2f2cli.checkpoints.inspect import Description
@@ -20,27 +21,22 @@ EXAMPLES = {
 }
 
 
-def info(
-    checkpoint: flags.Checkpoint = None,
-    config: flags.Config = None,
-    verify: flags.Verify = False,
-    verbose: flags.Verbose = False,
-    as_json: flags.Json = False,
-) -> None:
+@command(InfoOptions, quiet=False)
+def info(options: InfoOptions, out: Output) -> None:
     """Show versions, devices and extras, or say what a checkpoint is.
 
     A checkpoint is a folder, a weights file or 'lite': its kind, parts, parameters, stage and
     fingerprint, and what it lacks. Nothing that a pickle names is run.
     """
-    out = Output(as_json)
-    if checkpoint is None:
+    if options.checkpoint is None:
         from m2f2cli.environment import describe_environment
 
         _print_environment(out, describe_environment())
         return
     from m2f2cli.checkpoints.inspect import inspect_checkpoint
 
-    _print_checkpoint(out, inspect_checkpoint(checkpoint, verify=verify), verbose)
+    found = inspect_checkpoint(options.checkpoint, verify=options.verify)
+    _print_checkpoint(out, found, options.verbose)
 
 
 def _print_environment(out: Output, found: dict[str, Any]) -> None:

@@ -1,12 +1,12 @@
-"""The command ``merge``."""
+"""``m2f2 merge``."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from m2f2cli.cli import options as flags
+from m2f2cli.cli.flags import command
 from m2f2cli.cli.output import Output
+from m2f2cli.options.checkpoints import MergeOptions
 
 if TYPE_CHECKING:
     from m2f2cli.checkpoints.merge import Merge
@@ -20,73 +20,10 @@ EXAMPLES = {
         "m2f2 merge --base explainer-1 --delta stage-3-delta/ --output explainer --dry-run",
     ),
 }
-_INPUT, _RESULT = "Input", "Result"
-Base = Annotated[
-    Path,
-    flags.flag("base", "Checkpoint to merge into.", metavar="DIR", rich_help_panel=_INPUT),
-]
-Deltas = Annotated[
-    list[Path],
-    flags.flag(
-        "delta",
-        "What a stage trained: a delta of align or lora, a PEFT adapter or a published delta "
-        "folder. Several are applied in order.",
-        metavar="DIR",
-        rich_help_panel=_INPUT,
-    ),
-]
-Force = Annotated[
-    bool,
-    flags.flag(
-        "force",
-        "Merge a delta that was trained on another base, or that updates frozen modules; "
-        "stage.json records it.",
-        switch=True,
-        rich_help_panel=_INPUT,
-    ),
-]
-Dtype = Annotated[
-    str,
-    flags.flag(
-        "dtype",
-        "Type to store all but the detector in; auto keeps each tensor's.",
-        metavar="auto|float32|bfloat16|float16",
-        rich_help_panel=_RESULT,
-    ),
-]
-Verify = Annotated[
-    bool,
-    flags.flag(
-        "verify",
-        "Compare what was written with base and delta kept apart, on probe inputs.",
-        switch=True,
-        rich_help_panel=_RESULT,
-    ),
-]
-DryRun = Annotated[
-    bool,
-    flags.flag(
-        "dry-run",
-        "Check everything and print the plan; write nothing.",
-        switch=True,
-        rich_help_panel=_RESULT,
-    ),
-]
 
 
-def merge(
-    base: Base,
-    delta: Deltas,
-    output: flags.ImportFolder,
-    config: flags.Config = None,
-    dtype: Dtype = "auto",
-    force: Force = False,
-    verify: Verify = False,
-    dry_run: DryRun = False,
-    overwrite: flags.Overwrite = False,
-    as_json: flags.Json = False,
-    quiet: flags.Quiet = False,
-) -> None:
+@command(MergeOptions)
+def merge(options: MergeOptions, out: Output) -> None:
     """Merge what a stage trained into the checkpoint it was trained on.
 
     Tensors go from file to file: memory does not grow with the model. Sums are float32, rounded
@@ -96,17 +33,24 @@ def merge(
     """
     from m2f2cli.checkpoints.merge import Merge
 
-    out = Output(as_json, quiet)
-    job = Merge(base, delta, output, dtype=dtype, force=force, overwrite=overwrite)
-    if dry_run:
+    result = options.result
+    job = Merge(
+        options.base,
+        options.delta,
+        result.output,
+        dtype=options.dtype,
+        force=options.force,
+        overwrite=result.overwrite,
+    )
+    if options.dry_run:
         _show_plan(out, job)
         return
     with out.progress("Merging", job.nbytes, in_bytes=True) as advance:
         made = job.write(advance)
     for said in made.stage["forced"]:
         out.warning(f"{said}.")
-    proof = _verify(out, job) if verify else None
-    if as_json:
+    proof = _verify(out, job) if options.verify else None
+    if out.as_json:
         out.json(made.as_dict() | {"verified": proof.as_dict() if proof else None})
         return
     out.table(_COLUMNS, _rows(made.actions))
@@ -114,7 +58,7 @@ def merge(
         out.text(proof.sentence())
     if made.existed:
         out.note("It was there already, made of the same base and deltas; nothing was written.")
-    out.text(f"{output}: {made.fingerprint}")
+    out.text(f"{result.output}: {made.fingerprint}")
 
 
 _COLUMNS = ("tensors are", "tensors>", "parameters>", "size>")

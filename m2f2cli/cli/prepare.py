@@ -1,15 +1,13 @@
-"""Commands that make the files that training and evaluation read: ``prepare``."""
+"""``m2f2 prepare faces`` and ``m2f2 prepare ddvqa``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from m2f2cli.cli import options as flags
+from m2f2cli.cli.flags import command
 from m2f2cli.cli.output import EXIT_SOME_FAILED, Output
+from m2f2cli.options.prepare import PrepareDdvqaCommand, PrepareFacesCommand
 
 if TYPE_CHECKING:
     from m2f2cli.data.prepare.faces import Prepared
@@ -24,81 +22,8 @@ EXAMPLES = {
 }
 
 
-_OUTPUT = "Output"
-Sources = Annotated[
-    list[Path] | None,
-    typer.Argument(
-        help="Videos, pictures, or folders of them with all their sub-folders.",
-        metavar="SOURCE...",
-        show_default=False,
-    ),
-]
-PreparedFolder = Annotated[
-    Path,
-    flags.flag(
-        "output", "Folder to write into.", short="-o", metavar="DIR", rich_help_panel=_OUTPUT
-    ),
-]
-CropSize = Annotated[
-    int, flags.flag("size", "Side of a crop in pixels.", metavar="N", rich_help_panel=_OUTPUT)
-]
-Margin = Annotated[
-    float,
-    flags.flag(
-        "margin",
-        "Share by which a crop is larger than the face box.",
-        metavar="X",
-        rich_help_panel=_OUTPUT,
-    ),
-]
-BoxesFrom = Annotated[
-    Path | None,
-    flags.flag(
-        "boxes-from",
-        "Cut where these crops were cut, same frames: a forged video like its original. An HDF5 "
-        "file of 'prepare faces', or a folder with those of the originals.",
-        metavar="FILE.h5|DIR",
-        show_default=False,
-    ),
-]
-Workers = Annotated[
-    int | None,
-    flags.flag(
-        "workers",
-        "Videos worked on at a time. Default: one for each processor.",
-        metavar="N",
-        show_default=False,
-    ),
-]
-
-
-DdvqaFolder = Annotated[
-    Path,
-    typer.Argument(
-        help="Holds annotations/{train,test} and images/c40/{train,test}.",
-        metavar="DDVQA_DIR",
-        show_default=False,
-    ),
-]
-Seed = Annotated[
-    int,
-    flags.flag("seed", "Decides the order of the training conversations.", metavar="N"),
-]
-
-
-def faces(
-    output: PreparedFolder,
-    sources: Sources = None,
-    config: flags.Config = None,
-    frames: flags.Frames = 100,
-    size: CropSize = 224,
-    margin: Margin = 0.3,
-    boxes_from: BoxesFrom = None,
-    workers: Workers = None,
-    overwrite: flags.Overwrite = False,
-    as_json: flags.Json = False,
-    quiet: flags.Quiet = False,
-) -> None:
+@command(PrepareFacesCommand)
+def faces(options: PrepareFacesCommand, printer: Output) -> int:
     """Cut the faces out of videos and pictures into HDF5 files.
 
     FaceForensics++ folders become the published files (FF++_Deepfakes_c40.h5, …), others one file.
@@ -106,21 +31,9 @@ def faces(
 
     Exit codes: 0 done, 3 some videos have no crops.
     """
-    from m2f2cli.data.prepare.faces import FacesJob, FacesOptions
+    from m2f2cli.data.prepare.faces import FacesJob
 
-    job = FacesJob(
-        sources or [],
-        output,
-        FacesOptions(
-            frames=frames,
-            size=size,
-            margin=margin,
-            boxes_from=boxes_from,
-            workers=workers,
-            overwrite=overwrite,
-        ),
-    )
-    printer = Output(as_json=as_json, quiet=quiet)
+    job = FacesJob(options.sources, options.output, options.faces)
     prepared = []
     with printer.progress("Preparing", len(job.videos)) as advance:
         for one in job.run():
@@ -130,18 +43,11 @@ def faces(
     if job.passed_over:
         printer.note(f"{job.passed_over} files beside FaceForensics++'s videos were passed over.")
     _show_faces(printer, prepared)
-    raise typer.Exit(EXIT_SOME_FAILED if any(one.status != "ok" for one in prepared) else 0)
+    return EXIT_SOME_FAILED if any(one.status != "ok" for one in prepared) else 0
 
 
-def ddvqa(
-    root: DdvqaFolder,
-    output: PreparedFolder,
-    config: flags.Config = None,
-    seed: Seed = 0,
-    overwrite: flags.Overwrite = False,
-    as_json: flags.Json = False,
-    quiet: flags.Quiet = False,
-) -> None:
+@command(PrepareDdvqaCommand)
+def ddvqa(options: PrepareDdvqaCommand, printer: Output) -> None:
     """Make conversations for training and questions for testing from DD-VQA.
 
     Four files: judge-only conversations (stage 2), explanations in one and in two turns (stage 3),
@@ -149,9 +55,9 @@ def ddvqa(
     """
     from m2f2cli.data.prepare.ddvqa import prepare_ddvqa
 
-    report = prepare_ddvqa(root, output, seed=seed, overwrite=overwrite)
-    printer = Output(as_json=as_json, quiet=quiet)
-    if as_json:
+    output = options.output
+    report = prepare_ddvqa(options.root, output, seed=options.seed, overwrite=options.overwrite)
+    if printer.as_json:
         counts = [vars(one) for one in report.counts]
         printer.json({**vars(report), "rows": dict(report.rows), "counts": counts})
         return

@@ -1,8 +1,8 @@
-"""Make a detector's probabilities mean what they say: temperature, threshold, uncertain band.
+"""``m2f2 calibrate``: temperature, threshold and uncertain band, learned from a scored set.
 
-None of the three changes the order of scores, so the AUC stays. ``docs/calibrate.md`` has the
-definitions and what they do not promise. ``fit`` learns them, ``calibrate`` stores them in a
-checkpoint, where ``detect`` reads them.
+They make a detector's probabilities mean what they say. None of the three changes the order of
+scores, so the AUC stays. ``docs/calibrate.md`` has the definitions and what they do not promise.
+They are stored in the checkpoint, where ``detect`` reads them.
 """
 
 from __future__ import annotations
@@ -10,21 +10,29 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from m2f2cli import __version__
 from m2f2cli.checkpoints import io
 from m2f2cli.errors import CheckpointError, InputError, UsageError
+from m2f2cli.evaluation.evaluate import (
+    Evaluation,
+    Progress,
+    is_test_set,
+    measure,
+    read_subject,
+    silent,
+)
 from m2f2cli.evaluation.truth import Joined
 from m2f2cli.files import MARK, atomic_folder, json_bytes, refuse_existing
 from m2f2cli.metrics import Groups, Ranking, calibration_error
+from m2f2cli.options.evaluate import CalibrateOptions
 
 TARGET_FPR, BAND_LEVEL = 0.05, 0.95
 FEWEST = 20  # pictures of each class below which nothing is fitted
@@ -35,9 +43,42 @@ _SATURATED = 0.5 * 10**-_DIGITS  # what a score of 0 or 1 in a record stands for
 _STEPS = 80  # halvings of the interval that holds the temperature
 
 
+def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Evaluation:
+    """Calibrate a detector on a set that it judges, and measure and report that set.
+
+    Args:
+        options: The set, the detector, and where the result is stored.
+        progress: Told of every picture that is judged.
+
+    Returns:
+        What ``evaluate`` gives, with the ``calibration``.
+
+    Raises:
+        UsageError: The set is a test set or the training's own pictures.
+        M2F2Error: As from ``evaluate`` and ``calibrate_checkpoint``.
+    """
+    subject = read_subject(options)
+    if subject.samples is not None and subject.truth is not None:
+        split = "test" if is_test_set(subject.samples) else subject.truth.split
+        check_calibration(
+            options.model, split, output=options.calibrated, overwrite=options.overwrite
+        )
+    with (progress or silent)(subject.steps) as advance:
+        found = measure(subject, advance)
+    calibration = calibrate_checkpoint(
+        options.model,
+        found.scored,
+        target_fpr=options.target_fpr,
+        output=options.calibrated,
+        overwrite=options.overwrite,
+        seed=options.seed,
+    )
+    return found._replace(calibration=calibration)
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """What was learnt, and from how much.
+    """What was learned, and from how much.
 
     Attributes:
         temperature: What the logits are to be divided by, in all.
@@ -46,7 +87,7 @@ class Calibration:
         uncertain: (low, high) of the uncertain band, ends included; None for no band.
         target_fpr: Share of real pictures that may be called fake.
         band_level: Level of the band's bootstrap interval; 0 for no band.
-        real: Real pictures that it was learnt from.
+        real: Real pictures that it was learned from.
         fake: Forged pictures.
         false_positives: Real ones at or above the threshold.
         detected: Forged ones at or above the threshold.
@@ -69,20 +110,8 @@ class Calibration:
     calibration_error: tuple[float, float]
     notes: tuple[str, ...] = ()
 
-    def apply(self, probabilities: np.ndarray) -> np.ndarray:
-        """Calibrated probabilities for those that a model with the former temperature gave.
-
-        Args:
-            probabilities: (N,), in [0, 1].
-
-        Returns:
-            (N,), rounded as records are.
-        """
-        z = _log_odds(probabilities) * (self.temperature_before / self.temperature)
-        return np.round(_sigmoid(z), _DIGITS)
-
     def sentences(self) -> tuple[str, ...]:
-        """What was learnt, in words for the user."""
+        """What was learned, in words for the user."""
         low, high = wilson_interval(self.false_positives, self.real)
         band = "none"
         if self.uncertain:
@@ -176,7 +205,7 @@ def find_threshold(scores: np.ndarray, real: np.ndarray, target_fpr: float) -> f
     Raises:
         InputError: Too many real pictures score 1.
     """
-    below = float(_excluded(scores[real], np.ones((1, int(real.sum()))), target_fpr)[0])
+    below = float(highest_excluded(scores[real], np.ones((1, int(real.sum()))), target_fpr)[0])
     step = 10**-_DIGITS
     if below > 1 - step:
         raise InputError(
@@ -198,7 +227,7 @@ def wilson_interval(hits: int, total: int) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def _excluded(real_scores: np.ndarray, weights: np.ndarray, target_fpr: float) -> np.ndarray:
+def highest_excluded(real_scores: np.ndarray, weights: np.ndarray, target_fpr: float) -> np.ndarray:
     """The highest score that a threshold must lie above, for each row of weights (R, N): (R,)."""
     curve = Ranking(np.zeros(len(real_scores)), real_scores).curve(weights)
     allowed = target_fpr * curve.false_positives[:, -1:] + 1e-9
@@ -219,7 +248,7 @@ def _band(
     threshold, target_fpr, level = rule
     drawn = Groups(groups, [0] * len(groups))
     found = [
-        _excluded(scores, weights[:, drawn.of_item], target_fpr)
+        highest_excluded(scores, weights[:, drawn.of_item], target_fpr)
         for weights in drawn.weights(RESAMPLES, seed)
     ]
     low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
@@ -280,10 +309,7 @@ def _nll(truth: np.ndarray, z: np.ndarray) -> float:
     return float(np.mean(np.logaddexp(0, np.where(truth == 1, -z, z))))
 
 
-_MODEL_TYPE = "m2f2_detector"
-
-
-def calibrate(
+def calibrate_checkpoint(
     model: str,
     scored: Joined,
     *,
@@ -295,7 +321,7 @@ def calibrate(
     """Calibrate a detector by a set that it has scored, and store the result in its checkpoint.
 
     ``config.json`` gets ``score_temperature``, ``threshold`` and ``uncertain``; ``stage.json`` gets
-    ``calibration``: the same, what it was learnt from and how good it was before and after. The
+    ``calibration``: the same, what it was learned from and how good it was before and after. The
     fingerprint changes, as it covers what verdicts depend on.
 
     Args:
@@ -321,7 +347,7 @@ def calibrate(
         raise UsageError("Only a detector's probabilities can be calibrated, not texts.")
     folder = resolve_checkpoint(model)
     config = io.read_config(folder)
-    if config.get("model_type") != _MODEL_TYPE:
+    if config.get("model_type") != "m2f2_detector":
         raise CheckpointError(f"'{folder}' is no detector.", f"m2f2 info '{folder}'")
     before = io.fingerprint(folder, verify=True)
     if scored.model_fingerprint != before:
@@ -338,7 +364,13 @@ def calibrate(
         target_fpr=target_fpr,
         seed=seed,
     )
-    provenance = {
+    config |= {
+        "score_temperature": found.temperature,
+        "threshold": found.threshold,
+        "uncertain": list(found.uncertain) if found.uncertain else None,
+    }
+    noted = {
+        **asdict(found),
         "model": before,
         "dataset": scored.dataset,
         "split": scored.split,
@@ -347,49 +379,16 @@ def calibrate(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "m2f2cli": __version__,
     }
-    write(folder, target, found, provenance, overwrite=overwrite or target == folder.resolve())
-    return found
-
-
-def write(
-    folder: Path,
-    target: Path,
-    calibration: Calibration,
-    provenance: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-) -> str:
-    """Write a checkpoint folder with a calibration stored in it, in one step.
-
-    Args:
-        folder: The checkpoint.
-        target: Where; ``folder`` itself changes it.
-        calibration: What to store.
-        provenance: Further keys of ``stage.json``'s ``calibration``.
-        overwrite: Replace a checkpoint at ``target``.
-
-    Returns:
-        The new fingerprint.
-
-    Raises:
-        CheckpointError: It cannot be written; what was there before is still there.
-    """
-    config = io.read_config(folder) | {
-        "score_temperature": calibration.temperature,
-        "threshold": calibration.threshold,
-        "uncertain": list(calibration.uncertain) if calibration.uncertain else None,
-    }
-    stage = io.read_stage(folder) | {"calibration": {**asdict(calibration), **provenance}}
-    stage.pop("fingerprint", None)
-    with atomic_folder(target, overwrite) as partial:
+    stage = io.read_stage(folder) | {"calibration": noted}
+    with atomic_folder(target, overwrite or target == folder.resolve()) as partial:
         for file in sorted(folder.rglob("*")):
             if file.is_file() and file.name != MARK:
                 (partial / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, partial / file.relative_to(folder))
         (partial / "config.json").write_bytes(json_bytes(config))
-        mark = io.fingerprint(partial)
-        (partial / MARK).write_bytes(json_bytes({**stage, "fingerprint": mark}))
-    return mark
+        stage |= {"fingerprint": io.fingerprint(partial)}
+        (partial / MARK).write_bytes(json_bytes(stage))
+    return found
 
 
 def check_calibration(
@@ -398,10 +397,10 @@ def check_calibration(
     """Say whether a calibration may be made and stored, before pictures are judged for it.
 
     Args:
-        model: As for ``calibrate``.
-        split: Of the set; ``runs.is_test_set`` tells whether it is ``test``.
-        output: As for ``calibrate``.
-        overwrite: As for ``calibrate``.
+        model: As for ``calibrate_checkpoint``.
+        split: Of the set; ``is_test_set`` tells whether it is ``test``.
+        output: As there.
+        overwrite: As there.
 
     Returns:
         The folder that will be written: never in the package, a download cache, or kept otherwise.

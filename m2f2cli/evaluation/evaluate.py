@@ -1,27 +1,62 @@
-"""One ``m2f2 evaluate``: answers and truth brought together, measured, and reported."""
+"""``m2f2 evaluate``: a data set is judged if need be, the answers are measured and reported.
+
+What judging writes are the records of ``m2f2 detect``, one a picture or frame, with the name inside
+the data set as ``path``: a file of predictions that fits the data wherever it lies. Answers that
+exist are measured without torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from m2f2cli.errors import UsageError
+from m2f2cli.checkpoints import io
+from m2f2cli.data.clips import FrameReader
+from m2f2cli.data.images import Picture, read_picture
+from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
+from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation import report as reports
-from m2f2cli.evaluation.datasets import data_of
-from m2f2cli.evaluation.predictions import read_predictions
-from m2f2cli.evaluation.protocols import Measures, paper, standard
-from m2f2cli.evaluation.truth import Joined, Truth, join
+from m2f2cli.evaluation.predictions import Predictions, read_predictions
+from m2f2cli.evaluation.protocols import paper, standard
+from m2f2cli.evaluation.truth import (
+    Item,
+    Joined,
+    Truth,
+    ddvqa_truth,
+    file_truth,
+    frames_truth,
+    join,
+)
+from m2f2cli.inference.pipeline import DetectPipeline, judge_sources
+from m2f2cli.inference.recordfile import RecordFile, Tally, record_new
+from m2f2cli.inference.sources import Source
 from m2f2cli.options.detect import DetectOptions
-from m2f2cli.options.evaluate import EvaluateOptions
+from m2f2cli.options.evaluate import (
+    DdvqaData,
+    EvaluateOptions,
+    FfppData,
+    ImagesData,
+    MeasureOptions,
+)
 
 if TYPE_CHECKING:
+    from m2f2cli.evaluation.calibrate import Calibration
     from m2f2cli.evaluation.robustness import Sweep
+    from m2f2cli.models.detector import Detector
 
-RECORDS, SWEEP = "predictions.jsonl", "robustness"
+RECORDS = "predictions.jsonl"
+SPLITS = ("all", "train", "validation", "test")
+_COMPARED = 64  # records of a resumed file whose pictures are looked at again
+
 Advance = Callable[[], object]
+# Called with the number of pictures that are to be judged; gives what is called after each.
+Progress = Callable[[int], AbstractContextManager[Advance]]
 
 
 class Evaluation(NamedTuple):
@@ -30,13 +65,15 @@ class Evaluation(NamedTuple):
     Attributes:
         report: Of ``report.build_report``.
         scored: The joined items.
-        calibration: What was learnt and stored, in words; empty unless asked for.
-        sweep: The figures of corrupted pictures; None unless asked for.
+        tripped: The gates that tripped, a sentence each.
+        calibration: What ``calibrate`` stored.
+        sweep: What ``robustness`` measured.
     """
 
     report: dict[str, Any]
     scored: Joined
-    calibration: tuple[str, ...] = ()
+    tripped: tuple[str, ...] = ()
+    calibration: Calibration | None = None
     sweep: Sweep | None = None
 
     @property
@@ -45,163 +82,391 @@ class Evaluation(NamedTuple):
         return len(self.scored.missing) + int(self.report["counts"].get("failed", 0))
 
 
-def evaluate(options: EvaluateOptions, advance: Advance | None = None) -> Evaluation:
+def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Evaluation:
     """Judge a data set if need be, measure the answers, and write the report.
 
     Args:
-        options: Those of a data set: ``EvaluateImagesOptions`` and its like.
-        advance: Called after each picture that was judged.
+        options: What is measured, and how.
+        progress: Told of every picture that is judged.
 
     Raises:
-        M2F2Error: Something named is missing or broken, or a file cannot be written.
+        M2F2Error: Something named is missing or broken, predictions and truth do not fit, a file
+            cannot be written, or the report's extra is not installed.
     """
-    return Evaluator(options).run(advance)
+    subject = read_subject(options)
+    with (progress or silent)(subject.steps) as advance:
+        return measure(subject, advance)
 
 
-class Evaluator:
-    """Everything that one evaluation does. What the options name is looked at before any work.
+@contextmanager
+def silent(steps: int) -> Iterator[Advance]:
+    """The progress that nobody watches."""
+    yield lambda: None
 
-    Args:
-        options: Those of a data set: ``EvaluateImagesOptions`` and its like.
+
+class Subject(NamedTuple):
+    """What is measured; all that is named is there and fits, before any work.
 
     Attributes:
-        steps: How many pictures are to be judged; 0 with predictions.
+        options: How.
+        detect: How a model judges.
+        expectation: What the figures should be.
+        samples: What the model is to judge; None with predictions.
+        truth: None where only the predictions tell.
+    """
+
+    options: MeasureOptions
+    detect: DetectOptions
+    expectation: reports.Expectation | None
+    samples: SampleSet | None
+    truth: Truth | None
+
+    @property
+    def steps(self) -> int:
+        """How many pictures are to be judged."""
+        return 0 if self.samples is None else count_items(self.samples, self.detect)
+
+
+def read_subject(options: MeasureOptions) -> Subject:
+    """Read and check everything that options name but the predictions.
 
     Raises:
         M2F2Error: Something named is missing or broken, or the report's extra is not installed.
     """
+    expectation = reports.read_expectation(options.expected) if options.expected else None
+    if options.report is not None:
+        from m2f2cli.evaluation import page  # noqa: F401 - tells now that matplotlib is missing
 
-    def __init__(self, options: EvaluateOptions) -> None:
-        self.options = options
-        self.steps = 0
-        self._render: Callable[..., str] | None = None
-        if options.results.report is not None:
-            from m2f2cli.evaluation.page import render_page
+        reports.check_folder(options.report)
+    detect = DetectOptions(
+        faces=options.faces,
+        batch_size=options.batch_size,
+        frames=options.data.frames if isinstance(options.data, FfppData) else 1,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    if options.predictions is not None:
+        return Subject(options, detect, expectation, None, None)
+    samples = read_set(options)
+    truth = read_truth(options, detect, samples, None)
+    return Subject(options, detect, expectation, samples, truth)
 
-            reports.check_folder(options.results.report)
-            self._render = render_page
-        model = options.model
-        self._detect = DetectOptions(
-            faces=model.faces,
-            batch_size=model.batch_size,
-            frames=getattr(options.data, "frames", 1),
-            device=model.device,
-            dtype=model.dtype,
+
+def read_set(options: MeasureOptions) -> SampleSet:
+    """The pictures or videos of a data set's split."""
+    data = options.data
+    if isinstance(data, DdvqaData):
+        from m2f2cli.data.readers.ddvqa import read_ddvqa
+
+        folder = data.data or Path()
+        crops = folder / "images" / "c40" / data.split
+        return read_ddvqa(crops if crops.is_dir() else folder)
+    folder = data.folder or Path()
+    if isinstance(data, ImagesData):
+        if data.split not in ("train", "validation"):
+            return read_split(folder, data.split)
+        from m2f2cli.checkpoints.hub import resolve_checkpoint
+
+        return read_split(folder, data.split, model=resolve_checkpoint(options.model))
+    from m2f2cli.data.readers.ffpp import read_ffpp
+
+    return read_ffpp(
+        folder,
+        compression=data.compression,
+        manipulations=data.manipulations,
+        split=data.split,
+        splits=data.splits,
+    )
+
+
+def read_truth(
+    options: MeasureOptions,
+    detect: DetectOptions,
+    samples: SampleSet | None,
+    predictions: Predictions | None,
+) -> Truth:
+    """What is true: from ``--truth``, else from the data, else from the answers themselves.
+
+    Args:
+        options: What is measured.
+        detect: Says how many frames of a video.
+        samples: The set, where it was read.
+        predictions: None before a model has judged.
+
+    Raises:
+        UsageError: Nothing was named that tells.
+        InputError: It cannot be read.
+    """
+    data, file = options.data, options.truth
+    if isinstance(data, DdvqaData):
+        # The published figures take the labels from the paths of the answers.
+        as_published = options.protocol == "paper" and not (file or data.data)
+        return ddvqa_truth(
+            task=predictions.task if predictions else "scores",
+            file=file,
+            data=data.data,
+            predictions=predictions,
+            from_names=data.truth_from_names or as_published,
+            split=data.split,
         )
-        self._data = data_of(options)
-        self._truth: Truth | None = None
-        if options.answers.predictions is None:
-            self._prepare_run()
+    dataset = "images" if isinstance(data, ImagesData) else "ffpp"
+    if file is not None:
+        return file_truth(file, dataset=dataset, split=data.split)
+    if data.folder is not None:
+        return truth_of(samples or read_set(options), detect, data.split)
+    if predictions is not None and predictions.layout == "frames":
+        return frames_truth(predictions)
+    raise UsageError(
+        "Nothing was named that says which frames are real.",
+        "Add the folder of HDF5 files, or --truth FILE.jsonl.",
+    )
 
-    def _prepare_run(self) -> None:
-        from m2f2cli.evaluation.runs import count_items, is_test_set
 
-        output = self.options.model.output
-        if output is not None and output.suffix.lower() != ".jsonl":
-            raise UsageError(f"--output must end in .jsonl, not '{output.name}'.")
-        truth = self._truth = self._data.truth(None, self._detect)
-        self._samples = self._data.samples()
-        self.steps = count_items(self._samples, self._detect)
-        if self.options.calibration.calibrate:
-            from m2f2cli.evaluation.calibrate import check_calibration
+def measure(subject: Subject, advance: Advance) -> Evaluation:
+    """Judge if need be, measure, and write the report.
 
-            check_calibration(
-                self.options.model.model,
-                "test" if is_test_set(self._samples) else truth.split,
-                output=self.options.calibration.calibrated,
-                overwrite=self.options.model.overwrite,
+    Args:
+        subject: What is measured.
+        advance: Called after each picture that was judged.
+
+    Raises:
+        M2F2Error: Predictions and truth do not fit, or a file cannot be written.
+    """
+    options, folder = subject.options, subject.options.report
+    kept = options.predictions or options.output or (folder and folder / RECORDS)
+    with ExitStack() as stack:
+        file = kept or Path(stack.enter_context(TemporaryDirectory(prefix="m2f2-"))) / RECORDS
+        if subject.samples is not None:
+            score_set(
+                subject.samples,
+                model=options.model,
+                output=file,
+                options=subject.detect,
+                overwrite=options.overwrite,
+                advance=advance,
             )
-        if self.options.robustness.robustness:
-            from m2f2cli.evaluation.robustness import SweepOptions, count_records
-
-            chosen = self.options.protocol
-            self._sweep = SweepOptions(
-                split=truth.split, resamples=chosen.resamples, seed=chosen.seed
-            )
-            self.steps += count_records(self._samples, self._sweep, self._detect)
-
-    def run(self, advance: Advance | None = None) -> Evaluation:
-        """Judge if need be, measure, and write the report.
-
-        Args:
-            advance: Called after each picture that was judged.
-
-        Raises:
-            M2F2Error: Predictions and truth do not fit, or a file cannot be written.
-        """
-        with self._answers(advance) as file:
-            predictions = read_predictions(file)
-            truth = self._truth or self._data.truth(predictions, self._detect)
-            scored = join(truth, predictions)
-            report = reports.build_report(scored, self._measure(scored), predictions=file)
-        if file != self._kept():
-            report["predictions"]["file"] = None
-        folder = self.options.results.report
-        if folder is not None and self._render is not None:
-            reports.write_report(folder, report, scored, self._render(report, scored))
-        learnt = self._calibrate(scored) if self.options.calibration.calibrate else ()
-        swept = self._run_sweep(advance) if self.options.robustness.robustness else None
-        return Evaluation(report, scored, learnt, swept)
-
-    def _kept(self) -> Path | None:
-        """The file of answers that stays after the run; None for a passing one."""
-        named = self.options.answers.predictions or self.options.model.output
-        folder = self.options.results.report
-        return named or (None if folder is None else folder / RECORDS)
-
-    @contextmanager
-    def _answers(self, advance: Advance | None) -> Iterator[Path]:
-        """The file of answers, made by the model unless there is one."""
-        if self.options.answers.predictions is not None:
-            yield self.options.answers.predictions
-        elif (kept := self._kept()) is not None:
-            yield self._judge(kept, advance)
+        predictions = read_predictions(file)
+        truth = subject.truth or read_truth(options, subject.detect, None, predictions)
+        scored = join(truth, predictions)
+        if options.protocol == "paper":
+            measures = paper(scored)
         else:
-            with TemporaryDirectory(prefix="m2f2-") as folder:
-                yield self._judge(Path(folder) / RECORDS, advance)
+            measures = standard(scored, resamples=options.resamples, seed=options.seed)
+        report = reports.build_report(scored, measures, predictions=file)
+    if not kept:
+        report["predictions"]["file"] = None
+    if folder is not None:
+        from m2f2cli.evaluation.page import render_page
 
-    def _judge(self, output: Path, advance: Advance | None) -> Path:
-        from m2f2cli.evaluation.runs import score_set
+        reports.write_report(folder, report, scored, render_page(report, scored))
+    tripped = reports.tripped(
+        report,
+        subject.expectation,
+        min_auc=options.min_auc,
+        min_accuracy=options.min_accuracy,
+    )
+    return Evaluation(report, scored, tuple(tripped))
 
-        score_set(
-            self._samples,
-            model=self.options.model.model,
-            output=output,
-            options=self._detect,
-            overwrite=self.options.model.overwrite,
-            advance=advance,
+
+def score_set(
+    samples: SampleSet,
+    *,
+    model: str | Detector,
+    output: Path,
+    options: DetectOptions | None = None,
+    overwrite: bool = False,
+    advance: Advance | None = None,
+) -> Tally:
+    """Judge every picture, or evenly spaced frames of every video, into a file of records.
+
+    Run again to resume: what has a record is left out. A picture that cannot be read becomes a
+    record with its status, and the run goes on.
+
+    Args:
+        samples: Pictures, or videos in HDF5 files; of each video ``options.frames`` frames are read
+            one by one, evenly spaced, each an item of its own (``Deepfakes/000_003/17``).
+        model: As for ``detect``.
+        output: The ``.jsonl`` file.
+        options: How to judge; by default every picture is a crop (``faces="none"``).
+        overwrite: Replace ``output`` instead of resuming it.
+        advance: Called after each new record.
+
+    Returns:
+        How many items came out how, those of an earlier run included.
+
+    Raises:
+        UsageError: ``output`` holds records of another model, other settings or other data.
+        M2F2Error: The model cannot be loaded, or the disk refuses.
+    """
+    chosen = options or DetectOptions(faces="none")
+    tally = Tally()
+    with FrameReader() as reader:
+        sources = list_sources(samples, reader, frames=chosen.frames)
+        with RecordFile(output, overwrite=overwrite) as log:
+            check_same_data(log, sources)
+            for _ in record_new(
+                sources,
+                run=partial(judge_sources, model=model, options=chosen),
+                settings=lambda: DetectPipeline(model, chosen).settings,
+                log=log,
+                tally=tally,
+            ):
+                if advance is not None:
+                    advance()
+    return tally
+
+
+def count_items(samples: SampleSet, options: DetectOptions) -> int:
+    """How many records ``score_set`` writes for a set."""
+    return sum(min(options.frames, sample.frames) for sample in samples.samples)
+
+
+def list_sources(samples: SampleSet, reader: FrameReader, *, frames: int) -> list[Source]:
+    """The items of a set for the detecting pipeline.
+
+    Args:
+        samples: Pictures, or videos in HDF5 files.
+        reader: Reads the frames; it must stay open while the sources are used.
+        frames: Of each video, evenly spaced.
+    """
+    reads: dict[str, Callable[[], Picture]] = {}
+    for item in samples.samples:
+        if item.clip is None:
+            reads[item.name] = partial(read_picture, item.path)
+            continue
+        for index in item.spread(frames):
+            reads[item.frame_name(index)] = partial(_frame, reader, item.path, item.clip, index)
+    return [Source(name, "image", PurePosixPath(name), read) for name, read in reads.items()]
+
+
+def _frame(reader: FrameReader, file: Path, key: str, index: int) -> Picture:
+    pixels = reader.frame(file, key, index)
+    note = f"frame {index} of '{key}' in {file.name}; sha256 of its pixels"
+    return Picture(pixels, sha256(pixels.tobytes()).hexdigest(), "HDF5", note)
+
+
+def check_same_data(log: RecordFile, sources: list[Source]) -> None:
+    """Refuse to resume records of other pictures: names must fit, and some contents too.
+
+    Raises:
+        UsageError: They do not.
+    """
+    known = {source.path: source for source in sources}
+    hint = "Choose another --output, or add --overwrite to start anew."
+    strange = [name for name in log.done if name not in known]
+    if strange:
+        raise UsageError(
+            f"'{log.path}' has records of {len(strange)} pictures that are not in this data set, "
+            f"'{strange[0]}' first.",
+            hint,
         )
-        return output
+    # What follows the last line end is a cut record.
+    lines = log.path.read_bytes().split(b"\n")[:-1] if log.done else []
+    digests = {row["path"]: row["sha256"] for row in map(json.loads, lines) if row.get("sha256")}
+    for name in list(digests)[:: max(1, len(digests) // _COMPARED)]:
+        try:
+            now = known[name].picture().sha256
+        except InputError:
+            continue
+        if now != digests[name]:
+            raise UsageError(
+                f"'{log.path}' has a record of '{name}' with another content: it was made from "
+                f"other data, or the picture has changed.",
+                hint,
+            )
 
-    def _measure(self, scored: Joined) -> Measures:
-        chosen = self.options.protocol
-        if chosen.protocol == "paper":
-            return paper(scored)
-        return standard(scored, resamples=chosen.resamples, seed=chosen.seed)
 
-    def _calibrate(self, scored: Joined) -> tuple[str, ...]:
-        from m2f2cli.evaluation.calibrate import calibrate
+def read_split(
+    data: str | Path, split: str, *, model: Path | None = None, identities: Path | None = None
+) -> SampleSet:
+    """Read the part of a set of pictures that a figure is to be taken from.
 
-        chosen = self.options.calibration
-        found = calibrate(
-            self.options.model.model,
-            scored,
-            target_fpr=chosen.target_fpr,
-            output=chosen.calibrated,
-            overwrite=self.options.model.overwrite,
-            seed=self.options.protocol.seed,
+    Args:
+        data: As for ``data.samples.read_samples``.
+        split: ``all`` and ``test`` take every picture. ``train`` and ``validation`` repeat the cut
+            between identities that a detector's training made, from what its ``stage.json`` says,
+            and make sure that it is the same cut of the same pictures.
+        model: The detector's folder, for these two.
+        identities: The CSV file that the training was given as ``--identities``, if it was; by
+            default the one its ``stage.json`` names.
+
+    Raises:
+        UsageError: An unknown split, or no model to ask for the cut.
+        InputError: The data cannot be read, the model tells of no cut, or it was trained on other
+            pictures.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"There is no split '{split}'.", f"Use one of: {', '.join(SPLITS)}.")
+    if split in ("all", "test"):
+        return read_samples(data, identities)
+    if model is None:
+        raise UsageError(
+            f"--split {split} needs the model whose training made the cut.", "Add --model DIR."
         )
-        return found.sentences()
-
-    def _run_sweep(self, advance: Advance | None) -> Sweep:
-        from m2f2cli.evaluation.robustness import sweep
-
-        folder = self.options.robustness.robustness_dir
-        return sweep(
-            self._samples,
-            model=self.options.model.model,
-            folder=folder or Path(self.options.results.report or "") / SWEEP,
-            options=self._sweep,
-            detect=self._detect,
-            advance=advance,
+    stage = io.read_stage(model)
+    options = _options_of_cut(stage, model, split)
+    people = identities or (Path(options["identities"]) if options.get("identities") else None)
+    whole = read_samples(data, people)
+    parts = split_by_identity(whole, float(options["validation-share"]), int(options["split-seed"]))
+    chosen = parts[("train", "validation").index(split)]
+    if stage["data"][split].get("fingerprint") != chosen.fingerprint():
+        raise InputError(
+            f"'{data}' is not what '{model}' was trained on: its {split} part has another "
+            f"fingerprint than stage.json records.",
+            hint="Give the folder it was trained with, unchanged; for other data use --split all.",
         )
+    return chosen
+
+
+def _options_of_cut(stage: Mapping[str, Any], model: Path, split: str) -> Mapping[str, Any]:
+    """The training's options, if they decide its cut alone."""
+    options: Mapping[str, Any] = stage.get("options", {})
+    fault = None
+    if "validation-share" not in options or not isinstance(stage.get("data"), dict):
+        fault = "its stage.json tells of no training on pictures"
+    elif options.get("validation") is not None:
+        fault = f"it was measured on a folder of its own, {options['validation']}"
+    elif isinstance(options.get("data"), list):
+        fault = "it was trained on several folders"
+    elif options.get("limit"):
+        fault = f"its training used {options['limit']} pictures of each class, drawn by chance"
+    if fault:
+        raise InputError(
+            f"The split '{split}' of '{model}' cannot be repeated: {fault}.",
+            hint="Give the folder of those pictures, with --split all.",
+        )
+    return options
+
+
+def truth_of(samples: SampleSet, options: DetectOptions, split: str = "all") -> Truth:
+    """What is true of the items that ``score_set`` writes for a set, by the same names.
+
+    Args:
+        samples: Pictures, or videos in HDF5 files.
+        options: Says how many frames of a video.
+        split: As the report shall call it; a test set is called ``test`` whatever is said here.
+    """
+    marked = "test" if is_test_set(samples, split) else split
+    if samples.layout == "ffpp":
+        frames = [
+            Item(clip.frame_name(index), clip.label, clip.kind, clip.name)
+            for clip in samples.samples
+            for index in clip.spread(options.frames)
+        ]
+        return Truth("ffpp", tuple(frames), marked)
+    pictures = [Item(s.name, s.label, s.kind, s.name, file=s.path) for s in samples.samples]
+    return Truth("ddvqa" if samples.layout == "ddvqa" else "images", tuple(pictures), marked)
+
+
+def is_test_set(samples: SampleSet, split: str = "all") -> bool:
+    """Whether figures of a set are a test's, so that nothing may be tuned on it.
+
+    A set is one when ``split`` says so, when it holds the official test videos of FaceForensics++
+    (``split`` test, or files that are named ``_test_only``), or when its folder is called ``test``,
+    as DD-VQA's ``images/c40/test`` is.
+    """
+    if split == "test" or samples.split == "test":
+        return True
+    if samples.layout == "ffpp":
+        return any(clip.path.stem.endswith("_test_only") for clip in samples.samples)
+    return samples.root.resolve().name.lower() == "test"

@@ -1,6 +1,6 @@
-"""The report of an evaluation: plain data with a documented schema, and the files it lives in.
+"""The report of an evaluation: its files, what is wrong in it, and gates that it is held against.
 
-``docs/evaluate.md`` names every key. NumPy is not needed to read or write a report.
+It is plain data with a documented schema: ``docs/evaluate.md`` names every key.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,29 +17,14 @@ from typing import Any, NamedTuple
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.predictions import read_text, refuse_constant
-from m2f2cli.evaluation.protocols import Figure, Measures
+from m2f2cli.evaluation.protocols import Measures
 from m2f2cli.evaluation.truth import FAKE, REAL, UNKNOWN, Item, Joined
 from m2f2cli.files import atomic_write
 from m2f2cli.records import STATUSES, VERDICTS, to_line
 
-SCHEMA_VERSION = 1
-KIND = "evaluation"
+SCHEMA_VERSION, KIND = 1, "evaluation"
 REPORT, ITEMS, PAGE = "report.json", "scored.jsonl", "index.html"
 NAMES_KEPT = 100  # of the missing, duplicate and unknown items each
-
-
-class SavedReport(NamedTuple):
-    """A report as read back from its folder.
-
-    Attributes:
-        path: Its ``report.json``.
-        report: The object in it.
-        scored: The joined items beside it.
-    """
-
-    path: Path
-    report: dict[str, Any]
-    scored: Joined
 
 
 def build_report(
@@ -55,6 +40,14 @@ def build_report(
     Raises:
         InputError: The file of predictions is gone.
     """
+    try:
+        answers = sha256_of(predictions.read_bytes()) if predictions else None
+    except OSError as error:
+        raise InputError(f"'{predictions}' cannot be read: {error.strerror}.", "missing") from error
+    kept = {
+        name: sorted(getattr(scored, name))[:NAMES_KEPT]
+        for name in ("missing", "duplicates", "unknown")
+    }
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
@@ -73,34 +66,16 @@ def build_report(
             "fingerprint": scored.model_fingerprint,
             "threshold": scored.threshold,
         },
-        "data": {
-            "fingerprint": scored.data_fingerprint,
-            "missing": _first(scored.missing),
-            "duplicates": _first(scored.duplicates),
-            "unknown": _first(scored.unknown),
-        },
-        "predictions": {
-            "file": str(predictions) if predictions else None,
-            "sha256": _file_sha256(predictions) if predictions else None,
-        },
+        "data": {"fingerprint": scored.data_fingerprint, **kept},
+        "predictions": {"file": str(predictions) if predictions else None, "sha256": answers},
         "items": {"file": ITEMS, "sha256": sha256_of(items_as_lines(scored))},
         "counts": dict(measures.counts),
-        "figures": {name: plain_figure(f) for name, f in measures.figures.items()},
+        "figures": {name: asdict(figure) for name, figure in measures.figures.items()},
         "per_kind": {
-            kind: {name: plain_figure(f) for name, f in figures.items()}
+            kind: {name: asdict(figure) for name, figure in figures.items()}
             for kind, figures in measures.per_kind.items()
         },
         "notes": list(dict.fromkeys((*scored.notes, *measures.notes))),
-    }
-
-
-def plain_figure(figure: Figure) -> dict[str, Any]:
-    """A figure as JSON values, every key present."""
-    return {
-        "value": figure.value,
-        "low": figure.low,
-        "high": figure.high,
-        "note": figure.note,
     }
 
 
@@ -109,24 +84,12 @@ def sha256_of(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def _file_sha256(path: Path) -> str:
-    try:
-        return sha256_of(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"'{path}' cannot be read: {error.strerror}.", "missing") from error
-
-
-def _first(names: Iterable[str]) -> list[str]:
-    return sorted(names)[:NAMES_KEPT]
-
-
 def items_as_lines(scored: Joined) -> bytes:
     """The content of ``scored.jsonl``: one item a line, in the truth's order."""
     lines = []
     for item in scored.items:
-        row = {part.name: getattr(item, part.name) for part in fields(item)}
+        row = {**vars(item), "references": list(scored.references.get(item.name, ()))}
         row["file"] = None if item.file is None else str(item.file)
-        row["references"] = list(scored.references.get(item.name, ()))
         lines.append(to_line(row))
     return b"".join(lines)
 
@@ -164,6 +127,20 @@ def write_report(folder: Path, report: Mapping[str, Any], scored: Joined, page: 
     atomic_write(folder / REPORT, (text + "\n").encode("utf-8", "backslashreplace"))
 
 
+class SavedReport(NamedTuple):
+    """A report as read back from its folder.
+
+    Attributes:
+        path: Its ``report.json``.
+        report: The object in it.
+        scored: The joined items beside it.
+    """
+
+    path: Path
+    report: dict[str, Any]
+    scored: Joined
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a strict JSON object.
 
@@ -180,8 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def is_report(found: Mapping[str, Any]) -> bool:
-    """Whether an object says that it is a report of an evaluation."""
+def _is_report(found: Mapping[str, Any]) -> bool:
     return found.get("kind") == KIND and "schema_version" in found
 
 
@@ -197,7 +173,7 @@ def read_report(path: Path) -> SavedReport:
     """
     file = path / REPORT if path.is_dir() else path
     report = read_json(file)
-    if not is_report(report):
+    if not _is_report(report):
         raise InputError(
             f"'{file}' is not a report of 'm2f2 evaluate'.", hint="Name a folder made by --report."
         )
@@ -221,19 +197,29 @@ def read_report(path: Path) -> SavedReport:
                 f"'{items_file}' is not the file that '{file.name}' beside it was made with.",
                 hint="Make the report again with --report DIR.",
             )
-        return SavedReport(file, report, _scored_set(report, data))
+        return SavedReport(file, report, _read_items(report, data))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"'{file}' is malformed: {error!r}.") from error
 
 
-def _scored_set(report: Mapping[str, Any], data: bytes) -> Joined:
+def _read_items(report: Mapping[str, Any], data: bytes) -> Joined:
     items, references = [], {}
     for number, line in enumerate(data.splitlines(), start=1):
         row = json.loads(line)
         texts = tuple(row.pop("references"))
         row["file"] = None if row["file"] is None else Path(row["file"])
         item = Item(**row)
-        _check_item(item, number)
+        score = item.fake_probability
+        sound = (
+            isinstance(item.name, str)
+            and isinstance(item.group, str)
+            and item.label in (REAL, FAKE, UNKNOWN)
+            and item.verdict in (None, *VERDICTS)
+            and item.status in STATUSES
+            and (score is None or (isinstance(score, (int, float)) and math.isfinite(score)))
+        )
+        if not sound:
+            raise ValueError(f"line {number} of {ITEMS}")
         items.append(item)
         if texts:
             references[item.name] = texts
@@ -252,20 +238,6 @@ def _scored_set(report: Mapping[str, Any], data: bytes) -> Joined:
         references=references,
         notes=tuple(report["notes"]),
     )
-
-
-def _check_item(item: Item, number: int) -> None:
-    score = item.fake_probability
-    sound = (
-        isinstance(item.name, str)
-        and isinstance(item.group, str)
-        and item.label in (REAL, FAKE, UNKNOWN)
-        and item.verdict in (None, *VERDICTS)
-        and item.status in STATUSES
-        and (score is None or (isinstance(score, (int, float)) and math.isfinite(score)))
-    )
-    if not sound:
-        raise ValueError(f"line {number} of {ITEMS}")
 
 
 class Mistake(NamedTuple):
@@ -305,23 +277,187 @@ def find_mistakes(scored: Joined) -> list[Mistake]:
             if not (item.answer or "").strip():
                 found.append(Mistake(item, 0.0, "no answer"))
             continue
-        call = call_of(item, scored)
+        call, score = call_of(item, scored), item.fake_probability
         if call is None:
             found.append(Mistake(item, 0.0, _silence(item)))
         elif call != ("fake" if item.label == FAKE else "real"):
-            found.append(_mistake(item, call))
+            if score is None:
+                found.append(Mistake(item, 1.0, f"called {call}"))
+            else:
+                surety = score if call == "fake" else 1 - score
+                found.append(Mistake(item, surety, f"fake probability {score:.3f}"))
     return sorted(found, key=lambda mistake: -mistake.confidence)
-
-
-def _mistake(item: Item, call: str) -> Mistake:
-    score = item.fake_probability
-    if score is None:
-        return Mistake(item, 1.0, f"called {call}")
-    confidence = score if call == "fake" else 1 - score
-    return Mistake(item, confidence, f"fake probability {score:.3f}")
 
 
 def _silence(item: Item) -> str:
     if item.status != "ok":
         return f"not judged: {item.status}"
     return "no answer" if item.answer is None else "the answer says neither real nor fake"
+
+
+TOLERANCE = 1e-6
+# The first of these that a report has is what a floor is held against.
+AUC = ("frame_auc", "video_auc")
+ACCURACY = ("accuracy",)
+
+
+class Expected(NamedTuple):
+    """What one figure should be.
+
+    Attributes:
+        key: A figure, ``KIND.figure`` of one manipulation, or ``counts.NAME``.
+        value: None where the figure should be undefined.
+        tolerance: Largest accepted difference.
+    """
+
+    key: str
+    value: float | None
+    tolerance: float
+
+
+class Expectation(NamedTuple):
+    """What ``--check`` holds a report against.
+
+    Attributes:
+        figures: The expected figures.
+        identity: Dotted paths into the report to what must stand there, such as
+            ``protocol.sha256``; only an earlier report asks for any.
+    """
+
+    figures: tuple[Expected, ...]
+    identity: Mapping[str, str]
+
+
+def read_expectation(path: Path) -> Expectation:
+    """Read what figures should be.
+
+    The file holds ``{"accuracy": 0.9444, "frame_auc": {"value": 0.98, "tolerance": 0.005}}``, the
+    same under a key ``figures`` beside ``per_kind`` and ``counts``, or is an earlier
+    ``report.json``. A ``tolerance`` beside them is for all that state none.
+
+    Raises:
+        InputError: The file cannot be read, expects nothing, or a value is no number.
+    """
+    found = read_json(path)
+    identity = {}
+    if _is_report(found):
+        paths = ("dataset", "protocol.sha256", "data.fingerprint")
+        identity = {dotted: _at(found, dotted) for dotted in paths}
+    default = _number(path, "tolerance", found.pop("tolerance", TOLERANCE), low=0.0)
+    rows: Mapping[str, Any] = found
+    if isinstance(found.get("figures"), dict):
+        groups = (found.get("per_kind"), {"counts": found.get("counts")})
+        rows = {**found["figures"], **_dotted(groups[0]), **_dotted(groups[1])}
+    figures = tuple(_expected(path, key, value, default) for key, value in rows.items())
+    if not figures:
+        raise InputError(f"'{path}' expects nothing.", "empty", 'For example: {"accuracy": 0.9444}')
+    return Expectation(figures, identity)
+
+
+def _dotted(groups: Any) -> dict[str, Any]:
+    inner = groups.items() if isinstance(groups, dict) else ()
+    return {
+        f"{group}.{name}": value
+        for group, values in inner
+        if isinstance(values, dict)
+        for name, value in values.items()
+    }
+
+
+def _expected(path: Path, key: str, row: Any, tolerance: float) -> Expected:
+    if isinstance(row, dict):
+        if "value" not in row:
+            raise InputError(f"'{path}' gives '{key}' no value.", hint='{"value": 0.9444}')
+        if "tolerance" in row:
+            tolerance = _number(path, f"{key}.tolerance", row["tolerance"], low=0.0)
+        row = row["value"]
+    return Expected(key, None if row is None else _number(path, key, row), tolerance)
+
+
+def _number(path: Path, key: str, value: Any, low: float = -math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(
+            f"'{path}' expects {value!r} of '{key}', which is not a number.",
+            hint='For example: {"accuracy": {"value": 0.9444, "tolerance": 0.001}}',
+        )
+    if value < low:
+        raise InputError(f"'{path}' gives '{key}' as {value}, below {low:g}.")
+    return float(value)
+
+
+def tripped(
+    report: Mapping[str, Any],
+    expectation: Expectation | None = None,
+    *,
+    min_auc: float | None = None,
+    min_accuracy: float | None = None,
+) -> list[str]:
+    """Why a report does not pass, a sentence each; empty when it does.
+
+    Args:
+        report: Of ``build_report``.
+        expectation: What its figures should be; None for anything.
+        min_auc: Smallest accepted AUC; None for any.
+        min_accuracy: Smallest accepted accuracy; None for any.
+    """
+    found = drifts(report, expectation) if expectation else []
+    for names, floor in ((AUC, min_auc), (ACCURACY, min_accuracy)):
+        if floor is not None and (sentence := below(report, names, floor)):
+            found.append(sentence)
+    return found
+
+
+def drifts(report: Mapping[str, Any], expected: Expectation) -> list[str]:
+    """What differs from the expectation, a sentence each; empty when all is as expected."""
+    found = [
+        f"{path} is {_at(report, path)}, expected {text}."
+        for path, text in expected.identity.items()
+        if _at(report, path) != text
+    ]
+    figures = _figures(report)
+    for key, wanted, tolerance in expected.figures:
+        have, note = figures.get(key, (None, None))
+        if key not in figures:
+            found.append(f"{key} is not in this report, expected {wanted}.")
+        elif have is None and wanted is not None:
+            found.append(f"{key} is undefined ({note}), expected {wanted!r}.")
+        elif have is not None and wanted is None:
+            found.append(f"{key} is {have!r}, expected it to be undefined.")
+        elif have is not None and wanted is not None and abs(have - wanted) > tolerance:
+            found.append(
+                f"{key} is {have!r}, expected {wanted!r} (off by {have - wanted:+.6g}, tolerance "
+                f"{tolerance:g})."
+            )
+    return found
+
+
+def below(report: Mapping[str, Any], names: Sequence[str], floor: float) -> str | None:
+    """Why a floor is not reached, as a sentence; None when it is.
+
+    Args:
+        report: Of ``build_report``.
+        names: The first one that the report has is meant.
+        floor: The smallest accepted value.
+    """
+    figures = _figures(report)
+    name = next((name for name in names if name in figures), None)
+    if name is None:
+        return f"{names[0]} is not among this report's figures, at least {floor:g} was asked for."
+    value, note = figures[name]
+    if value is None:
+        return f"{name} is undefined ({note}), at least {floor:g} was asked for."
+    return f"{name} is {value:.6f}, at least {floor:g} was asked for." if value < floor else None
+
+
+def _figures(report: Mapping[str, Any]) -> dict[str, tuple[float | None, str | None]]:
+    """Every number of a report under its key, with the reason where it is undefined."""
+    groups = {**_dotted(report["per_kind"]), **report["figures"]}
+    counts = {f"counts.{name}": (value, None) for name, value in report["counts"].items()}
+    return {key: (figure["value"], figure["note"]) for key, figure in groups.items()} | counts
+
+
+def _at(report: Mapping[str, Any], dotted: str) -> str:
+    value: Any = report
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return str(value)

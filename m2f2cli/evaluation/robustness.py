@@ -1,7 +1,8 @@
-"""How a detector's figures fall as pictures get worse: every corruption at every severity.
+"""``m2f2 robustness``: how a detector's figures fall as pictures get worse.
 
-Pictures are decoded once, corrupted in memory and judged as ``m2f2 detect`` judges them. Each
-condition has its own file of records, so a killed sweep goes on where it stopped.
+Pictures are decoded once, corrupted in memory and judged as ``m2f2 detect`` judges them, under
+every corruption at every severity. Each condition has its own file of records, so a killed sweep
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.corruptions import CORRUPTIONS, SEVERITIES, find_corruption
@@ -19,18 +20,30 @@ from m2f2cli.data.images import Picture
 from m2f2cli.data.samples import SampleSet
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, MissingExtraError, UsageError
+from m2f2cli.evaluation.evaluate import (
+    Evaluation,
+    Progress,
+    check_same_data,
+    list_sources,
+    measure,
+    read_subject,
+    silent,
+    truth_of,
+)
 from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.protocols import Figure, standard
 from m2f2cli.evaluation.report import read_json
-from m2f2cli.evaluation.runs import check_same_data, count_items, list_sources, truth_of
 from m2f2cli.evaluation.truth import Joined, Truth, fingerprint, join
 from m2f2cli.files import atomic_write, json_bytes
-from m2f2cli.inference.pipeline import Judge, judge_sources, load, settings_of
+from m2f2cli.inference.pipeline import DetectPipeline, judge_sources
 from m2f2cli.inference.recordfile import RecordFile
 from m2f2cli.inference.sources import Source
 from m2f2cli.metrics import LEVEL, RESAMPLES, SEED
 from m2f2cli.options.detect import DetectOptions
-from m2f2cli.records import Settings
+from m2f2cli.options.evaluate import RobustnessOptions
+
+if TYPE_CHECKING:
+    from m2f2cli.models.detector import Detector
 
 SCHEMA_VERSION, KIND = 1, "robustness"
 REPORT, PLOT, RECORDS, PLAN = "robustness.json", "robustness.svg", "records", "plan.json"
@@ -40,30 +53,46 @@ _CHUNK = 16  # pictures that are decoded and then taken through all conditions
 Condition = tuple[str, int]
 
 
-@dataclass(frozen=True)
-class SweepOptions:
-    """What is swept and how it is measured.
+def robustness(options: RobustnessOptions, progress: Progress | None = None) -> Evaluation:
+    """Measure and report a set as ``evaluate`` does, and under every corruption.
 
-    Attributes:
-        corruptions: Names in ``data.corruptions.CORRUPTIONS``.
-        split: What the set is, as reports call it.
-        resamples: Of the bootstrap; 0 for no metrics.
-        seed: Of the bootstrap.
-        level: Of the metrics.
+    Args:
+        options: The set, the detector, and where the results go.
+        progress: Told of every picture that is judged.
+
+    Returns:
+        What ``evaluate`` gives, with the ``sweep``.
+
+    Raises:
+        M2F2Error: As from ``evaluate`` and ``sweep``.
     """
+    subject = read_subject(options)
+    if subject.samples is None or subject.truth is None:
+        raise UsageError("Corrupted pictures are judged by a model, not measured by predictions.")
+    whole = subject.steps * (1 + len(conditions(tuple(CORRUPTIONS))))
+    with (progress or silent)(whole) as advance:
+        found = measure(subject, advance)
+        swept = sweep(
+            subject.samples,
+            model=options.model,
+            folder=options.robustness_dir or Path(options.report or "") / "robustness",
+            split=subject.truth.split,
+            resamples=options.resamples,
+            seed=options.seed,
+            detect=subject.detect,
+            advance=advance,
+        )
+    return found._replace(sweep=swept)
 
-    corruptions: tuple[str, ...] = tuple(CORRUPTIONS)
-    split: str = "all"
-    resamples: int = RESAMPLES
-    seed: int = SEED
-    level: float = LEVEL
 
-    def conditions(self) -> list[Condition]:
-        """Untouched pictures first, then each corruption from mild to severe."""
-        corrupted = [
-            (find_corruption(name).name, s) for name in self.corruptions for s in SEVERITIES
-        ]
-        return [CLEAN, *dict.fromkeys(corrupted)]
+def conditions(corruptions: Sequence[str]) -> list[Condition]:
+    """Untouched pictures first, then each corruption from mild to severe.
+
+    Raises:
+        ConfigError: A corruption is unknown.
+    """
+    names = dict.fromkeys(find_corruption(name).name for name in corruptions)
+    return [CLEAN, *((name, severity) for name in names for severity in SEVERITIES)]
 
 
 @dataclass(frozen=True)
@@ -93,52 +122,16 @@ class Row:
     failed: int
 
 
-@dataclass(frozen=True)
-class Sweep:
+class Sweep(NamedTuple):
     """A finished sweep.
 
     Attributes:
         rows: One a condition, untouched pictures first.
-        clean: The untouched pictures' answers with their truth.
-        options: How it was measured.
-        folder: Where its files are.
         notes: What to know about it.
     """
 
     rows: tuple[Row, ...]
-    clean: Joined
-    options: SweepOptions
-    folder: Path
     notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of ``robustness.json``; ``docs/robustness.md`` describes the schema."""
-        labels = [item.label for item in self.clean.items]
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "kind": KIND,
-            "versions": library_versions(),
-            "model": {
-                "name": self.clean.model,
-                "fingerprint": self.clean.model_fingerprint,
-                "threshold": self.clean.threshold,
-            },
-            "data": {
-                "dataset": self.clean.dataset,
-                "split": self.clean.split,
-                "fingerprint": self.clean.data_fingerprint,
-                "real": labels.count(0),
-                "fake": labels.count(1),
-            },
-            "interval": {
-                "resamples": self.options.resamples,
-                "seed": self.options.seed,
-                "level": self.options.level,
-            },
-            "corruptions": _definitions(self.options.corruptions),
-            "rows": [asdict(row) for row in self.rows],
-            "notes": list(self.notes),
-        }
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headings and rows for people; a heading that ends in ``>`` is aligned to the right."""
@@ -154,8 +147,8 @@ class Sweep:
                 "-" if row.auc.value is None else f"{row.auc.value:.3f}",
                 "-" if row.auc.low is None else f"{row.auc.low:.3f} to {row.auc.high:.3f}",
                 "-" if row.accuracy.value is None else f"{row.accuracy.value:.3f}",
-                _percent(row.uncertain),
-                _percent(row.in_domain),
+                "-" if row.uncertain is None else f"{row.uncertain:.0%}",
+                "-" if row.in_domain is None else f"{row.in_domain:.0%}",
                 str(row.failed),
             )
             for row in self.rows
@@ -165,11 +158,13 @@ class Sweep:
 def sweep(
     samples: SampleSet,
     *,
-    model: str | Judge,
+    model: str | Detector,
     folder: Path,
-    options: SweepOptions | None = None,
+    corruptions: Sequence[str] = tuple(CORRUPTIONS),
+    split: str = "all",
     detect: DetectOptions | None = None,
     advance: Callable[[], object] | None = None,
+    **bootstrap: Any,
 ) -> Sweep:
     """Judge a set under every corruption, measure it, and write table, plot and records.
 
@@ -180,46 +175,59 @@ def sweep(
         samples: Pictures, or videos in HDF5 files (``detect.frames`` of each).
         model: As for ``detect``.
         folder: Gets ``robustness.json``, ``robustness.svg`` and ``records/``, one file a condition.
-        options: What is swept.
+        corruptions: Names in ``data.corruptions.CORRUPTIONS``.
+        split: What the set is, as reports call it.
         detect: How to judge; by default every picture is a crop.
-        advance: Called after each new record; see ``count_records``.
+        advance: Called after each new record: of each picture in each of ``conditions``.
+        **bootstrap: ``resamples`` and ``seed``, as of ``protocols.standard``.
 
     Raises:
         UsageError: ``folder`` holds a sweep of other data, another model or other settings.
         ConfigError: A corruption is unknown.
         M2F2Error: The model cannot be loaded, or the disk refuses.
     """
-    options, detect = options or SweepOptions(), detect or DetectOptions(faces="none")
-    conditions = options.conditions()
-    truth = truth_of(samples, detect, options.split)
+    detect = detect or DetectOptions(faces="none")
+    every = conditions(corruptions)
+    truth = truth_of(samples, detect, split)
     _claim(folder, truth)
     with FrameReader() as reader, ExitStack() as stack:
-        logs = {c: stack.enter_context(RecordFile(_records(folder, c))) for c in conditions}
+        logs = {c: stack.enter_context(RecordFile(_records(folder, c))) for c in every}
         pictures = list_sources(samples, reader, frames=detect.frames)
         check_same_data(logs[CLEAN], pictures)
         work = [
             (condition, source)
-            for condition, source in _corrupted(pictures, conditions)
+            for condition, source in _corrupted(pictures, every)
             if source.path not in logs[condition].done
         ]
+        # Every file becomes writable, or is refused because it was made with other settings.
         if not work:
-            _bind(logs, settings_of(model, load(model, detect), detect))
+            settings = DetectPipeline(model, detect).settings
+            for log in logs.values():
+                log.bind(settings)
         records = judge_sources([s for _, s in work], model=model, options=detect) if work else ()
         for (condition, _), record in zip(work, records, strict=True):
-            _bind(logs, record.settings)  # the first record does; all must be of these settings
+            for log in logs.values():
+                log.bind(record.settings)
             logs[condition].append(record)
             if advance is not None:
                 advance()
-    return _finish(folder, truth, options)
+    answers = {c: join(truth, read_predictions(_records(folder, c))) for c in every}
+    rows = tuple(_row(c, scored, bootstrap) for c, scored in answers.items())
+    found = Sweep(rows)
+    try:
+        from m2f2cli.evaluation.page import sweep_curves
 
-
-def count_records(samples: SampleSet, options: SweepOptions, detect: DetectOptions) -> int:
-    """How many records a whole sweep has."""
-    return len(options.conditions()) * count_items(samples, detect)
+        atomic_write(folder / PLOT, sweep_curves(rows))
+    except MissingExtraError as error:
+        found = Sweep(rows, (f"No plot: {error.message} {error.hint}",))
+    interval = {"resamples": RESAMPLES, "seed": SEED, "level": LEVEL} | bootstrap
+    report = _report(found, answers[CLEAN], interval, corruptions)
+    atomic_write(folder / REPORT, json_bytes(report))
+    return found
 
 
 def _corrupted(
-    pictures: Sequence[Source], conditions: Sequence[Condition]
+    pictures: Sequence[Source], every: Sequence[Condition]
 ) -> Iterator[tuple[Condition, Source]]:
     """Every picture under every condition, a few at a time so that each is decoded once."""
 
@@ -236,18 +244,10 @@ def _corrupted(
         return replace(picture, pixels=pixels, note=f"{name}, severity {severity}")
 
     for start in range(0, len(pictures), _CHUNK):
-        for condition in conditions:
+        for condition in every:
             for number in range(start, min(start + _CHUNK, len(pictures))):
-                yield (
-                    condition,
-                    replace(pictures[number], read=partial(corrupt, number, condition)),
-                )
-
-
-def _bind(logs: Mapping[Condition, RecordFile], settings: Settings) -> None:
-    """Make every file writable, or refuse because one was made with other settings."""
-    for log in logs.values():
-        log.bind(settings)
+                read = partial(corrupt, number, condition)
+                yield condition, replace(pictures[number], read=read)
 
 
 def _records(folder: Path, condition: Condition) -> Path:
@@ -276,50 +276,35 @@ def _claim(folder: Path, truth: Truth) -> None:
     file = folder / PLAN
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"'{folder}' is a file, not a folder.", "Choose another folder.")
-    try:
-        found = read_json(file) if file.exists() else None
-    except InputError:
-        found = {}
-    if found is None:
+    if not file.exists():
         if folder.is_dir() and any(folder.iterdir()):
             raise UsageError(
                 f"'{folder}' is not empty and holds no sweep.", "Choose another folder."
             )
         atomic_write(file, json_bytes(plan))
-    elif found != plan:
+        return
+    try:
+        found: Mapping[str, Any] = read_json(file)
+    except InputError:
+        found = {}
+    if found != plan:
         raise UsageError(
             f"'{folder}' holds a sweep of other data or other severities.", "Choose another folder."
         )
 
 
-def _finish(folder: Path, truth: Truth, options: SweepOptions) -> Sweep:
-    """Measure the records of a whole sweep and write what is made of them."""
-    answers = {c: join(truth, read_predictions(_records(folder, c))) for c in options.conditions()}
-    rows = tuple(_row(condition, scored, options) for condition, scored in answers.items())
-    found = Sweep(rows, answers[CLEAN], options, folder)
-    try:
-        from m2f2cli.evaluation.plots import sweep_curves
-
-        atomic_write(folder / PLOT, sweep_curves(found.rows))
-    except MissingExtraError as error:
-        found = replace(found, notes=(f"No plot: {error.message} {error.hint}",))
-    atomic_write(folder / REPORT, json_bytes(found.to_dict()))
-    return found
-
-
-def _row(condition: Condition, scored: Joined, options: SweepOptions) -> Row:
+def _row(condition: Condition, scored: Joined, bootstrap: Mapping[str, Any]) -> Row:
     name, severity = condition
-    measures = standard(scored, resamples=options.resamples, seed=options.seed, level=options.level)
+    figures = standard(scored, **bootstrap).figures
     judged = [item for item in scored.items if item.fake_probability is not None]
-    inside = [item.in_domain for item in judged if item.in_domain is not None]
     return Row(
         corruption=name,
         severity=severity,
         value=CORRUPTIONS[name].value(severity) if severity else None,
-        auc=measures.figures["frame_auc"],
-        accuracy=measures.figures["accuracy"],
+        auc=figures["frame_auc"],
+        accuracy=figures["accuracy"],
         uncertain=_share([item.verdict == "uncertain" for item in judged]),
-        in_domain=_share(inside),
+        in_domain=_share([item.in_domain for item in judged if item.in_domain is not None]),
         judged=len(judged),
         failed=len(scored.items) - len(judged),
     )
@@ -329,5 +314,29 @@ def _share(hits: Sequence[bool]) -> float | None:
     return sum(hits) / len(hits) if hits else None
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
+def _report(
+    found: Sweep, clean: Joined, interval: Mapping[str, Any], corruptions: Sequence[str]
+) -> dict[str, Any]:
+    """The content of ``robustness.json``; ``docs/robustness.md`` describes the schema."""
+    labels = [item.label for item in clean.items]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "versions": library_versions(),
+        "model": {
+            "name": clean.model,
+            "fingerprint": clean.model_fingerprint,
+            "threshold": clean.threshold,
+        },
+        "data": {
+            "dataset": clean.dataset,
+            "split": clean.split,
+            "fingerprint": clean.data_fingerprint,
+            "real": labels.count(0),
+            "fake": labels.count(1),
+        },
+        "interval": interval,
+        "corruptions": _definitions(corruptions),
+        "rows": [asdict(row) for row in found.rows],
+        "notes": list(found.notes),
+    }

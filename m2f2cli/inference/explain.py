@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,25 +17,18 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
-from m2f2cli.checkpoints.load import load_explainer
+from m2f2cli.checkpoints.load import is_explainer, load_explainer
 from m2f2cli.data.conversations import parse_verdict
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.optimize_cpu import optimize_for_cpu
-from m2f2cli.inference.pipeline import (
-    Judged,
-    Score,
-    Scorer,
-    in_batches,
-    judge,
-    rule_of,
-    settings_of,
-)
+from m2f2cli.inference.pipeline import DetectPipeline, Judged, Score, in_batches
 from m2f2cli.inference.questions import Question, choose
 from m2f2cli.inference.recordfile import EXPLANATIONS, Job
 from m2f2cli.inference.sources import Crop, Decoder, Source, expand
-from m2f2cli.inference.verdict import Judgement, faces_of
-from m2f2cli.models.conversation import Template, template
+from m2f2cli.inference.verdict import faces_of
+from m2f2cli.models.conversation import template
+from m2f2cli.models.detector import Detector
 from m2f2cli.models.explainer import Explainer, PictureFeatures
 from m2f2cli.models.prefix import SharedPrompts
 from m2f2cli.models.processing import ExplainerProcessor
@@ -77,6 +71,34 @@ def explain(
     yield from explain_sources(expand(paths, recursive=recursive), model=model, options=chosen)
 
 
+def explain_sources(
+    sources: Sequence[Source],
+    *,
+    model: str | Loaded,
+    options: ExplainOptions,
+    on_text: Callable[[TextChunk], object] | None = None,
+) -> Iterator[Explanation]:
+    """``explain`` for sources already listed; arguments and records as there.
+
+    ``on_text`` is called with each answer's text while it is generated, answer by answer.
+    """
+    if options.condition == "truth":
+        raise UsageError(
+            "Only the questions of a data set know the truth.",
+            "Leave out --condition truth, or name the questions with --dataset.",
+        )
+    with Decoder(sources, options.detect) as decoder:
+        pipeline = ExplainPipeline(model, options)
+        questions = choose(options)
+        pipeline.reserve(questions)
+        requests = (
+            None if item is None else Request(item, pipeline.faces(item), questions)
+            for item in pipeline.judge(decoder)
+        )
+        for request, answers in pipeline.answers(requests, on_text=on_text):
+            yield pipeline.explanation(request, answers)
+
+
 def explain_job(
     paths: Sequence[str],
     *,
@@ -95,54 +117,35 @@ def explain_job(
         run=lambda left, on_text=None: explain_sources(
             left, model=model, options=options, on_text=on_text
         ),
-        settings=lambda: ExplainPipeline(model, options).settings(model),
+        settings=lambda: ExplainPipeline(model, options).explain_settings,
         output=output,
         overwrite=overwrite,
         layout=EXPLANATIONS,
     )
 
 
-def explain_sources(
-    sources: Sequence[Source],
-    *,
-    model: str | Loaded,
-    options: ExplainOptions,
-    on_text: Callable[[TextChunk], object] | None = None,
-) -> Iterator[Explanation]:
-    """``explain`` for sources already listed; arguments and records as there.
+def load_pipeline(
+    model: str | Detector | Loaded, options: ExplainOptions | None = None
+) -> DetectPipeline:
+    """A detector or an explainer that stays loaded, and keeps its forgery maps.
 
     Args:
-        sources: The items.
-        model: As for ``explain``.
-        options: As for ``explain``.
-        on_text: Is called with each answer's text while it is generated, answer by answer.
+        model: A checkpoint's name, of a detector or an explainer; or either, loaded.
+        options: How to judge and, given an explainer, to ask.
+
+    Raises:
+        M2F2Error: The model is unusable.
     """
-    if options.condition == "truth":
-        raise UsageError(
-            "Only the questions of a data set know the truth.",
-            "Leave out --condition truth, or name the questions with --dataset.",
-        )
-    with Decoder(sources, options.detect) as decoder:
-        pipeline = ExplainPipeline(model, options)
-        questions = choose(options)
-        pipeline.reserve(questions)
-        settings = pipeline.settings(model)
-        requests = (
-            None if item is None else Request(item, pipeline.faces(item), questions)
-            for item in pipeline.judge(decoder, settings)
-        )
-        for request, answers in pipeline.answers(requests, on_text=on_text):
-            yield explanation(request, answers, settings)
+    options = options or ExplainOptions()
+    if isinstance(model, tuple) or (isinstance(model, str) and is_explainer(model)):
+        pipeline = ExplainPipeline(model, options, maps=True)
+        pipeline.reserve(choose(options))
+        return pipeline
+    return DetectPipeline(model, options.detect, maps=True)
 
 
 class Face(NamedTuple):
-    """A face to ask about.
-
-    Attributes:
-        crop: What is seen of it.
-        score: The detector's.
-        frame: Number of the video's frame; None for a picture.
-    """
+    """A face to ask about; ``frame`` is the number of the video's frame, None for a picture."""
 
     crop: Crop
     score: Score
@@ -150,13 +153,7 @@ class Face(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What is asked about one item.
-
-    Attributes:
-        judged: The item.
-        faces: The faces asked about; none of an item without a verdict.
-        questions: What is asked about each.
-    """
+    """What is asked about each of some faces of one item; none of an item without a verdict."""
 
     judged: Judged
     faces: Sequence[Face]
@@ -170,46 +167,22 @@ class Prompt(NamedTuple):
     tokens: list[int]
 
 
-class Completion(NamedTuple):
-    """A generated answer.
-
-    Attributes:
-        text: Without the tokenizer's marks.
-        complete: Whether it ended by itself.
-    """
-
-    text: str
-    complete: bool
-
-
 class Answers(NamedTuple):
-    """The answers about one face.
+    """The detector's verdict on a face, what the questions told of it (if anything), and answers.
 
-    Attributes:
-        verdict: The detector's.
-        told: What the questions told of the face, ``real`` or ``fake``; None when nothing.
-        asked: The questions, with what they told.
-        prompts: The same inside the template.
-        completions: The answers, in order.
+    ``told`` is ``real``, ``fake`` or None; ``prompts`` are the questions inside the template.
     """
 
-    verdict: Judgement
+    verdict: str
     told: str | None
-    asked: tuple[str, ...]
-    prompts: tuple[Prompt, ...]
-    completions: tuple[Completion, ...] = ()
+    prompts: list[Prompt]
+    answers: list[Answer]
 
 
 class TextChunk(NamedTuple):
-    """A piece of an answer while it is generated.
+    """A piece of an answer while it is generated: new text, empty when the answer begins.
 
-    Attributes:
-        crop: Of the face.
-        fake_probability: The detector's.
-        verdict: The detector's.
-        question: What is answered.
-        asked: The same in words.
-        text: New text; empty when the answer begins.
+    It comes with the face's crop, the detector's score and verdict, the question, and its words.
     """
 
     crop: Box
@@ -220,8 +193,8 @@ class TextChunk(NamedTuple):
     text: str
 
 
-class ExplainPipeline:
-    """An explainer with everything that is needed to judge faces and to ask about them.
+class ExplainPipeline(DetectPipeline):
+    """A loaded explainer with everything that is needed to judge items and to ask about them.
 
     Args:
         model: A checkpoint's name (see ``checkpoints.load.load_explainer``), or an
@@ -233,36 +206,35 @@ class ExplainPipeline:
         M2F2Error: The checkpoint is none of an explainer, or damaged.
     """
 
+    explains = True
+
     def __init__(self, model: str | Loaded, options: ExplainOptions, *, maps: bool = False) -> None:
         if isinstance(model, str):
             where = options.detect
-            explainer, folder = load_explainer(
+            self.model, folder = load_explainer(
                 model, device=where.device, dtype=where.dtype, quantize=options.quantize
             )
-            optimize_for_cpu(explainer.detector)
-            model = (
-                explainer,
-                ExplainerProcessor.from_folder(folder, explainer.config, explainer_views),
+            optimize_for_cpu(self.model.detector)
+            self.processor = ExplainerProcessor.from_folder(
+                folder, self.model.config, explainer_views
             )
-        self.model, self.processor = model
+        else:
+            self.model, self.processor = model
+        super().__init__(self.model.detector, options.detect, maps=maps)
+        self.name = model if isinstance(model, str) else type(self.model).__name__
+        self.fingerprint = self.model.fingerprint
+        self.crops = self.crops._replace(pads=self.model.config.image_aspect == "pad")
         self.options = options
-        self.template: Template = template(options.template or self.model.config.template)
-        self.scorer = Scorer(self.model.detector, explainer=self.model, maps=maps)
-        self.rule = rule_of(self.model.detector, options.detect)
+        self.template = template(options.template or self.model.config.template)
         self._prompts: dict[tuple[Question, str | None], Prompt] = {}
         self._room = options.max_new_tokens
 
-    def settings(self, model: str | Loaded) -> ExplainSettings:
-        """What the words of a run depend on, as every record tells it.
-
-        Args:
-            model: As the user named or gave it.
-        """
+    @property
+    def explain_settings(self) -> ExplainSettings:
+        """What the words of a run depend on, as every record tells it."""
         options = self.options
-        name = model if isinstance(model, str) else type(self.model).__name__
-        base = settings_of(name, self.model.detector, options.detect)
         return ExplainSettings(
-            **{**vars(base), "model_fingerprint": self.model.fingerprint},
+            **vars(self.settings),
             template=self.template.name,
             condition=options.condition,
             questions=tuple(q.text for q in choose(options) if q.text is not None),
@@ -271,19 +243,16 @@ class ExplainPipeline:
             quantised=options.quantize,
         )
 
-    def asking(self, options: ExplainOptions) -> ExplainPipeline:
-        """The same explainer asked other questions; what was tokenized stays known."""
-        other = copy.copy(self)
-        other.options = options
-        other.reserve(choose(options))
-        return other
+    def _look(self, crops: Sequence[Crop]) -> PictureFeatures:
+        center = self._pixels([crop.pixels for crop in crops])
+        with torch.no_grad():
+            if all(crop.padded is None for crop in crops):
+                return self.model.encode_pictures(center)
+            whole = [crop.pixels if crop.padded is None else crop.padded for crop in crops]
+            return self.model.encode_pictures(self._pixels(whole), center)
 
     def prompt(self, question: Question, told: str | None) -> Prompt:
         """A question about one picture, ready to be answered; each is tokenized once.
-
-        Args:
-            question: What is asked.
-            told: As for ``Question.asked``.
 
         Raises:
             UsageError: Its placeholders do not fit one picture, or it is too long.
@@ -315,10 +284,6 @@ class ExplainPipeline:
         longest = max(self.length(question) for question in questions)
         self._room = min(self.options.max_new_tokens, limit - longest)
 
-    def judge(self, decoder: Decoder, settings: ExplainSettings) -> Iterator[Judged | None]:
-        """The detector's verdicts on the items of a decoder; see ``pipeline.judge``."""
-        return judge(decoder, self.scorer, options=self.options.detect, settings=settings)
-
     def faces(self, item: Judged) -> list[Face]:
         """Which faces are explained: every one of a picture, the most suspicious of a video."""
         if item.record.status != "ok":
@@ -333,6 +298,40 @@ class ExplainPipeline:
         crop = item.crop(face.crop, view.index)
         return [Face(crop, item.scores[crop.digest], view.index)]
 
+    def explain(
+        self,
+        judged: Judged,
+        *,
+        face: Box | None = None,
+        regions: Sequence[str] = (),
+        questions: Sequence[str] = (),
+        on_text: Callable[[TextChunk], object] | None = None,
+    ) -> Explanation:
+        """Ask about one face of a judged item with status ``ok``.
+
+        Args:
+            judged: The item.
+            face: ``crop`` of a face of a picture; None takes the one that decides. Of a video it
+                is always the one that decides the frame with the highest fake probability.
+            regions: As in ``ExplainOptions``, like ``questions``.
+            questions: See ``regions``.
+            on_text: As for ``explain_sources``.
+
+        Raises:
+            UsageError: A question is impossible.
+        """
+        asking = copy.copy(self)  # what was tokenized stays known
+        asking.options = replace(self.options, regions=tuple(regions), questions=tuple(questions))
+        chosen = choose(asking.options)
+        asking.reserve(chosen)
+        faces = self.faces(judged)
+        if judged.record.kind != "video":
+            box = face or judged.record.faces[0].crop
+            faces = [one for one in faces if one.crop.crop == box][:1]
+        request = Request(judged, faces, chosen)
+        _, answers = next(asking.answers([request], on_text=on_text))
+        return asking.explanation(request, answers)
+
     def answers(
         self,
         requests: Iterable[Request | None],
@@ -341,65 +340,63 @@ class ExplainPipeline:
     ) -> Iterator[tuple[Request, list[Answers]]]:
         """Answer everything that is asked, equal questions about equal faces once.
 
-        Args:
-            requests: One an item; None says that the next one takes its time.
-            on_text: As for ``explain_sources``.
-
         Yields:
-            Each request with the answers about its faces, in order, as soon as they are known.
+            Each request with the answers about its faces, in order, as soon as they are known;
+            None among the requests says that the next one takes its time.
         """
-        work = (
+        items = (
             None
-            if request is None
-            else (request, {(f.crop.digest, request.questions): f for f in request.faces})
-            for request in requests
+            if asked is None
+            else (
+                asked,
+                {(f.crop.digest, asked.questions): (f, asked.questions) for f in asked.faces},
+            )
+            for asked in requests
         )
         for entry in in_batches(
-            work,
+            items,
             lambda batch: self._ask(batch, on_text),
-            size=self.options.detect.batch_size,
+            size=self.judging.batch_size,
             rows=lambda key: len(key[1]),
             remember=_REMEMBERED,
         ):
             if entry is not None:
                 request, found = entry
-                keys = [(face.crop.digest, request.questions) for face in request.faces]
-                yield request, [found[key] for key in keys]
+                yield request, [found[f.crop.digest, request.questions] for f in request.faces]
 
     def _ask(
         self,
-        batch: Mapping[tuple[bytes, tuple[Question, ...]], Face],
+        batch: Sequence[tuple[Face, tuple[Question, ...]]],
         on_text: Callable[[TextChunk], object] | None,
     ) -> list[Answers]:
         """Ask about the faces of a batch, each with its questions."""
-        faces = list(batch.values())
-        asked = [self._questions(f, qs) for f, (_, qs) in zip(faces, batch, strict=True)]
-        crops = [face.crop for face in faces]
-        new = [face.crop for face in faces if face.score.features is None]
-        again = iter(self.scorer.score(new) if new else ())
-        features = [face.score.features or next(again).features for face in faces]
-        heads = [
-            TextChunk(f.crop.crop, f.score.fake_probability, a.verdict.verdict, question, words, "")
-            for f, a, (_, questions) in zip(faces, asked, batch, strict=True)
-            for question, words in zip(questions, a.asked, strict=True)
-        ]
+        found: list[Answers] = []
+        chunks: list[TextChunk] = []
+        for (crop, score, _), questions in batch:
+            verdict = self.rule.judge(score.fake_probability, score.domain_distance).verdict
+            tells = self.options.condition == "detector" and verdict in ("real", "fake")
+            told = verdict if tells else None
+            prompts = [self.prompt(question, told) for question in questions]
+            found.append(Answers(verdict, told, prompts, []))
+            for question in questions:
+                asked = question.words(self.template, told)
+                about = (crop.crop, score.fake_probability, verdict)
+                chunks.append(TextChunk(*about, question, asked, ""))
         tell = None
         if on_text is not None:
-            tell = lambda number, text: on_text(heads[number]._replace(text=text))  # noqa: E731
-        said = self.complete(crops, features, [a.prompts for a in asked], on_text=tell)
-        return [a._replace(completions=tuple(texts)) for a, texts in zip(asked, said, strict=True)]
-
-    def _questions(self, face: Face, questions: tuple[Question, ...]) -> Answers:
-        """What is asked about a face with its score, still without answers."""
-        verdict = self.rule.judge(face.score.fake_probability, face.score.domain_distance)
-        decided = verdict.verdict if verdict.verdict in ("real", "fake") else None
-        told = decided if self.options.condition == "detector" else None
-        return Answers(
-            verdict,
-            told,
-            tuple(question.words(self.template, told) for question in questions),
-            tuple(self.prompt(question, told) for question in questions),
+            tell = lambda number, text: on_text(chunks[number]._replace(text=text))  # noqa: E731
+        faces = [face for face, _ in batch]
+        new = [face.crop for face in faces if face.score.features is None]
+        again = iter(self.score(new) if new else ())
+        features = [face.score.features or next(again).features for face in faces]
+        rows = self.complete(
+            [face.crop for face in faces], features, [a.prompts for a in found], on_text=tell
         )
+        heads = iter(chunks)
+        for one, texts in zip(found, rows, strict=True):
+            for (text, complete), head in zip(texts, heads):  # noqa: B905 - of all faces
+                one.answers.append(Answer(head.question.region, head.asked, text, complete))
+        return found
 
     def complete(
         self,
@@ -408,7 +405,7 @@ class ExplainPipeline:
         prompts: Sequence[Sequence[Prompt]],
         *,
         on_text: Callable[[int, str], object] | None = None,
-    ) -> list[list[Completion]]:
+    ) -> list[list[tuple[str, bool]]]:
         """Generate answers about crops, all about one going on from the same beginning.
 
         Args:
@@ -419,23 +416,22 @@ class ExplainPipeline:
                 one by one.
 
         Returns:
-            The answers to each crop's prompts.
+            For each crop its answers: the text, and whether it ended by itself.
         """
         groups = [[prompt.tokens for prompt in texts] for texts in prompts]
         shared = SharedPrompts(self.model, groups, features)
         places = [(n, q) for n, texts in enumerate(prompts) for q in range(len(texts))]
-        at_once = 1 if on_text else self.options.detect.batch_size
-        found: list[list[int]] = []
+        at_once = 1 if on_text else self.judging.batch_size
+        answers: list[list[tuple[str, bool]]] = [[] for _ in crops]
+        tokenizer = self.processor.tokenizer
         for first in range(0, len(places), at_once):
             some = places[first : first + at_once]
             about = [(crops[n].digest, prompts[n][q].text) for n, q in some]
-            streamer = _Streamer(self.processor.tokenizer, on_text, first) if on_text else None
-            found += shared.ask(some, **self._generation(about), streamer=streamer)
-        completions: list[list[Completion]] = [[] for _ in crops]
-        for (n, _), ids in zip(places, found, strict=True):
-            text = decode(self.processor.tokenizer, ids)
-            completions[n].append(Completion(text, len(ids) < self._room))
-        return completions
+            streamer = _Streamer(tokenizer, on_text, first) if on_text else None
+            generated = shared.ask(some, **self._generation(about), streamer=streamer)
+            for (n, _), ids in zip(some, generated, strict=True):
+                answers[n].append((decode(tokenizer, ids), len(ids) < self._room))
+        return answers
 
     def _generation(self, about: Sequence[tuple[bytes, str]]) -> dict[str, Any]:
         """Options of ``generate`` for answers about (crop's digest, prompt)."""
@@ -455,6 +451,37 @@ class ExplainPipeline:
             )
             chosen["logits_processor"] = LogitsProcessorList([draws])
         return chosen
+
+    def explanation(self, request: Request, answers: Sequence[Answers]) -> Explanation:
+        """The record of an item with the answers about its faces."""
+        record = request.judged.record
+        explained = []
+        for face, found in zip(request.faces, answers, strict=True):
+            judged, *reasons = found.answers
+            judgement = parse_verdict(judged.text)
+            explained.append(
+                FaceExplanation(
+                    crop=face.crop.crop,
+                    frame=face.frame,
+                    fake_probability=face.score.fake_probability,
+                    verdict=found.verdict,
+                    told=found.told,
+                    judgement=judgement,
+                    judgement_text=judged.text,
+                    agreement=agree(judgement, found.verdict),
+                    reasons=tuple(reasons),
+                )
+            )
+        order = [face.crop for face in record.faces]
+        if order:
+            explained.sort(key=lambda face: order.index(face.crop))
+        first = explained[0].judgement if explained else None
+        return Explanation(
+            **{**vars(record), "settings": self.explain_settings},
+            judgement=first,
+            agreement=agree(first, record.verdict),
+            explanations=tuple(explained),
+        )
 
 
 class SeededSampling(LogitsProcessor):
@@ -509,41 +536,3 @@ class _Streamer(BaseStreamer):
 
     def end(self) -> None:
         """Nothing is held back."""
-
-
-def explanation(
-    request: Request, answers: Sequence[Answers], settings: ExplainSettings
-) -> Explanation:
-    """The record of an item with the answers about its faces."""
-    record = request.judged.record
-    explained = [
-        _face_explanation(face, found, request.questions)
-        for face, found in zip(request.faces, answers, strict=True)
-    ]
-    order = [face.crop for face in record.faces]
-    if order:
-        explained.sort(key=lambda face: order.index(face.crop))
-    judgement = explained[0].judgement if explained else None
-    return Explanation(
-        **{**vars(record), "settings": settings},
-        judgement=judgement,
-        agreement=agree(judgement, record.verdict),
-        explanations=tuple(explained),
-    )
-
-
-def _face_explanation(face: Face, found: Answers, questions: Sequence[Question]) -> FaceExplanation:
-    judged, *others = found.completions
-    judgement, verdict = parse_verdict(judged.text), found.verdict.verdict
-    reasons = zip(questions[1:], found.asked[1:], others, strict=True)
-    return FaceExplanation(
-        crop=face.crop.crop,
-        frame=face.frame,
-        fake_probability=face.score.fake_probability,
-        verdict=verdict,
-        told=found.told,
-        judgement=judgement,
-        judgement_text=judged.text,
-        agreement=agree(judgement, verdict),
-        reasons=tuple(Answer(q.region, asked, c.text, c.complete) for q, asked, c in reasons),
-    )

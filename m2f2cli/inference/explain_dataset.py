@@ -18,7 +18,7 @@ from m2f2cli.inference.questions import JUDGEMENT, Question, untold
 from m2f2cli.inference.recordfile import Layout, RecordFile, open_records
 from m2f2cli.inference.sources import Decoder, Source
 from m2f2cli.options.explain import ExplainOptions
-from m2f2cli.records import SCHEMA_VERSION, ExplainSettings, plain
+from m2f2cli.records import SCHEMA_VERSION, Detection, ExplainSettings, plain
 
 if TYPE_CHECKING:
     from m2f2cli.inference.pipeline import Judged
@@ -42,18 +42,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """One answer, or why there is none.
+    """One answer, or the status and message why there is none; only answers go to a file.
 
     Attributes:
         path: The question's key, or for a judgement the picture.
         image: The picture, as the published files spell it.
-        status: A key of ``records.STATUSES``; only answers (``ok``) are written to a file.
-        settings: Of the run.
-        message: Why there is no answer.
-        prompt: The whole prompt.
         text: The answer between the tokenizer's marks.
-        fake_probability: The detector's.
-        verdict: The detector's.
         told: What the question says of the face, ``real`` or ``fake``; None when nothing.
     """
 
@@ -86,14 +80,7 @@ class AnswerRow:
 
 @dataclass
 class Count:
-    """How a run over questions went.
-
-    Attributes:
-        questions: In the file.
-        answered: Those of an earlier, resumed run included.
-        earlier: Answered by an earlier run.
-        missing: Questions whose picture is missing or unreadable.
-    """
+    """How many questions of a file are answered, by an earlier run, or lack their picture."""
 
     questions: int = 0
     answered: int = 0
@@ -201,55 +188,57 @@ class DatasetJob:
                 try:
                     pipeline.length(self._questions[row.key])
                 except UsageError as error:
-                    raise UsageError(
-                        f"Question '{row.key}': {error.message}", error.hint
-                    ) from error
+                    named = f"Question '{row.key}': {error.message}"
+                    raise UsageError(named, error.hint) from error
             pipeline.reserve(set(self._questions.values()))
-            settings = replace(
-                pipeline.settings(self.model),
-                questions=() if self.options.judge else (self._digest,),
-            )
+            digests = () if self.options.judge else (self._digest,)
+            settings = replace(pipeline.explain_settings, questions=digests)
             if self._log is not None:
                 self._log.bind(settings)
+            requests = (
+                None
+                if item is None
+                else Request(
+                    item,
+                    pipeline.faces(item),
+                    tuple(self._questions[row.key] for row in left[_picture(item)]),
+                )
+                for item in pipeline.judge(decoder)
+            )
+            for request, answers in pipeline.answers(requests):
+                for number, row in enumerate(left[_picture(request.judged)]):
+                    yield self._answer(row, number, request.judged.record, answers, settings)
 
-            def request(item: Judged) -> Request:
-                rows = left[str(item.prepared.source.name)]
-                questions = tuple(self._questions[row.key] for row in rows)
-                return Request(item, pipeline.faces(item), questions)
-
-            items = pipeline.judge(decoder, settings)
-            requests = (None if item is None else request(item) for item in items)
-            for asked, answers in pipeline.answers(requests):
-                rows = left[str(asked.judged.prepared.source.name)]
-                yield from self._rows_of(asked, rows, answers, settings)
-
-    def _rows_of(
+    def _answer(
         self,
-        asked: Request,
-        rows: Sequence[Row],
+        row: Row,
+        number: int,
+        record: Detection,
         answers: Sequence[Answers],
         settings: ExplainSettings,
-    ) -> Iterator[AnswerRow]:
-        record = asked.judged.record
-        name = Path(record.path).name
-        for number, row in enumerate(rows):
-            image = row.key if row.question is None else name
-            answer = AnswerRow(row.key, image, record.status, settings, record.message)
-            if answers:
-                found, completion = answers[0], answers[0].completions[number]
-                answer = replace(
-                    answer,
-                    prompt=found.prompts[number].text,
-                    text=f"<s> {completion.text}" + ("</s>" if completion.complete else ""),
-                    fake_probability=record.fake_probability,
-                    verdict=record.verdict,
-                    told=found.told,
-                )
-                if self.options.condition == "truth":
-                    label = stated_label(row.question or "")
-                    told = None if label is None else ("real", "fake")[label]
-                    answer = replace(answer, told=told)
-            yield answer
+    ) -> AnswerRow:
+        image = row.key if row.question is None else Path(record.path).name
+        if not answers:
+            return AnswerRow(row.key, image, record.status, settings, record.message)
+        found, answer, told = answers[0], answers[0].answers[number], answers[0].told
+        if self.options.condition == "truth":
+            label = stated_label(row.question or "")
+            told = None if label is None else ("real", "fake")[label]
+        return AnswerRow(
+            row.key,
+            image,
+            record.status,
+            settings,
+            prompt=found.prompts[number].text,
+            text=f"<s> {answer.text}" + ("</s>" if answer.complete else ""),
+            fake_probability=record.fake_probability,
+            verdict=record.verdict,
+            told=told,
+        )
+
+
+def _picture(item: Judged) -> str:
+    return str(item.prepared.source.name)
 
 
 def _file(folder: str, picture: str) -> Path:

@@ -45,18 +45,10 @@ def optimize_for_cpu(detector: Detector) -> Detector:
     return detector
 
 
-def fold_quick_gelu(layers: Sequence[Any]) -> int:
-    """Turn x · sigmoid(1.702 x) into one fused SiLU by scaling the weights around it.
-
-    Args:
-        layers: transformers' CLIP encoder layers.
-
-    Returns:
-        How many activations were folded; those of other kinds stay.
-    """
+def fold_quick_gelu(layers: Sequence[Any]) -> None:
+    """Turn x · sigmoid(1.702 x) of CLIP encoder layers into a fused SiLU between scaled weights."""
     from transformers.activations import QuickGELUActivation
 
-    count = 0
     for layer in layers:
         first, second = layer.mlp.fc1, layer.mlp.fc2
         if isinstance(layer.mlp.activation_fn, QuickGELUActivation):
@@ -65,8 +57,6 @@ def fold_quick_gelu(layers: Sequence[Any]) -> int:
             first.bias = nn.Parameter(first.bias.detach() * _QUICK_GELU, requires_grad=False)
             second.weight = nn.Parameter(second.weight.detach() / _QUICK_GELU, requires_grad=False)
             layer.mlp.activation_fn = nn.SiLU(inplace=True)
-            count += 1
-    return count
 
 
 def _attend_by_few_heads(layers: Sequence[Any]) -> None:
@@ -86,18 +76,10 @@ def few_heads_attention(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention without gradients, a few heads of one picture at a time.
+    """Attention without gradients, a few heads of one picture at a time, as transformers calls it.
 
-    Args:
-        module: Unused; transformers passes it.
-        query: (B, heads, T, d); ``key`` and ``value`` alike.
-        key: See ``query``.
-        value: See ``query``.
-        attention_mask: Must be None.
-        **options: ``scaling`` multiplies the scores.
-
-    Returns:
-        (B, T, heads, d), and None for the weights.
+    Query, key and value are (B, heads, T, d); there is no mask; ``scaling`` multiplies the scores.
+    The result is (B, T, heads, d), and None for the weights.
     """
     batch, heads, length, width = query.shape
     result = query.new_empty(batch, length, heads, width)
@@ -113,17 +95,11 @@ def few_heads_attention(
 
 
 def fold_batch_norms(network: nn.Module) -> int:
-    """Fold each batch norm that stands right behind a convolution, in place.
+    """Fold each batch norm that stands right behind a convolution, in place; returns how many.
 
     Only timm's EfficientNets in float32 and evaluation mode are touched: their blocks register
-    their layers in the order they run, so neighbours are known to be connected, and half precision
+    their layers in the order they run, so neighbors are known to be connected, and half precision
     would round the products.
-
-    Args:
-        network: A backbone.
-
-    Returns:
-        How many were folded.
     """
     from timm.models.efficientnet import EfficientNet
 
@@ -159,14 +135,10 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
 
 
 def optimize_convolutions(network: nn.Module, size: int) -> nn.Module:
-    """Give a pooled EfficientNet without batch norms faster convolutions.
+    """Give a pooled EfficientNet without batch norms, float32 on the CPU, faster convolutions.
 
-    Args:
-        network: In evaluation mode, float32, on the CPU; changed.
-        size: Edge of its pictures, in pixels.
-
-    Returns:
-        What to call instead.
+    Its pictures are ``size`` pixels wide and high. The network is changed; returns what to call
+    instead.
     """
     turned = size % _HALVINGS == 0 and even_out_padding(network)
     pack_convolutions(network, size)
@@ -187,9 +159,6 @@ def even_out_padding(network: nn.Module) -> bool:
     TensorFlow's networks pad a picture of even size by one more pixel at the far side where they
     halve it, which torch does by copying. In a picture turned by 180 degrees, with turned filters,
     that is ordinary padding. All maps are turned then; their mean, the answer, is the same.
-
-    Args:
-        network: For pictures whose edge is even at every halving.
 
     Returns:
         Whether it was changed, and so wants its pictures turned.
@@ -241,19 +210,14 @@ class PackedConvolution(nn.Module):
         return compat.packed_convolution(values, self.packed, self.bias, self.geometry, self.clamp)
 
 
-def pack_convolutions(network: nn.Module, size: int) -> int:
+def pack_convolutions(network: nn.Module, size: int) -> None:
     """Pack the convolutions of a network whose batch norms are folded, in place.
 
-    Args:
-        network: In evaluation mode, float32, on the CPU; a ReLU6 registered right behind a
-            convolution is taken to follow it.
-        size: Edge of its pictures, in pixels.
-
-    Returns:
-        How many were packed; those that pad their sides unlike stay.
+    A ReLU6 registered right behind a convolution is taken to follow it. Convolutions that pad their
+    sides unlike stay.
     """
     if not compat.can_pack(torch.float32):
-        return 0
+        return
     shapes = _input_shapes(network, size)
     for parent in list(network.modules()):
         children = list(parent.named_children())
@@ -264,7 +228,6 @@ def pack_convolutions(network: nn.Module, size: int) -> int:
             setattr(parent, name, PackedConvolution(conv, shapes[conv], clamp))
             if clamp:
                 setattr(parent, later, nn.Identity())
-    return len(shapes)
 
 
 def _input_shapes(network: nn.Module, size: int) -> dict[nn.Module, list[int]]:
@@ -304,17 +267,8 @@ class PackedLinear(nn.Module):
         return compat.packed_linear(values, self.packed, self.bias, self.activation)
 
 
-def pack_linears(layers: Sequence[Any], rows: int) -> int:
-    """Pack the linear layers of transformers' CLIP encoder layers, in place.
-
-    Args:
-        layers: In evaluation mode, frozen, on the CPU.
-        rows: Tokens of a typical batch.
-
-    Returns:
-        How many linear layers were packed.
-    """
-    count = 0
+def pack_linears(layers: Sequence[Any], rows: int) -> None:
+    """Pack the linear layers of CLIP encoder layers in place, for some ``rows`` tokens."""
     for layer in layers:
         fused = isinstance(layer.mlp.activation_fn, nn.SiLU)
         for parent, name in (
@@ -326,7 +280,5 @@ def pack_linears(layers: Sequence[Any], rows: int) -> int:
             if linear.in_features >= _SMALLEST and compat.can_pack(linear.weight.dtype):
                 activation = "swish" if name == "fc1" and fused else "none"
                 setattr(parent, name, PackedLinear(linear, rows, activation))
-                count += 1
         if fused and isinstance(layer.mlp.fc1, PackedLinear):
             layer.mlp.activation_fn = nn.Identity()
-    return count

@@ -1,7 +1,7 @@
 """From files to records: decode, find faces, crop, judge in batches, decide, record.
 
-``detect``, ``explain``, ``evaluate`` and the page all go through ``judge``. Crops are batched
-across items; records leave in the order of the items, as soon as they can. No torch at import.
+``detect``, ``explain``, ``evaluate`` and the page all call ``DetectPipeline.judge``. Crops are
+batched across items; records leave in the order of the items, as soon as they can.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from m2f2cli.data.transforms import normalize
-from m2f2cli.errors import M2F2Error
-from m2f2cli.inference.recordfile import Job, RecordFile, Tally, record_new
+from m2f2cli.errors import M2F2Error, UsageError
+from m2f2cli.inference.recordfile import Job
 from m2f2cli.inference.render import Renderer
 from m2f2cli.inference.sources import PATIENCE, Crop, CropRule, Decoder, Prepared, Source, expand
 from m2f2cli.inference.verdict import DIGITS, Rule, assemble
 from m2f2cli.options.detect import DetectOptions
-from m2f2cli.records import Box, Detection, Settings
+from m2f2cli.records import Box, Detection, Explanation, Settings
 
 if TYPE_CHECKING:
     import torch
+
+    from m2f2cli.models.detector import Detector
 
 AT_ONCE_ON_CPU = 4  # crops; the feature maps of more outgrow its cache
 _BACKLOG = 2  # batches' worth of items that wait for a batch to fill
@@ -40,7 +42,7 @@ Result = TypeVar("Result")
 def detect(
     paths: Sequence[str],
     *,
-    model: str | Judge = "lite",
+    model: str | Detector = "lite",
     options: DetectOptions | None = None,
     recursive: bool = False,
 ) -> Iterator[Detection]:
@@ -64,97 +66,43 @@ def detect(
 
 
 def judge_sources(
-    sources: Sequence[Source], *, model: str | Judge, options: DetectOptions
+    sources: Sequence[Source], *, model: str | Detector, options: DetectOptions
 ) -> Iterator[Detection]:
     """``detect`` for sources already listed; arguments and records as there."""
-    renderer = Renderer(options.heatmap, options.annotate, sources)
+    renderer = Renderer(options, sources)
     with Decoder(sources, options, keep="judged" if renderer.draws else "nothing") as decoder:
-        detector = load(model, options)
-        renderer.check(detector.config)
-        scorer = Scorer(detector, maps=options.heatmap is not None)
-        settings = settings_of(model, detector, options)
-        for item in judge(decoder, scorer, options=options, settings=settings):
+        pipeline = DetectPipeline(model, options, maps=options.heatmap is not None)
+        renderer.check(pipeline.detector.config)
+        for item in pipeline.judge(decoder):
             if item is not None:
                 yield renderer.draw(item)
 
 
-def load(model: str | Judge, options: DetectOptions) -> Judge:
-    """The detector behind a name, or the detector itself."""
-    if not isinstance(model, str):
-        return model
-    from m2f2cli.checkpoints.load import load_detector
-    from m2f2cli.inference.optimize_cpu import optimize_for_cpu
-
-    detector: Judge = optimize_for_cpu(
-        load_detector(model, device=options.device, dtype=options.dtype)
+def detect_job(
+    paths: Sequence[str],
+    *,
+    options: DetectOptions,
+    model: str | Detector = "lite",
+    recursive: bool = False,
+    output: Path | None = None,
+    overwrite: bool = False,
+) -> Job[Detection]:
+    """Everything one run of ``m2f2 detect`` does; arguments as for ``detect`` and ``Job``."""
+    return Job(
+        expand(paths, recursive=recursive),
+        run=lambda left: judge_sources(left, model=model, options=options),
+        settings=lambda: DetectPipeline(model, options).settings,
+        output=output,
+        overwrite=overwrite,
     )
-    return detector
-
-
-def settings_of(model: str | Judge, detector: Judge, options: DetectOptions) -> Settings:
-    """What the verdicts of a run depend on, as every record tells it.
-
-    Args:
-        model: As the user named or gave it.
-        detector: The same, loaded.
-        options: How to judge.
-    """
-    rule = rule_of(detector, options)
-    finds = options.faces != "none"
-    crops = CropRule.of(detector.config, finds_faces=finds)
-    return Settings(
-        model=model if isinstance(model, str) else type(detector).__name__,
-        model_fingerprint=detector.fingerprint,
-        dtype=str(detector.dtype).removeprefix("torch."),
-        threshold=rule.threshold,
-        uncertain=rule.uncertain,
-        temperature=float(detector.config.score_temperature),
-        faces_mode=options.faces,
-        crop_detector="dlib" if finds else None,
-        crop_margin=crops.margin if finds else None,
-        frames_asked=options.frames,
-    )
-
-
-def rule_of(detector: Judge, options: DetectOptions) -> Rule:
-    """The verdict rule of a run with a loaded detector."""
-    config = detector.config
-    chosen = options.threshold if options.threshold is not None else config.threshold
-    band = config.uncertain if options.uncertain == "checkpoint" else options.uncertain
-    return Rule(
-        0.5 if chosen is None else float(chosen),
-        (float(band[0]), float(band[1])) if band else None,
-        float(config.domain["limit"]) if config.domain else None,
-    )
-
-
-class Judge(Protocol):
-    """What the pipeline asks of a detector; ``models.detector.Detector`` is one."""
-
-    config: Any
-    fingerprint: str | None
-
-    @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its weights."""
-
-    def __call__(self, pixel_values: torch.Tensor) -> Any:
-        """Give ``logits`` and ``forgery_map`` of (B, 3, S, S) pictures."""
-
-    def fake_probability(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (B, 2), order (real, fake), to (B,) float32 in [0, 1]."""
 
 
 class Score(NamedTuple):
-    """What the model says of one crop.
+    """What the model says of one crop, rounded to ``verdict.DIGITS``.
 
     Attributes:
-        fake_probability: In [0, 1], rounded to ``verdict.DIGITS``.
-        domain_distance: 0 or more, rounded alike; None where it has no check.
+        fake_probability: In [0, 1].
+        domain_distance: 0 or more; None where the model has no check.
         forgery_map: float32 (g, g), cosines in [-1, 1]; None when absent or not asked for.
         features: What an explainer's language model is shown of the crop, as
             ``models.explainer.PictureFeatures`` of one picture; None without one.
@@ -166,64 +114,164 @@ class Score(NamedTuple):
     features: Any = None
 
 
-class Scorer:
-    """Scores crops with a detector, alone or inside an explainer.
+@dataclass(frozen=True)
+class Judged:
+    """An item with its record, and all that is needed to draw and to explain it.
 
-    Args:
-        detector: In evaluation mode.
-        explainer: The ``models.explainer.Explainer`` that it belongs to; None for none.
-        maps: Keep the forgery maps, where the detector has one.
+    ``scores`` are by the digests of the crops that ``prepared`` holds.
     """
 
-    def __init__(self, detector: Judge, *, explainer: Any = None, maps: bool = False) -> None:
-        self.detector = detector
-        self.explainer = explainer
-        self.maps = maps
+    record: Detection
+    prepared: Prepared
+    scores: Mapping[bytes, Score]
 
-    def crop_rule(self, options: DetectOptions) -> CropRule:
-        """How the model wants its crops."""
-        pads = self.explainer is not None and self.explainer.config.image_aspect == "pad"
-        finds = options.faces != "none"
-        return CropRule.of(self.detector.config, finds_faces=finds, pads=pads)
+    def crop(self, box: Box, frame: int | None = None) -> Crop:
+        """The crop at a place of the picture, or of one frame of a video."""
+        views = self.prepared.views
+        here = [view for view in views if frame is None or view.index == frame]
+        return next(crop for view in here for crop in view.crops if crop.crop == box)
+
+    def reduced(self) -> Judged:
+        """The same without kept pixels and features, to be kept for long."""
+        views = tuple(replace(view, pixels=None) for view in self.prepared.views)
+        scores = {digest: _without_features(score) for digest, score in self.scores.items()}
+        return replace(self, prepared=replace(self.prepared, views=views), scores=scores)
+
+
+class DetectPipeline:
+    """A loaded detector with everything that is needed to judge items.
+
+    Args:
+        model: A checkpoint's name (see ``checkpoints.load.load_detector``), or a detector.
+        options: How to judge.
+        maps: Keep the forgery maps, where the detector has one.
+
+    Attributes:
+        name: Of the model, as records tell it.
+        fingerprint: Of the model; None when it has none.
+        detector: In evaluation mode.
+        rule: Turns its scores into verdicts.
+        crops: How it wants its crops.
+        explains: Whether the model gives reasons.
+
+    Raises:
+        M2F2Error: The model is unusable.
+    """
+
+    explains = False
+
+    def __init__(
+        self, model: str | Detector, options: DetectOptions, *, maps: bool = False
+    ) -> None:
+        if isinstance(model, str):
+            from m2f2cli.checkpoints.load import load_detector
+            from m2f2cli.inference.optimize_cpu import optimize_for_cpu
+
+            self.name = model
+            self.detector: Detector = optimize_for_cpu(
+                load_detector(model, device=options.device, dtype=options.dtype)
+            )
+        else:
+            self.name, self.detector = type(model).__name__, model
+        self.fingerprint = self.detector.fingerprint
+        self.judging, self._maps = options, maps
+        config = self.detector.config
+        self.crops = CropRule.of(config, finds_faces=options.faces != "none")
+        chosen = options.threshold if options.threshold is not None else config.threshold
+        band = config.uncertain if options.uncertain == "checkpoint" else options.uncertain
+        self.rule = Rule(
+            0.5 if chosen is None else float(chosen),
+            (float(band[0]), float(band[1])) if band else None,
+            float(config.domain["limit"]) if config.domain else None,
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """What the verdicts of a run depend on, as every record tells it."""
+        finds = self.judging.faces != "none"
+        return Settings(
+            model=self.name,
+            model_fingerprint=self.fingerprint,
+            dtype=str(self.detector.dtype).removeprefix("torch."),
+            threshold=self.rule.threshold,
+            uncertain=self.rule.uncertain,
+            temperature=float(self.detector.config.score_temperature),
+            faces_mode=self.judging.faces,
+            crop_detector="dlib" if finds else None,
+            crop_margin=self.crops.margin if finds else None,
+            frames_asked=self.judging.frames,
+        )
+
+    def judge(self, decoder: Decoder) -> Iterator[Judged | None]:
+        """Judge every item of a decoder, in order.
+
+        Yields:
+            Each item as soon as its verdict is known; None whenever the next one takes its time.
+        """
+        settings = self.settings
+        items = (
+            None if found is None else (found, {c.digest: c for v in found.views for c in v.crops})
+            for found in decoder.prepared(self.crops)
+        )
+        for entry in in_batches(
+            items, self.score, size=self.judging.batch_size, reduce=_without_features
+        ):
+            if entry is None:
+                yield None
+                continue
+            prepared, scores = entry
+            yield Judged(assemble(prepared, scores, self.rule, settings), prepared, scores)
+
+    def judge_one(self, source: Source) -> Judged:
+        """Judge one item; its views keep their pixels to be drawn on."""
+        with Decoder([source], self.judging, keep="everything") as decoder:
+            return next(item for item in self.judge(decoder) if item is not None)
+
+    def explain(self, *asked: Any, **how: Any) -> Explanation:
+        """See ``ExplainPipeline.explain``; a detector alone raises ``UsageError``."""
+        raise UsageError(
+            "This model is a detector, which judges without words.",
+            "Name an explainer with --model.",
+        )
 
     def score(self, crops: Sequence[Crop]) -> list[Score]:
-        """Judge crops; a GPU takes them in one batch.
-
-        Args:
-            crops: At least one, all of the model's input size.
+        """Judge crops of the model's input size; a GPU takes them in one batch.
 
         Raises:
             M2F2Error: The model answers with something that is no number.
         """
-        import torch
-
         at_once = AT_ONCE_ON_CPU if self.detector.device.type == "cpu" else len(crops)
         scores: list[Score] = []
-        # Features go on into a generation, which inference mode would forbid.
-        with torch.inference_mode() if self.explainer is None else torch.no_grad():
-            for first in range(0, len(crops), at_once):
-                some = crops[first : first + at_once]
-                seen = self._look(some)
-                chances = self.detector.fake_probability(seen.logits).tolist()
-                maps: Iterable[np.ndarray | None] = [None] * len(some)
-                if self.maps and seen.forgery_map is not None:
-                    maps = seen.forgery_map.float().cpu().numpy()
-                for row, (crop, chance, where) in enumerate(zip(some, chances, maps, strict=True)):
-                    features = None if self.explainer is None else seen.rows(row, row + 1)
-                    scores.append(_score(crop, chance, where, features))
+        for first in range(0, len(crops), at_once):
+            some = crops[first : first + at_once]
+            seen = self._look(some)
+            chances = self.detector.fake_probability(seen.logits).tolist()
+            maps: Iterable[np.ndarray | None] = [None] * len(some)
+            if self._maps and seen.forgery_map is not None:
+                found = seen.forgery_map.float().cpu().numpy()
+                # As the picture is, where the crop was turned.
+                maps = [np.rot90(m, -crop.turn) for m, crop in zip(found, some, strict=True)]
+            for row, (crop, chance, where) in enumerate(zip(some, chances, maps, strict=True)):
+                if not 0 <= chance <= 1:
+                    raise M2F2Error(
+                        "The model's answer is not a number.",
+                        "Try --dtype float32 or another model.",
+                    )
+                distance = crop.domain_distance
+                rounded = None if distance is None else round(distance, DIGITS)
+                features = seen.rows(row, row + 1) if self.explains else None
+                scores.append(Score(round(chance, DIGITS), rounded, where, features))
         return scores
 
     def _look(self, crops: Sequence[Crop]) -> Any:
-        """Logits, forgery maps and, of an explainer, features of some crops."""
-        center = self._pixels([crop.pixels for crop in crops])
-        if self.explainer is None:
-            return self.detector(pixel_values=center)
-        if all(crop.padded is None for crop in crops):
-            return self.explainer.encode_pictures(center)
-        whole = [crop.pixels if crop.padded is None else crop.padded for crop in crops]
-        return self.explainer.encode_pictures(self._pixels(whole), center)
+        """What the model gives for some crops: at least ``logits`` and ``forgery_map``."""
+        import torch
+
+        with torch.inference_mode():
+            return self.detector(pixel_values=self._pixels([crop.pixels for crop in crops]))
 
     def _pixels(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+        """uint8 (S, S, 3) each to (N, 3, S, S), ready for the detector."""
         import torch
 
         config = self.detector.config
@@ -232,22 +280,13 @@ class Scorer:
         return tensor.to(self.detector.device, self.detector.dtype)
 
 
-def _score(crop: Crop, chance: float, forgery_map: np.ndarray | None, features: Any) -> Score:
-    """A model's answer, checked and rounded."""
-    if not 0 <= chance <= 1:
-        raise M2F2Error(
-            "The model's answer is not a number.", "Try --dtype float32 or another model."
-        )
-    if forgery_map is not None and crop.turn:
-        forgery_map = np.rot90(forgery_map, -crop.turn)  # as the picture is
-    distance = crop.domain_distance
-    rounded = None if distance is None else round(distance, DIGITS)
-    return Score(round(chance, DIGITS), rounded, forgery_map, features)
+def _without_features(score: Score) -> Score:
+    return score._replace(features=None)
 
 
 def in_batches(
     items: Iterable[tuple[T, Mapping[Key, Work]] | None],
-    run: Callable[[Mapping[Key, Work]], Sequence[Result]],
+    run: Callable[[list[Work]], Sequence[Result]],
     *,
     size: int,
     rows: Callable[[Key], int] = lambda key: 1,
@@ -263,7 +302,7 @@ def in_batches(
         items: Items, each with its work by key; None says that the next one takes its time.
         run: Gives the results of a batch, in order.
         size: Rows of a batch.
-        rows: Rows that a piece of work has.
+        rows: How many of them the work of a key takes.
         remember: How many results are kept for another appearance of their key.
         reduce: What is kept of a result for that.
 
@@ -279,7 +318,7 @@ def in_batches(
         nonlocal held
         if not batch:
             return
-        done = dict(zip(batch, run(batch), strict=True))
+        done = dict(zip(batch, run(list(batch.values())), strict=True))
         batch.clear()
         held = 0
         for _, found in waiting:
@@ -315,117 +354,3 @@ def in_batches(
             yield None
     flush()
     yield from completed()
-
-
-@dataclass(frozen=True)
-class Judged:
-    """An item with its verdict, and all that is needed to draw and to explain it.
-
-    Attributes:
-        record: As ``m2f2 detect`` gives it.
-        prepared: The item as read, with its crops.
-        scores: By the crops' digests.
-    """
-
-    record: Detection
-    prepared: Prepared
-    scores: Mapping[bytes, Score]
-
-    def crop(self, box: Box, frame: int | None = None) -> Crop:
-        """The crop at a place of the picture, or of one frame of a video."""
-        views = self.prepared.views
-        here = [view for view in views if frame is None or view.index == frame]
-        return next(crop for view in here for crop in view.crops if crop.crop == box)
-
-    def reduced(self) -> Judged:
-        """The same without kept pixels and features, to be kept for long."""
-        views = tuple(replace(view, pixels=None) for view in self.prepared.views)
-        scores = {digest: _without_features(score) for digest, score in self.scores.items()}
-        return replace(self, prepared=replace(self.prepared, views=views), scores=scores)
-
-
-def _without_features(score: Score) -> Score:
-    return score._replace(features=None)
-
-
-def judge(
-    decoder: Decoder, scorer: Scorer, *, options: DetectOptions, settings: Settings
-) -> Iterator[Judged | None]:
-    """Judge every item of a decoder, in order.
-
-    Args:
-        decoder: The items.
-        scorer: The model.
-        options: How to judge.
-        settings: What the records say of the run.
-
-    Yields:
-        Each item; None whenever the next one takes its time.
-    """
-    rule = rule_of(scorer.detector, options)
-    crops = (
-        None
-        if prepared is None
-        else (prepared, {c.digest: c for view in prepared.views for c in view.crops})
-        for prepared in decoder.prepared(scorer.crop_rule(options))
-    )
-    for entry in in_batches(
-        crops,
-        lambda batch: scorer.score(list(batch.values())),
-        size=options.batch_size,
-        reduce=_without_features,
-    ):
-        if entry is None:
-            yield None
-            continue
-        prepared, scores = entry
-        yield Judged(assemble(prepared, scores, rule, settings), prepared, scores)
-
-
-def detect_job(
-    paths: Sequence[str],
-    *,
-    options: DetectOptions,
-    model: str | Judge = "lite",
-    recursive: bool = False,
-    output: Path | None = None,
-    overwrite: bool = False,
-) -> Job[Detection]:
-    """Everything one run of ``m2f2 detect`` does; arguments as for ``detect`` and ``Job``."""
-    return Job(
-        expand(paths, recursive=recursive),
-        run=lambda left: judge_sources(left, model=model, options=options),
-        settings=lambda: settings_of(model, load(model, options), options),
-        output=output,
-        overwrite=overwrite,
-    )
-
-
-def judge_and_record(
-    sources: Sequence[Source],
-    *,
-    model: str | Judge,
-    options: DetectOptions,
-    log: RecordFile | None,
-    tally: Tally,
-) -> Iterator[Detection]:
-    """Judge, record and yield every source that has no record yet, in order.
-
-    Args:
-        sources: Every item; told apart by ``path``.
-        model: A checkpoint's name, or a detector.
-        options: How to judge.
-        log: Where records are and go; opened, and closed by the caller. None keeps no records.
-        tally: Counts every item, those recorded earlier first.
-
-    Raises:
-        M2F2Error: The records were made with other settings, the model cannot be loaded, or the
-            disk refuses.
-    """
-    return record_new(
-        sources,
-        run=lambda left: judge_sources(left, model=model, options=options),
-        settings=lambda: settings_of(model, load(model, options), options),
-        log=log,
-        tally=tally,
-    )

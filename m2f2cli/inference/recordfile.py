@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from m2f2cli.errors import M2F2Error, UsageError
 from m2f2cli.files import atomic_write
@@ -28,30 +29,10 @@ from m2f2cli.records import (
     to_line,
 )
 
-Kind = TypeVar("Kind", bound=Detection)
+if TYPE_CHECKING:
+    from m2f2cli.inference.explain_dataset import AnswerRow
 
-
-class Record(Protocol):
-    """What is written: ``records.Detection`` and its like."""
-
-    @property
-    def path(self) -> str:
-        """The item's name, found again under the layout's key."""
-
-    @property
-    def status(self) -> str:
-        """A key of ``records.STATUSES``."""
-
-    @property
-    def verdict(self) -> str | None:
-        """One of ``records.VERDICTS``, or None."""
-
-    @property
-    def settings(self) -> Settings:
-        """Of the run."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The whole line."""
+Record = TypeVar("Record", bound=Detection)
 
 
 class Layout(NamedTuple):
@@ -153,10 +134,7 @@ class RecordFile:
                 raise self._other(name, found[name], value)
 
     def bind(self, settings: Settings) -> None:
-        """Make the file writable for a run.
-
-        Args:
-            settings: Of this run.
+        """Make the file writable for a run with these settings.
 
         Raises:
             UsageError: The records in the file were made with other settings.
@@ -181,7 +159,7 @@ class RecordFile:
             "Choose another --output, repeat the old settings, or add --overwrite to start anew.",
         )
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Detection | AnswerRow) -> None:
         """Write one record; the first one binds the file to its settings.
 
         Raises:
@@ -202,11 +180,7 @@ class RecordFile:
         self.done[record.path] = (record.status, record.verdict)
 
     def _check_present(self) -> None:
-        """Refuse to write into a file that was removed, whose records nobody would find.
-
-        Raises:
-            M2F2Error: It was.
-        """
+        """Refuse to write into a file that was removed, whose records nobody would find."""
         if os.fstat(self._handle).st_nlink == 0:
             raise M2F2Error(
                 f"'{self.path}' was removed during the run.",
@@ -235,14 +209,9 @@ class RecordFile:
 
 @dataclass
 class Tally:
-    """How many items of a run came out how, those of an earlier, resumed run included.
+    """How many items of a run came out how; ``failed`` are those without a verdict.
 
-    Attributes:
-        real: Items with that verdict.
-        fake: Items with that verdict.
-        uncertain: Items with that verdict.
-        failed: Items without a verdict, whatever the status.
-        earlier: Of all these, how many an earlier run had recorded.
+    All include those that an earlier, resumed run had recorded, which ``earlier`` counts.
     """
 
     real: int = 0
@@ -252,7 +221,7 @@ class Tally:
     earlier: int = 0
 
     def count(self, verdict: str | None) -> None:
-        """Add one item."""
+        """Add one item, by its verdict."""
         name = verdict if verdict in VERDICTS else "failed"
         setattr(self, name, getattr(self, name) + 1)
 
@@ -267,7 +236,7 @@ class Tally:
         return words + "."
 
 
-class Job(Generic[Kind]):
+class Job(Generic[Record]):
     """One run over items, as an iterator of records; those recorded earlier are left out.
 
     Args:
@@ -292,7 +261,7 @@ class Job(Generic[Kind]):
         self,
         sources: Sequence[Source],
         *,
-        run: Callable[..., Iterator[Kind]],
+        run: Callable[..., Iterator[Record]],
         settings: Callable[[], Settings],
         output: Path | None = None,
         overwrite: bool = False,
@@ -308,32 +277,48 @@ class Job(Generic[Kind]):
         if any(os.path.realpath(source.path) == os.path.realpath(output) for source in sources):
             raise UsageError(f"'{output}' is one of the inputs.", "Choose another --output.")
         if layout is DETECTIONS and output.suffix.lower() == ".csv":
-            self._table = _table(output, overwrite)
+            _check_table(output, overwrite)
+            self._table = output
         else:
             self._log = open_records(output, overwrite=overwrite, layout=layout)
 
-    def run(self, **how: Any) -> Iterator[Kind]:
+    def run(self, **how: Any) -> Iterator[Record]:
         """Judge, record and yield every item that had no record yet, in order.
 
-        Args:
-            how: Passed on to ``run`` of the class.
+        ``how`` is passed on to the ``run`` that the job was made with.
         """
-        written: list[Kind] = []
-        with ExitStack() as stack:
-            if self._log is not None:
-                stack.enter_context(self._log)
-            for record in record_new(
-                self.sources,
-                run=lambda left: self._run(left, **how),
-                settings=self._settings,
-                log=self._log,
-                tally=self.tally,
-            ):
+        written: list[Record] = []
+        run = partial(self._run, **how)
+        with self._log or nullcontext():
+            for record in record_new(self.sources, run, self._settings, self._log, self.tally):
                 if self._table is not None:
                     written.append(record)
                 yield record
         if self._table is not None:
             atomic_write(self._table, to_csv(written).encode("utf-8", "surrogateescape"))
+
+
+def record_new(
+    sources: Sequence[Source],
+    run: Callable[[Sequence[Source]], Iterator[Record]],
+    settings: Callable[[], Settings],
+    log: RecordFile | None,
+    tally: Tally,
+) -> Iterator[Record]:
+    """``Job.run`` into a file that is opened, and closed by the caller; None keeps no records."""
+    done = log.done if log else {}
+    left = [source for source in sources if source.path not in done]
+    for source in sources:
+        if source.path in done:
+            tally.earlier += 1
+            tally.count(done[source.path][1])
+    if not left and log is not None:
+        log.bind(settings())
+    for record in run(left) if left else ():
+        if log is not None:
+            log.append(record)
+        tally.count(record.verdict)
+        yield record
 
 
 def open_records(output: Path, *, overwrite: bool, layout: Layout) -> RecordFile:
@@ -352,43 +337,16 @@ def open_records(output: Path, *, overwrite: bool, layout: Layout) -> RecordFile
     return RecordFile(output, overwrite=overwrite, layout=layout)
 
 
-def record_new(
-    sources: Sequence[Source],
-    *,
-    run: Callable[[Sequence[Source]], Iterator[Kind]],
-    settings: Callable[[], Settings],
-    log: RecordFile | None,
-    tally: Tally,
-) -> Iterator[Kind]:
-    """Run, record and yield every source that has no record yet; arguments as for ``Job``."""
-    done = log.done if log else {}
-    left = [source for source in sources if source.path not in done]
-    for source in sources:
-        if source.path in done:
-            tally.earlier += 1
-            tally.count(done[source.path][1])
-    if not left and log is not None:
-        log.bind(settings())
-    for record in run(left) if left else ():
-        if log is not None:
-            log.append(record)
-        tally.count(record.verdict)
-        yield record
-
-
-def _table(path: Path, overwrite: bool) -> Path:
-    """Check, before the work, that a CSV file can be written after it."""
+def _check_table(path: Path, overwrite: bool) -> None:
+    """Refuse, before the work, a CSV file that cannot be written after it."""
     if path.exists() and not overwrite:
         raise UsageError(
             f"'{path}' exists; a table is written whole and cannot be resumed.",
             "Add --overwrite, or record into a .jsonl file, which can be resumed.",
         )
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"Cannot write into the folder '{folder}'.", "Choose another --output.")
-    return path
 
 
 def _lock(handle: int, path: Path) -> None:

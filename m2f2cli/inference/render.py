@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from m2f2cli.errors import UsageError
 from m2f2cli.files import atomic_write
 from m2f2cli.inference.sources import Crop, Source, View
+from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Box, Detection
 
 if TYPE_CHECKING:
@@ -32,17 +33,17 @@ class Renderer:
     shown by its sampled frame with the highest fake probability.
 
     Args:
-        heatmap: Folder for the forgery maps, or None.
-        annotate: Folder for the boxes, or None.
+        options: With the folders for forgery maps and boxes.
         sources: Every input of the run; none of them is ever written to.
+
+    Attributes:
+        draws: Whether anything is drawn, so that pixels must be kept.
     """
 
-    def __init__(
-        self, heatmap: Path | None, annotate: Path | None, sources: Sequence[Source]
-    ) -> None:
-        self.heatmap = heatmap
-        self.annotate = annotate
-        self.inputs = {os.path.realpath(s.path) for s in sources} if heatmap or annotate else set()
+    def __init__(self, options: DetectOptions, sources: Sequence[Source]) -> None:
+        self.heatmap, self.annotate = options.heatmap, options.annotate
+        self.draws = bool(self.heatmap or self.annotate)
+        self._inputs = {os.path.realpath(s.path) for s in sources} if self.draws else set()
 
     def check(self, config: Any) -> None:
         """Refuse what this model cannot give.
@@ -55,11 +56,6 @@ class Renderer:
                 "This model has no forgery map, so there is no heatmap to draw.",
                 "Leave out --heatmap, or choose another --model.",
             )
-
-    @property
-    def draws(self) -> bool:
-        """Whether anything is drawn, so that pixels must be kept."""
-        return self.heatmap is not None or self.annotate is not None
 
     def draw(self, item: Judged) -> Detection:
         """Write the pictures of one judged item.
@@ -92,7 +88,7 @@ class Renderer:
         return record
 
     def _save(self, picture: Image.Image, path: Path) -> str:
-        if os.path.realpath(path) in self.inputs:
+        if os.path.realpath(path) in self._inputs:
             raise UsageError(
                 f"'{path}' is one of the inputs, which are never written to.",
                 "Choose another folder for --heatmap and --annotate.",

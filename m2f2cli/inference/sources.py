@@ -66,11 +66,7 @@ class Source:
     read: Callable[[], Picture] | None = None
 
     def picture(self) -> Picture:
-        """Decode it.
-
-        Raises:
-            InputError: It cannot be read.
-        """
+        """Decode it; raises ``InputError`` where that cannot be done."""
         return self.read() if self.read else read_picture(Path(self.path))
 
 
@@ -144,7 +140,10 @@ def _files(path: str, *, recursive: bool, prefix: bool) -> Iterator[tuple[str, P
         parts = file.relative_to(root).parts or (root.resolve().name,)
         yield str(file), top / PurePosixPath(*parts)
     if not count:
-        raise _nothing_in(path, recursive)
+        hint = f"Supported: {', '.join(sorted(_SUFFIXES))}."
+        if not recursive and any(entry.is_dir() for entry in os.scandir(path)):
+            hint = "It has sub-folders: add --recursive to enter them. " + hint
+        raise InputError(f"The folder '{path}' holds no picture or video.", "missing", hint)
 
 
 def _walk(root: Path, recursive: bool) -> Iterator[Path]:
@@ -165,13 +164,6 @@ def _walk(root: Path, recursive: bool) -> Iterator[Path]:
                 yield from _walk(root / entry.name, recursive)
         elif _suffix(entry.name) in _SUFFIXES:
             yield root / entry.name
-
-
-def _nothing_in(path: str, recursive: bool) -> InputError:
-    hint = f"Supported: {', '.join(sorted(_SUFFIXES))}."
-    if not recursive and any(entry.is_dir() for entry in os.scandir(path)):
-        hint = "It has sub-folders: add --recursive to enter them. " + hint
-    return InputError(f"The folder '{path}' holds no picture or video.", "missing", hint)
 
 
 def _suffix(name: str) -> str:
@@ -203,16 +195,12 @@ class CropRule(NamedTuple):
     pads: bool = False
 
     @classmethod
-    def of(cls, config: Any, *, finds_faces: bool, pads: bool = False) -> CropRule:
-        """Read it from a detector's configuration.
-
-        Args:
-            config: A ``DetectorConfig``.
-            finds_faces: Whether faces are to be found, which takes the finder it was trained with.
-            pads: As in the class.
+    def of(cls, config: Any, *, finds_faces: bool) -> CropRule:
+        """Read it from a ``DetectorConfig``.
 
         Raises:
-            UsageError: The detector was trained on crops of a face finder that m2f2 lacks.
+            UsageError: Faces are to be found, and it was trained on those of a finder that m2f2
+                lacks.
         """
         finder = config.crop.get("detector", "dlib")
         if finds_faces and finder != "dlib":
@@ -221,7 +209,7 @@ class CropRule(NamedTuple):
                 "Crop the faces yourself and add --faces none.",
             )
         domain = Domain.from_config(config.domain) if config.domain else None
-        return cls(config.image_size, float(config.crop.get("margin", 0.3)), domain, pads)
+        return cls(config.image_size, float(config.crop.get("margin", 0.3)), domain)
 
     def crop(
         self, cut: np.ndarray, square: Box, box: Box | None = None, score: float | None = None
@@ -276,7 +264,7 @@ class View:
 
     Attributes:
         crops: What is to be judged in it.
-        faces_found: Faces the finder saw.
+        faces_found: Faces the finder saw, which may be more.
         index: Number of the frame, from 0.
         time: Seconds from the start of the video.
         pixels: uint8 (H, W, 3), RGB, to draw on, ``SHOWN_SIDE`` at most; None when not kept.
@@ -295,14 +283,8 @@ class View:
 class Prepared:
     """A source, read; or the reason why it could not be.
 
-    Attributes:
-        source: Where it came from.
-        status: A key of ``records.STATUSES``.
-        message: What went wrong; None when ``status`` is ok.
-        sha256: Of the file's bytes; None when they could not be read.
-        size: (width, height) upright, pixels; None when not decoded.
-        views: One for a picture, one a frame for a video.
-        note: What to know about how the file was read; None mostly.
+    ``status``, ``message``, ``note`` and ``sha256`` are as in ``records.Detection``; ``size`` is
+    (width, height) upright, in pixels. A picture has one view, a video one a frame.
     """
 
     source: Source
@@ -323,7 +305,7 @@ def prepare(
         source: A picture or a video.
         options: Which faces, and how many frames of a video.
         rule: Waited for after decoding and face search, which need no model.
-        keep: The pixels of which views are kept to draw on.
+        keep: Of which views pixels are kept to draw on: none, those with crops, or all.
     """
     try:
         if source.kind == "image":
@@ -418,14 +400,7 @@ class Decoder:
             held += weight
 
     def prepared(self, rule: CropRule) -> Iterator[Prepared | None]:
-        """Every source, read and cut, in order.
-
-        Args:
-            rule: How the model wants its crops.
-
-        Yields:
-            None whenever the next item takes longer than ``PATIENCE``.
-        """
+        """Every source, read and cut, in order; None whenever the next takes over ``PATIENCE``."""
         self._rule.set_result(rule)
         window = 2 * self._workers + self._options.batch_size
         self._fill(window)

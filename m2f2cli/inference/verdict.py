@@ -57,12 +57,7 @@ class Rule:
             )
 
     def judge(self, fake_probability: float, domain_distance: float | None) -> Judgement:
-        """Decide about one crop.
-
-        Args:
-            fake_probability: In [0, 1].
-            domain_distance: 0 or more; None when the model measures none.
-        """
+        """Decide about one crop; without a distance, the domain is not checked."""
         in_domain = None
         if self.domain_limit is not None and domain_distance is not None:
             in_domain = domain_distance <= self.domain_limit
@@ -122,15 +117,15 @@ def deciding_first(faces: Sequence[FaceScore]) -> list[FaceScore]:
 def assemble(
     prepared: Prepared, scores: Mapping[bytes, Score], rule: Rule, settings: Settings
 ) -> Detection:
-    """Make the record of one item.
-
-    Args:
-        prepared: The item as read.
-        scores: By the crops' digests; all of the item's crops.
-        rule: Turns scores into verdicts.
-        settings: Of the run.
-    """
+    """Make the record of one item, from the scores of its crops by their digests."""
     width, height = prepared.size or (None, None)
+    ranked = [faces_of(view, scores, rule) for view in prepared.views]
+    video = prepared.source.kind == "video"
+    frames = [
+        _frame(view, faces[0] if faces else None)
+        for view, faces in zip(prepared.views, ranked, strict=True)
+        if video
+    ]
     record = Detection(
         path=prepared.source.path,
         kind=prepared.source.kind,
@@ -142,11 +137,27 @@ def assemble(
         width=width,
         height=height,
         faces_found=max((view.faces_found for view in prepared.views), default=None),
+        frames=tuple(frames),
     )
-    ranked = [faces_of(view, scores, rule) for view in prepared.views]
-    if prepared.source.kind == "video":
-        return _video(record, prepared, ranked, rule)
-    return _picture(record, ranked[0]) if prepared.status == "ok" else record
+    if record.status != "ok":
+        return record
+    if video:
+        mean, distance, judgement = rule.judge_frames(frames)
+        return replace(
+            record, fake_probability=mean, domain_distance=distance, **judgement._asdict()
+        )
+    first = ranked[0][0]
+    return replace(
+        record,
+        verdict=first.verdict,
+        fake_probability=first.fake_probability,
+        reason=first.reason,
+        in_domain=first.in_domain,
+        domain_distance=first.domain_distance,
+        crop=first.crop,
+        crop_source="picture" if first.box is None else "face",
+        faces=tuple(ranked[0]),
+    )
 
 
 def faces_of(view: View, scores: Mapping[bytes, Score], rule: Rule) -> list[FaceScore]:
@@ -160,56 +171,23 @@ def faces_of(view: View, scores: Mapping[bytes, Score], rule: Rule) -> list[Face
                 box=crop.box,
                 crop=crop.crop,
                 fake_probability=score.fake_probability,
-                verdict=judgement.verdict,
-                reason=judgement.reason,
-                in_domain=judgement.in_domain,
                 domain_distance=score.domain_distance,
                 finder_score=crop.finder_score,
+                **judgement._asdict(),
             )
         )
     return deciding_first(faces)
 
 
-def _picture(record: Detection, faces: list[FaceScore]) -> Detection:
-    first = faces[0]
+def _frame(view: View, first: FaceScore | None) -> FrameScore:
+    """A frame, represented by the face that decides it, if it shows one."""
+    frame = FrameScore(view.index, round(view.time, 3), view.faces_found)
+    if first is None:
+        return frame
     return replace(
-        record,
-        verdict=first.verdict,
+        frame,
         fake_probability=first.fake_probability,
-        reason=first.reason,
+        crop=first.crop,
         in_domain=first.in_domain,
         domain_distance=first.domain_distance,
-        crop=first.crop,
-        crop_source="picture" if first.box is None else "face",
-        faces=tuple(faces),
-    )
-
-
-def _video(
-    record: Detection, prepared: Prepared, ranked: list[list[FaceScore]], rule: Rule
-) -> Detection:
-    frames = []
-    for view, faces in zip(prepared.views, ranked, strict=True):
-        frame = FrameScore(view.index, round(view.time, 3), view.faces_found)
-        if faces:
-            first = faces[0]
-            frame = replace(
-                frame,
-                fake_probability=first.fake_probability,
-                crop=first.crop,
-                in_domain=first.in_domain,
-                domain_distance=first.domain_distance,
-            )
-        frames.append(frame)
-    record = replace(record, frames=tuple(frames))
-    if record.status != "ok":
-        return record
-    mean, distance, judgement = rule.judge_frames(frames)
-    return replace(
-        record,
-        verdict=judgement.verdict,
-        fake_probability=mean,
-        reason=judgement.reason,
-        in_domain=judgement.in_domain,
-        domain_distance=distance,
     )

@@ -92,7 +92,8 @@ def option(default: T, help: str, *choices: str, key: bool = False, **more: Any)
             a short spelling; ``name``, where it is called otherwise than its field; ``variable``,
             another environment variable than its own; ``argument``, whether it is given by place;
             ``says_default``, whether ``help`` says the default; ``parse`` and ``spell``, functions
-            from a word to its value and back.
+            from a word to its value and back; ``below``, a function from the option's value to
+            values of other options that stand below all other sources.
     """
     declared: T = field(default=default, metadata=_about(help, choices, key, more))
     return declared
@@ -190,6 +191,10 @@ class Options:
             ConfigError: A name is unknown, a value impossible, or a required option missing.
         """
         given = {name.replace("_", "-"): value for name, value in values.items()}
+        for _, item in cls.walk():
+            if "below" in item.metadata and given.get(key_of(item)) is not None:
+                brought = item.metadata["below"](given[key_of(item)])
+                given = {n.replace("_", "-"): v for n, v in brought.items()} | given
         known = [key_of(item) for _, item in cls.walk()]
         for key in given:
             if key in known:

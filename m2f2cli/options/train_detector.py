@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from m2f2cli.errors import ConfigError
 from m2f2cli.options.fields import Options, flag_name, option, required
@@ -277,11 +276,16 @@ class ObjectiveOptions(Options):
 class RunOptions(Options):
     """Where the result goes and how the machine is used."""
 
+    # How a run is carried out, never what comes of it: these may differ on --resume.
+    incidental: ClassVar[frozenset[str]] = frozenset(
+        ("output", "recipe", "workers", "cache", "save-steps", "resume", "overwrite", "report-to")
+    )
     output: Path = required("Folder for the detector; it must not exist yet.")
     recipe: str | None = option(
         None,
         "Settings to start from, by name: published, published-efficientnet-b4, robust or "
         "small-data. Flags, environment and --config file go before them.",
+        below=read_recipe,
     )
     seed: int = option(0, "Seed of every random choice but the split.", low=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
@@ -332,12 +336,6 @@ class RunOptions(Options):
             raise ConfigError("--resume and --overwrite exclude each other.", "Give one of them.")
 
 
-# How a run is carried out, never what comes of it: these may differ on --resume.
-INCIDENTAL = frozenset(
-    ("output", "recipe", "workers", "cache", "save-steps", "resume", "overwrite", "report-to")
-)
-
-
 @dataclass(frozen=True)
 class TrainDetectorOptions(Options):
     """Every option of ``m2f2 train-detector``."""
@@ -349,18 +347,6 @@ class TrainDetectorOptions(Options):
     augment: AugmentOptions
     pseudo: PseudoFakeOptions
     run: RunOptions
-
-    @classmethod
-    def from_flat(cls, values: Mapping[str, Any]) -> TrainDetectorOptions:
-        """As ``Options.from_flat``; what is missing is taken from the recipe, if one is named.
-
-        Raises:
-            ConfigError: As there, or the recipe is unknown.
-        """
-        given = {name.replace("-", "_"): value for name, value in values.items()}
-        if given.get("recipe") is not None:
-            given = {**read_recipe(given["recipe"]), **given}
-        return super().from_flat(given)
 
     def check(self) -> None:
         """Objectives have what they learn from."""

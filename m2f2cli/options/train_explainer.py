@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from m2f2cli.errors import ConfigError
 from m2f2cli.options.fields import Options, option, required
@@ -16,7 +16,7 @@ DEEPSPEED = ("zero2", "zero3", "zero3-offload")
 class ConversationOptions(Options):
     """What to learn from."""
 
-    data: Path = required("Conversation JSON, as 'm2f2 prepare ddvqa' writes it.")
+    data: Path = required("Conversation JSON, as 'm2f2 prepare ddvqa' writes it.", metavar="FILE")
     images: Path = required(
         "Folder of its pictures, or of the HDF5 files that names like "
         "FF++_Deepfakes_c40://000_003_17 speak of."
@@ -79,7 +79,9 @@ class ConversationOptions(Options):
 class ExplainerOptions(Options):
     """What it starts from and how it is held in memory."""
 
-    model: str = required("The explainer to start from: a checkpoint folder or Hub id.")
+    model: str = required(
+        "The explainer to start from: a checkpoint folder or Hub id.", metavar="DIR|HUB-ID"
+    )
     precision: str = option(
         "auto",
         "Arithmetic and frozen weights: float32, bfloat16 or float16, what trains being float32 "
@@ -166,6 +168,10 @@ class LoraStepOptions(StepOptions):
 class StageRunOptions(Options):
     """Where the result goes and how the machines are used."""
 
+    # How a run is carried out, never what comes of it: these may differ on --resume.
+    incidental: ClassVar[frozenset[str]] = frozenset(
+        ("output", "workers", "save-steps", "resume", "overwrite", "report-to")
+    )
     output: Path = required("Folder for the delta; it must not exist yet.")
     seed: int = option(0, "Seed of every random choice but the split.", low=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
@@ -213,10 +219,6 @@ class StageRunOptions(Options):
             )
 
 
-# How a run is carried out, never what comes of it: these may differ on --resume.
-INCIDENTAL = frozenset(("output", "workers", "save-steps", "resume", "overwrite", "report-to"))
-
-
 @dataclass(frozen=True)
 class AlignOptions(Options):
     """Every option of ``m2f2 align``."""
@@ -239,9 +241,3 @@ class LoraOptions(Options):
 
 
 StageOptions = AlignOptions | LoraOptions
-
-
-def adapter_of(options: StageOptions) -> AdapterOptions | None:
-    """The low-rank updates of a stage that has them."""
-    found: Any = getattr(options, "adapter", None)
-    return found

@@ -18,7 +18,7 @@ import gradio as gr
 
 from m2f2cli.checkpoints.hub import BUNDLED, find_explainer, resolve_checkpoint
 from m2f2cli.errors import M2F2Error
-from m2f2cli.inference.session import Session
+from m2f2cli.inference.pipeline import DetectPipeline
 from m2f2cli.records import Detection, Explanation
 from m2f2cli.runtime import debug
 from m2f2cli.serving import drawing
@@ -71,7 +71,7 @@ def build(page: Page) -> gr.Blocks:
                 table = gr.HTML(elem_id="m2-table")
                 drop.upload(page.batch, drop, [drop, table, downloads], preprocess=False, **_MODEL)
             with gr.Tab("The model and its limits", id="limits"):
-                gr.Markdown(card_of(page.service.session), elem_classes="m2-model")
+                gr.Markdown(card_of(page.service.pipeline), elem_classes="m2-model")
         gr.api(page.detect, api_name="detect", concurrency_id="model", concurrency_limit=1)
         gr.api(page.explain, api_name="explain", concurrency_id="model", concurrency_limit=1)
     return blocks
@@ -159,13 +159,13 @@ def _then_reasons(page: Page, looks: list[Any], given: list[Any], words: list[An
     return [look.success(page.reasons, given, words, **_MODEL) for look in looks if page.explains]
 
 
-def card_of(session: Session) -> str:
+def card_of(pipeline: DetectPipeline) -> str:
     """What there is to know about a model before trusting it, in Markdown.
 
     What always holds comes first, then the checkpoint's own ``README.md``; of a bundled explainer,
     the bundled detector's as well.
     """
-    settings, name = session.settings, session.name
+    settings, name = pipeline.settings, pipeline.name
     facts = (
         f"## The model\n\n`{settings.model}`, fingerprint `{settings.model_fingerprint}`. "
         f"Threshold {drawing.percent(settings.threshold)}"
@@ -177,7 +177,7 @@ def card_of(session: Session) -> str:
     told = limits.substitute(opinion=drawing.OPINION, legend=drawing.MAP_LEGEND)
     parts = [told, f"{facts}."]
     if name in BUNDLED or Path(name).is_dir():
-        folders = [find_explainer(name)] if session.explains else []
+        folders = [find_explainer(name)] if pipeline.explains else []
         for folder in dict.fromkeys([*folders, resolve_checkpoint(name)]):
             if (file := folder / "README.md").is_file():
                 text = file.read_text(encoding="utf-8", errors="replace")[:_LONGEST_CARD]
@@ -227,7 +227,7 @@ class Page:
     @property
     def explains(self) -> bool:
         """Whether there are reasons to ask for."""
-        return self.service.session.explains
+        return self.service.pipeline.explains
 
     @_safe
     async def picture(self, sent: Sent) -> tuple[Any, ...]:

@@ -161,13 +161,13 @@ def application(model: Any, *, options: ExplainOptions, address: Address, upload
     import fastapi
     import gradio as gr
 
-    from m2f2cli.inference.session import Session
+    from m2f2cli.inference.explain import load_pipeline
     from m2f2cli.serving import page
     from m2f2cli.serving.gate import MAX_BYTES, Gate
     from m2f2cli.serving.worker import Service
 
-    session = Session(model, options=options)
-    blocks = page.build(page.Page(Service(session, uploads)))
+    pipeline = load_pipeline(model, options)
+    blocks = page.build(page.Page(Service(pipeline, uploads)))
     blocks.queue(max_size=QUEUE, default_concurrency_limit=1)
     blocks.state_session_capacity = SESSIONS
     app = gr.mount_gradio_app(

@@ -19,8 +19,7 @@ from PIL import Image
 
 from m2f2cli.data.video import VIDEO_SUFFIXES, read_frames
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.inference.pipeline import Judged
-from m2f2cli.inference.session import Session
+from m2f2cli.inference.pipeline import DetectPipeline, Judged
 from m2f2cli.inference.sources import Source
 from m2f2cli.options.explain import REGIONS
 from m2f2cli.records import Box, Detection, Explanation
@@ -129,8 +128,8 @@ class Look:
 class Service:
     """Answers about uploads, one at a time, with a loaded model."""
 
-    def __init__(self, session: Session, uploads: Uploads) -> None:
-        self.session, self._uploads, self._worker = session, uploads, Worker()
+    def __init__(self, pipeline: DetectPipeline, uploads: Uploads) -> None:
+        self.pipeline, self._uploads, self._worker = pipeline, uploads, Worker()
 
     async def look(self, sent: Sent | None, *, kind: str | None = None) -> Look:
         """Judge an upload and delete it.
@@ -160,7 +159,7 @@ class Service:
         look = await self.look(sent)
         if look.record.status != "ok":
             return look.record.to_dict()
-        ask = partial(self.session.explain, look.judged, regions=regions, questions=questions)
+        ask = partial(self.pipeline.explain, look.judged, regions=regions, questions=questions)
         return (await self._worker.run(ask)).to_dict()
 
     async def reasons(
@@ -189,7 +188,7 @@ class Service:
                 tell(tuple(said))
 
             regions = () if questions else REGIONS
-            record = self.session.explain(
+            record = self.pipeline.explain(
                 look.judged, face=face, regions=regions, questions=questions, on_text=add
             )
             explained = record.explanations[0]
@@ -214,7 +213,7 @@ class Service:
     def _judge(self, file: Path, name: str, kind: str) -> Look:
         if kind == "video":
             _check_length(file, name)
-        judged = self.session.judge(Source(str(file), kind, PurePosixPath("item")))
+        judged = self.pipeline.judge_one(Source(str(file), kind, PurePosixPath("item")))
         views = {view.index: view for view in judged.prepared.views}
         numbers = worst_frames(judged.record) if kind == "video" else list(views)
         chosen = [views[number] for number in numbers]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,15 @@ from m2f2cli.compat import forget_accelerator
 from m2f2cli.errors import ConfigError, MissingExtraError
 from m2f2cli.options.train_detector import RunOptions
 from m2f2cli.options.train_explainer import DEEPSPEED, StageRunOptions, StepOptions
-from m2f2cli.runtime import pick_device, process_count
+from m2f2cli.runtime import pick_device
+from m2f2cli.training.states import state_folder
 
 _SETTINGS = Path(__file__).parent.parent / "assets" / "deepspeed"
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def pick_precision(precision: str, device_name: str) -> str:
-    """The arithmetic: ``float32``, ``bfloat16`` or ``float16``.
-
-    Args:
-        precision: One of them, or ``auto``.
-        device_name: See ``runtime.pick_device``.
+    """The arithmetic: ``float32``, ``bfloat16`` or ``float16``; ``auto`` hangs on the device.
 
     Raises:
         ConfigError: It does not go with the device.
@@ -94,65 +90,36 @@ def read_deepspeed(name: str | None) -> dict[str, Any] | None:
     return found
 
 
-def fill_deepspeed(
-    settings: dict[str, Any] | None, *, steps: StepOptions, precision: str, width: int
-) -> dict[str, Any] | None:
-    """DeepSpeed's settings with every ``auto`` that the options decide filled in.
+def fill_deepspeed(settings: dict[str, Any], *, steps: StepOptions, width: int) -> dict[str, Any]:
+    """DeepSpeed's settings with what the options decide where they say ``auto`` or nothing.
 
-    Args:
-        settings: As ``read_deepspeed`` gives them.
-        steps: Batch size, accumulation and the limit of the gradient's norm.
-        precision: ``float32``, ``bfloat16`` or ``float16``.
-        width: Hidden size of the language model.
+    accelerate fills in the precision and the batch of all processes itself. ``width`` is the
+    hidden size of the language model.
     """
-    if settings is None:
-        return None
     values = {
         "train_micro_batch_size_per_gpu": steps.batch_size,
         "gradient_accumulation_steps": steps.gradient_accumulation_steps,
-        "train_batch_size": steps.batch_size * steps.gradient_accumulation_steps * process_count(),
         "gradient_clipping": steps.max_grad_norm,
     }
-    found = settings | {k: v for k, v in values.items() if settings.get(k, "auto") == "auto"}
-    for key, own in (("bf16", "bfloat16"), ("fp16", "float16")):
-        enabled = found.get(key, {}).get("enabled", "auto")
-        enabled = precision == own if enabled == "auto" else enabled
-        found[key] = {**found.get(key, {}), "enabled": enabled}
-    zero = dict(found.get("zero_optimization", {}))
-    for key, size in (
-        ("reduce_bucket_size", width * width),
-        ("stage3_prefetch_bucket_size", int(0.9 * width * width)),
-        ("stage3_param_persistence_threshold", 10 * width),
-    ):
-        if zero.get(key) == "auto":
-            zero[key] = size
-    return found | {"zero_optimization": zero}
-
-
-def load_device(run: StageRunOptions) -> str:
-    """The device a model is read to: this process's own; memory where DeepSpeed spreads it."""
-    device = pick_device(run.device)
-    if run.deepspeed:
-        return "cpu"
-    if device.type == "cuda" and device.index is None:
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return str(device)
+    sizes = {
+        "reduce_bucket_size": width * width,
+        "stage3_prefetch_bucket_size": int(0.9 * width * width),
+        "stage3_param_persistence_threshold": 10 * width,
+    }
+    zero = settings.get("zero_optimization", {})
+    return (
+        settings
+        | {key: value for key, value in values.items() if settings.get(key, "auto") == "auto"}
+        | {"zero_optimization": {k: sizes.get(k, v) if v == "auto" else v for k, v in zero.items()}}
+    )
 
 
 def make_accelerator(
-    run: RunOptions | StageRunOptions,
-    folder: Path,
-    *,
-    precision: str,
-    deepspeed: dict[str, Any] | None = None,
+    run: RunOptions | StageRunOptions, precision: str, deepspeed: dict[str, Any] | None = None
 ) -> Accelerator:
     """The Accelerator of a run; a second one in a process may differ from the first.
 
-    Args:
-        run: Device, seed, determinism and curves.
-        folder: Where curves go.
-        precision: ``float32``, ``bfloat16`` or ``float16``.
-        deepspeed: As ``fill_deepspeed`` gives it.
+    ``precision`` is as ``pick_precision`` gives it, ``deepspeed`` as ``fill_deepspeed`` does.
     """
     device = pick_device(run.device)
     if device.index is not None:
@@ -165,6 +132,6 @@ def make_accelerator(
         cpu=device.type == "cpu" and deepspeed is None,
         mixed_precision=_PRECISIONS[precision],
         log_with=pick_tracker(run.report_to),
-        project_dir=folder,
+        project_dir=state_folder(run.output),
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed) if deepspeed else None,
     )

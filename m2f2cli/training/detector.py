@@ -1,62 +1,77 @@
-"""Stage 1: train a detector from labelled pictures to a checkpoint folder."""
+"""Stage 1: train a detector from labelled pictures to a checkpoint folder.
+
+``prepare`` puts data, network, objective and trainer together; ``DetectorTrainer`` says what is
+particular to detectors about the loop of ``trainer``; ``build_detector`` makes the network that
+training starts from.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transformers asks for
+
+# isort: split
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
+from transformers.utils import logging as transformers_logging
 
 from m2f2cli.checkpoints import io
+from m2f2cli.checkpoints.io import check_names_and_shapes, open_weight_file
+from m2f2cli.checkpoints.keymaps import to_timm
+from m2f2cli.checkpoints.load import load_detector
+from m2f2cli.data.domain import Domain, describe_texture
 from m2f2cli.data.readers.ddvqa import FLAWS, REGIONS
-from m2f2cli.environment import library_versions
-from m2f2cli.errors import M2F2Error
+from m2f2cli.data.transforms import resize_and_crop
+from m2f2cli.data.video import evenly
+from m2f2cli.errors import CheckpointError, ConfigError, M2F2Error
 from m2f2cli.files import json_bytes
 from m2f2cli.metrics import average_precision, roc_auc
-from m2f2cli.options.train_detector import INCIDENTAL, OptimizerOptions, TrainDetectorOptions
-from m2f2cli.runtime import process_count, seed_everything
+from m2f2cli.models.backbone import Backbone
+from m2f2cli.models.clip import blocks_needed, load_clip
+from m2f2cli.models.detector import CLIP_MEAN, CLIP_STD, Detector, DetectorConfig
+from m2f2cli.options.train_detector import ModelOptions, TrainDetectorOptions
+from m2f2cli.runtime import seed_everything
 from m2f2cli.training.accelerator import make_accelerator, pick_precision, pick_tracker
-from m2f2cli.training.build import build_detector
-from m2f2cli.training.domain import fit_domain
-from m2f2cli.training.objective import Objective, moving_groups
-from m2f2cli.training.picture_store import PictureStore
-from m2f2cli.training.pictures import Batcher, MeasuringPictures, TrainingPictures
-from m2f2cli.training.settings import picture_settings
-from m2f2cli.training.sources import read_sources
-from m2f2cli.training.stages import optimiser_groups
-from m2f2cli.training.states import PROCESSES, check_output, finished, state_folder
-from m2f2cli.training.trainer import (
-    WEIGHTS,
-    Advance,
-    Batch,
-    Finished,
-    Notify,
-    Trainer,
-    epoch_records,
-    shares,
+from m2f2cli.training.objective import Objective
+from m2f2cli.training.pictures import (
+    PictureCollator,
+    PictureStore,
+    TrainingPictures,
+    ValidationPictures,
+    read_targets,
 )
+from m2f2cli.training.sources import read_sources
+from m2f2cli.training.states import check_output, finished, state_folder
+from m2f2cli.training.trainer import WEIGHTS, Advance, Batch, Finished, Notify, Trainer, run_record
 
 STAGE = "train-detector"
 _BETTER_IS_LARGER = {"auc": True, "ap": True, "loss": False, "last": True}
+# Six numbers of texture are learnt from each set: more pictures add minutes, not knowledge.
+_DOMAIN_PICTURES = 2048
+NORMALIZATIONS = {
+    "clip": (CLIP_MEAN, CLIP_STD),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+# The published bridge reads CLIP layers 6, 10 and 14 of the 23 that run, 64 wide, into 128.
+_BRIDGE_DEPTHS = (6 / 23, 10 / 23, 14 / 23)
+_BRIDGE = {"width": 64, "heads": 4, "size": 128}
 
 
 def train_detector(
     options: TrainDetectorOptions, *, advance: Advance | None = None, notify: Notify | None = None
 ) -> Path:
-    """Train a detector and write it as a checkpoint folder.
+    """Train a detector; write and return its folder, of the epoch that did best when measured.
 
-    Args:
-        options: Everything about the run.
-        advance: Called after each step with the steps done and words for beside a progress bar.
-        notify: Called with lines for people.
-
-    Returns:
-        The folder, holding the epoch that did best on the held-out pictures.
+    ``advance`` is called after each step with the steps done and words for beside a progress bar,
+    ``notify`` with lines for people.
 
     Raises:
         ConfigError: Options do not go together, or not with those of the state to resume.
@@ -76,113 +91,123 @@ def prepare(
     """
     notify = notify or (lambda _: None)
     run, data = options.run, options.data
-    if finished(options, INCIDENTAL):
+    if finished(options):
         return Finished(run.output, notify)
-    check_output(options, INCIDENTAL)
+    check_output(options)
     precision = pick_precision(run.precision, run.device)
     pick_tracker(run.report_to)
     left_out: list[str] = []
     parts = read_sources(data, seed=run.seed, tell=left_out.append)
     skip = data.unreadable == "skip"
-    train, held = [PictureStore(part, data.cache, skip=skip, tell=notify) for part in parts]
-    left_out += [name for part in (train, held) for name in part.skipped]
+    train, held = stores = [PictureStore(p, data.cache, skip=skip, tell=notify) for p in parts]
+    left_out += [name for store in stores for name in store.skipped]
     for name in left_out:
         notify(f"left out, missing or unreadable: {name}")
     seed_everything(run.seed)
     detector = build_detector(options.model, data.crop_margin)
-    kinds = tuple(parts[0].kinds()) if options.objective.kind_weight else ()
-    settings = picture_settings(options, detector, parts[0], kinds)
-    objective = Objective(detector, options, kinds=len(kinds), judgements=len(REGIONS) + len(FLAWS))
-    pictures, measured = TrainingPictures(train, settings), MeasuringPictures(held, settings)
-    record = {
-        "stage": STAGE,
-        "parent": detector.fingerprint,
-        "options": options.to_flat(),
-        "data": {
-            part: {
-                "fingerprint": read.fingerprint(),
-                **store.samples.counts(),
-                "videos": sum(sample.clip is not None for sample in store.samples.samples),
-                "items": len(items),
-            }
-            for part, read, store, items in (
-                ("train", parts[0], train, pictures),
-                ("validation", parts[1], held, measured),
-            )
+    targets = read_targets(options, detector, parts[0])
+    objective = Objective(detector, options, len(targets.kinds), len(REGIONS) + len(FLAWS))
+    pictures = TrainingPictures(train, options, detector.config, targets)
+    measured = ValidationPictures(held, data.validation_frames, detector.config)
+    counts: dict[str, Any] = {
+        name: {
+            "fingerprint": part.fingerprint(),
+            **store.samples.counts(),
+            "videos": sum(sample.clip is not None for sample in store.samples.samples),
+            "items": items,
         }
-        | {"unreadable": left_out},
-        "trained_values": moving_groups(objective),
-        PROCESSES: process_count(),
-        "versions": library_versions() | {"cuda": torch.version.cuda or "none"},
+        for name, part, store, items in zip(
+            ("train", "validation"), parts, stores, (len(pictures), len(measured)), strict=True
+        )
     }
+    record = run_record(
+        STAGE,
+        options,
+        parent=detector.fingerprint,
+        data=counts | {"unreadable": left_out},
+        trained_values=objective.trained_values(),
+    )
     notify(_summary(record))
-    domain = fit_domain(train, held, size=detector.config.image_size, quantile=data.domain_quantile)
-    accelerator = make_accelerator(run, state_folder(run.output), precision=precision)
     return DetectorTrainer(
-        objective, pictures, measured, domain, options=options, accelerator=accelerator,
-        record=record, notify=notify,
-    )  # fmt: skip
+        objective,
+        dataset=pictures,
+        measured=measured,
+        domain=_fit_domain(train, held, detector.config.image_size, data.domain_quantile),
+        options=options,
+        accelerator=make_accelerator(run, precision),
+        record=record,
+        notify=notify,
+    )
+
+
+def _fit_domain(
+    train: PictureStore, held: PictureStore, size: int, quantile: float
+) -> dict[str, Any] | None:
+    """The ``domain`` of a detector's configuration: where pictures like those trained on lie.
+
+    The share ``quantile`` of the held-out ones lies inside; None for 0. Up to 2,048 pictures of
+    each set are described, evenly spread; of a video the middle frame.
+    """
+
+    def described(store: PictureStore) -> np.ndarray:
+        chosen = evenly(len(store.samples), _DOMAIN_PICTURES)
+        return np.stack([describe_texture(resize_and_crop(store.read(i), size)) for i in chosen])
+
+    if not quantile:
+        return None
+    return Domain.fit(described(train), described(held), quantile=quantile).to_config()
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    parts = []
+    for word in ("train", "validation"):
+        counts = {k: n for k, n in record["data"][word].items() if isinstance(n, int)}
+        people, videos, items = (counts.pop(key) for key in ("identities", "videos", "items"))
+        total = sum(counts.values())
+        nouns = [f"{total - videos} pictures"] if total > videos else []
+        nouns += [f"{videos} videos"] if videos else []
+        each = ", ".join(f"{n} {kind}" for kind, n in counts.items())
+        often = f", {items} an epoch" if items != total else ""
+        parts.append(f"{word}: {' and '.join(nouns)} of {people} identities ({each}){often}")
+    values = ", ".join(f"{group} {n:,}" for group, n in record["trained_values"].items())
+    return "\n".join((*parts, f"trains: {values}"))
 
 
 class DetectorTrainer(Trainer):
-    """Trains an ``Objective`` and writes the detector of its best epoch.
-
-    Args:
-        objective: What is trained.
-        pictures: What to train on.
-        measured: What to measure on after each epoch.
-        domain: The domain check to store with the detector.
-        **shared: What else ``Trainer`` takes.
-    """
-
-    incidental = INCIDENTAL
+    """Trains an ``Objective`` and writes the detector of its best epoch, with a domain check."""
 
     def __init__(
         self,
         objective: Objective,
-        pictures: TrainingPictures,
-        measured: MeasuringPictures,
+        *,
+        measured: ValidationPictures,
         domain: dict[str, Any] | None,
         **shared: Any,
     ) -> None:
         self.measured = measured
         self.domain = domain
-        super().__init__(objective, dataset=pictures, **shared)
+        super().__init__(objective, **shared)
         options = self.options
-        self.collate = Batcher(options.objective.mixup, options.run.seed, self.sampler.steps)
-
-    @property
-    def optim(self) -> OptimizerOptions:
-        """The options that say how the weights move."""
-        found: OptimizerOptions = self.options.optimizer
-        return found
+        self.collate = PictureCollator(options.objective.mixup, options.run.seed, self.sampler)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """Adam or AdamW over the stage's groups; every trainable parameter exactly once."""
-        named, backbone = self.model.named_weights(), self.model.detector.backbone
-        groups = optimiser_groups(named, backbone, self.options.optimizer)
+        groups = self.model.optimizer_groups()
         covered = sum(len(group["params"]) for group in groups)
         trainable = sum(p.requires_grad for p in self.model.parameters())
         if covered != trainable:
             raise LookupError(f"{covered} of {trainable} trainable parameters are in a group.")
-        # Names stay out: they would be saved with the state and compared by torch.
-        plain = [{k: v for k, v in group.items() if k != "names"} for group in groups]
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[
-            self.options.optimizer.optimizer
-        ]
-        return kind(plain, betas=(0.9, self.options.optimizer.beta2))
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optim.optimizer]
+        return kind(groups, betas=(0.9, self.optim.beta2))
 
     def build_scheduler(self) -> Any:
         """The published plateau rule on the validation loss, or as in the base."""
-        steps = self.options.optimizer
-        if steps.schedule != "plateau":
+        if self.optim.schedule != "plateau":
             return super().build_scheduler()
+        factor, patience = self.optim.plateau_factor, self.optim.plateau_patience
+        cooldown = self.optim.plateau_cooldown
         return ReduceLROnPlateau(
-            self.optimizer,
-            mode="min",
-            factor=steps.plateau_factor,
-            patience=steps.plateau_patience,
-            cooldown=steps.plateau_cooldown,
+            self.optimizer, factor=factor, patience=patience, cooldown=cooldown
         )
 
     def loss(self, batch: Batch, total: int) -> torch.Tensor:
@@ -197,48 +222,29 @@ class DetectorTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Measure on the held-out pictures, in all processes together.
-
-        Returns:
-            ``loss`` in nats a picture, ``auc``, ``ap``, and ``accuracy`` at 0.5.
-
-        Raises:
-            M2F2Error: The training has diverged.
-        """
+        """Measure on the held-out pictures, in all processes together; see ``measure``."""
         count = self.accelerator.num_processes
         if count > 1:  # each process has its own BatchNorm statistics; one is saved
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        logits = torch.cat(list(self._logits()))
-        labels = self.measured.labels()
+        loader: DataLoader[Any] = DataLoader(
+            self.measured,
+            batch_sampler=[[i for i, _ in b] for b in self.share(range(len(self.measured)))],
+            collate_fn=self.collate,
+            num_workers=self.options.data.workers,
+        )
+        logits = torch.cat([self.model(**self.to_device(batch))["logits"] for batch in loader])
+        labels = self.measured.labels
         gathered = self.accelerator.gather(logits).double().cpu().numpy()
         # Process p has items p, p + processes, ...; repeats stand at the end.
         in_order = gathered.reshape(count, -1, 2).swapaxes(0, 1).reshape(-1, 2)[: len(labels)]
         return measure(in_order, labels)
 
-    def _logits(self) -> Iterator[torch.Tensor]:
-        """Logits (B, 2) of this process's held-out pictures, batch by batch."""
-        mine = shares(
-            range(len(self.measured)),
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        size = self.options.optimizer.batch_size
-        batches = [[i for i, _ in mine[b : b + size]] for b in range(0, len(mine), size)]
-        loader = torch.utils.data.DataLoader(
-            self.measured,
-            batch_sampler=batches,
-            collate_fn=self.collate,
-            num_workers=self.options.data.workers,
-        )
-        for batch in loader:
-            yield self.model(**self.to_device(batch))["logits"]
-
     def after_epoch(self, figures: Mapping[str, float]) -> None:
         """Cut the learning rate on a plateau, and note whether the epoch is the best."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(figures["loss"])
-        select = self.options.optimizer.select
+        select = self.optim.select
         value = float(self.step) if select == "last" else figures[select]
         larger = _BETTER_IS_LARGER[select]
         if self.best is None or (value > self.best[1] if larger else value < self.best[1]):
@@ -247,11 +253,7 @@ class DetectorTrainer(Trainer):
     def stopped(self) -> bool:
         """Whether the selected figure has not got better for ``early_stopping_patience`` epochs."""
         waited = (self.step - (self.best[0] if self.best else 0)) // self.steps_per_epoch
-        return 0 < self.options.optimizer.early_stopping_patience <= waited
-
-    def kept_states(self) -> set[int]:
-        """The last saved state and the best."""
-        return {self.step, self.best[0]} if self.best else {self.step}
+        return bool(0 < self.optim.early_stopping_patience <= waited)
 
     def describe(self, figures: Mapping[str, float]) -> str:
         """The figures in words."""
@@ -264,30 +266,23 @@ class DetectorTrainer(Trainer):
         """Write the detector of the best epoch."""
         if not self.accelerator.is_main_process:
             return
-        run, steps = self.options.run, self.options.optimizer
-        assert self.best is not None
-        best = self.best[0]
+        run, best = self.options.run, self.best[0] if self.best else self.step
         self.restore(load_file(state_folder(run.output) / f"checkpoint-{best}" / WEIGHTS))
-        config = self.model.detector.config
-        written = config.to_dict() | {
-            "architectures": ["Detector"],
-            "dtype": run.save_dtype,
-            "domain": self.domain,
-        }
-        epochs = epoch_records(self.history, self.steps_per_epoch)
+        epochs = self.epoch_records()
         chosen = next(record for record in epochs if record["step"] == best)
         metrics: dict[str, Any] = {"selected": chosen, "epochs": epochs}
-        if epochs[-1]["epoch"] < steps.epochs:
+        if epochs[-1]["epoch"] < self.optim.epochs:
             metrics["stopped_after"] = epochs[-1]["epoch"]
             self.notify(
                 f"Stopped after epoch {epochs[-1]['epoch']}: no better "
-                f"{steps.select} for {steps.early_stopping_patience} epochs."
+                f"{self.optim.select} for {self.optim.early_stopping_patience} epochs."
             )
+        config, kind = self.model.detector.config, getattr(torch, run.save_dtype)
         processor = io.preprocessor_config(config.image_size, config.image_mean, config.image_std)
-        kind = getattr(torch, run.save_dtype)
+        written = {"architectures": ["Detector"], "dtype": run.save_dtype, "domain": self.domain}
         io.write_checkpoint(
             run.output,
-            config=json.loads(json.dumps(written)),
+            config=config.to_dict() | written,
             tensors={
                 name: tensor.to(kind) if tensor.is_floating_point() else tensor
                 for name, tensor in self.model.result().items()
@@ -322,16 +317,130 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def _summary(record: Mapping[str, Any]) -> str:
-    parts = []
-    for word in ("train", "validation"):
-        counts = {k: n for k, n in record["data"][word].items() if isinstance(n, int)}
-        people, videos, items = (counts.pop(key) for key in ("identities", "videos", "items"))
-        total = sum(counts.values())
-        nouns = [f"{total - videos} pictures"] if total > videos else []
-        nouns += [f"{videos} videos"] if videos else []
-        each = ", ".join(f"{n} {kind}" for kind, n in counts.items())
-        often = f", {items} an epoch" if items != total else ""
-        parts.append(f"{word}: {' and '.join(nouns)} of {people} identities ({each}){often}")
-    values = ", ".join(f"{group} {n:,}" for group, n in record["trained_values"].items())
-    return "\n".join((*parts, f"trains: {values}"))
+def build_detector(options: ModelOptions, crop_margin: float) -> Detector:
+    """Build the detector that training starts from, in float32 on the CPU.
+
+    It stores the margin of the face crops it will see, and has no domain check: that describes the
+    pictures of another training.
+
+    Raises:
+        CheckpointError: A weights file, CLIP folder or starting detector is missing or does not
+            fit.
+        ConfigError: An architecture is unknown or sizes do not go together.
+    """
+    if options.model:
+        return _from_detector(options.model, crop_margin)
+    transformers_logging.disable_progress_bar()
+    try:
+        spec, clip_tensors = load_clip(options.clip)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"The CLIP tower '{options.clip}' cannot be loaded: {type(error).__name__}.",
+            "Check the name and the connection, or give a folder: --clip DIR.",
+        ) from error
+    if options.image_size:
+        spec, clip_tensors = resize_clip(spec, clip_tensors, options.image_size)
+    mean, std = NORMALIZATIONS[options.normalization]
+    vision = spec["vision"]
+    total = vision["num_hidden_layers" if spec["library"] == "transformers" else "layers"]
+    bridge: dict[str, Any] | None = None
+    if options.bridge:
+        blocks = blocks_needed(total, options.vision_layer)
+        bridge = _BRIDGE | {"clip_layers": [max(1, round(d * blocks)) for d in _BRIDGE_DEPTHS]}
+    config = DetectorConfig(
+        backbone=None if options.backbone == "none" else options.backbone,
+        clip=spec,
+        hidden_size=options.hidden_size,
+        prompt_tokens=options.prompt_tokens,
+        vision_layer=options.vision_layer,
+        forgery_map=options.forgery_map,
+        bridge=bridge,
+        image_size=vision["image_size"],
+        image_mean=list(mean),
+        image_std=list(std),
+        crop={"detector": "dlib", "margin": crop_margin},
+    )
+    detector = Detector(config)
+    wanted = detector.clip.state_dict()
+    kept = {key: clip_tensors[key] for key in wanted if key in clip_tensors}  # blocks that run
+    check_names_and_shapes(kept, wanted, what=f"The CLIP tower '{options.clip}'")
+    detector.clip.load_state_dict(kept)
+    if detector.backbone is not None:
+        load_backbone(detector.backbone, options.backbone, options.backbone_weights)
+    return detector
+
+
+def _from_detector(name: str, crop_margin: float) -> Detector:
+    parent = load_detector(name, device="cpu", dtype="float32")
+    changed = {"domain": None, "crop": {**parent.config.crop, "margin": crop_margin}}
+    detector = Detector(DetectorConfig.from_dict(parent.config.to_dict() | changed))
+    detector.load_state_dict(parent.state_dict())
+    detector.fingerprint = parent.fingerprint
+    return detector
+
+
+def load_backbone(backbone: Backbone, name: str, source: str) -> None:
+    """Give a backbone, by its timm name, its starting weights, all but the classifier, strictly.
+
+    ``source`` is ``none``, ``pretrained`` (timm's own) or a weights file.
+
+    Raises:
+        CheckpointError: The file is missing or does not fit, or timm's weights cannot be loaded.
+    """
+    import timm
+
+    if source == "none":
+        return
+    net = backbone.net
+    if source == "pretrained":
+        try:
+            loaded = timm.create_model(name, pretrained=True, num_classes=0, global_pool="")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"The pre-trained weights of '{name}' cannot be loaded: {type(error).__name__}.",
+                "Give --backbone-weights FILE, or none to start at random.",
+            ) from error
+        net.load_state_dict(loaded.state_dict())
+        return
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise CheckpointError(
+            f"There is no backbone weights file '{path}'.", "Check --backbone-weights."
+        )
+    classifier = net.default_cfg.get("classifier") or ()
+    classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    wanted = net.state_dict()
+    stored = to_timm(open_weight_file(path).tensors, list(wanted), classifier)
+    counters = {k: t for k, t in wanted.items() if k.endswith("num_batches_tracked")}
+    tensors = counters | {key: tensor.load() for key, tensor in stored.items()}
+    check_names_and_shapes(tensors, wanted, what=f"'{path}'")
+    net.load_state_dict(tensors)
+
+
+def resize_clip(
+    spec: dict[str, Any], tensors: dict[str, torch.Tensor], image_size: int
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Fit a CLIP vision part to another picture size by resampling its position embeddings.
+
+    ``spec`` and ``tensors`` are as ``models.clip.load_clip`` gives them.
+
+    Raises:
+        ConfigError: The size is no multiple of the patch size.
+    """
+    vision = spec["vision"]
+    patch = vision["patch_size"]
+    if image_size == vision["image_size"]:
+        return spec, tensors
+    if image_size % patch:
+        raise ConfigError(
+            f"--image-size {image_size} is no multiple of the CLIP tower's patch size {patch}.",
+            f"Use --image-size {max(1, round(image_size / patch)) * patch}.",
+        )
+    key = (
+        "vision.embeddings.position_embedding.weight"
+        if spec["library"] == "transformers"
+        else "vision.visual.positional_embedding"
+    )
+    old, new = vision["image_size"] // patch, image_size // patch
+    resized = resample_abs_pos_embed(tensors[key][None], [new, new], [old, old])[0]
+    return {**spec, "vision": {**vision, "image_size": image_size}}, {**tensors, key: resized}

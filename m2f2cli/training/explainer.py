@@ -1,8 +1,16 @@
-"""Stages 2 and 3: train parts of an explainer on conversations, and write them as a delta."""
+"""Stages 2 and 3: train parts of an explainer on conversations, and write them as a delta.
+
+    align   forgery_projector
+    lora    low-rank updates of the language model's linear layers, mm_projector, forgery_projector
+
+Everything else stays as it is, bit by bit: the word embeddings, the head, the detector and CLIP.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,80 +19,60 @@ import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transf
 
 # isort: split
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from m2f2cli.checkpoints.adapters import write_delta
+from m2f2cli.checkpoints.adapters import adapter_fields, write_delta
 from m2f2cli.checkpoints.io import check_names_and_shapes
 from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.data.conversations import Conversation, Pictures, parse_verdict
 from m2f2cli.data.transforms import explainer_views
-from m2f2cli.environment import library_versions
 from m2f2cli.errors import ConfigError, M2F2Error
+from m2f2cli.models.explainer import Explainer
 from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.models.tokenizer import decode
 from m2f2cli.options.train_explainer import (
-    INCIDENTAL,
+    AdapterOptions,
     AlignOptions,
     LoraOptions,
     LoraStepOptions,
     QuantizedOptions,
     StageOptions,
-    StepOptions,
-    adapter_of,
 )
-from m2f2cli.runtime import process_count, seed_everything
+from m2f2cli.runtime import pick_device, process_count, seed_everything
 from m2f2cli.training.accelerator import (
     fill_deepspeed,
-    load_device,
     make_accelerator,
     pick_precision,
     pick_tracker,
     read_deepspeed,
 )
-from m2f2cli.training.epochs import Steps
-from m2f2cli.training.explainer_data import (
-    Exercises,
-    Usable,
-    encode,
-    judged_prompt,
-    read_usable,
-)
-from m2f2cli.training.explainer_parts import (
-    PROJECTORS,
-    explainer_of,
-    hide_scalars,
-    optimiser_groups,
-    prepare_align,
-    prepare_lora,
-    save_memory,
-    trained,
-)
-from m2f2cli.training.states import PROCESSES, check_output, finished, state_folder
+from m2f2cli.training.explainer_data import ConversationDataset, read_usable
+from m2f2cli.training.states import check_output, finished
 from m2f2cli.training.trainer import (
     Advance,
     Batch,
     Finished,
     Notify,
     Trainer,
-    epoch_records,
-    measured,
-    shares,
+    eval_figures,
+    run_record,
 )
+
+PROJECTORS = ("mm_projector", "forgery_projector")
+_LAYERS = "language_model.model."
+# What PEFT puts into names in memory, and leaves out on disk.
+_IN_MEMORY = (".modules_to_save.default", ".default")
 
 
 def align(
     options: AlignOptions, *, advance: Advance | None = None, notify: Notify | None = None
 ) -> Path:
-    """Train an explainer's forgery projector (stage 2) and write it as a delta folder.
+    """Train an explainer's forgery projector (stage 2); write and return its delta folder.
 
-    Args:
-        options: Everything about the run.
-        advance: Called after each step with the steps done and words for beside a progress bar.
-        notify: Called with lines for people.
-
-    Returns:
-        The folder.
+    ``advance`` is called after each step with the steps done and words for beside a progress bar,
+    ``notify`` with lines for people.
 
     Raises:
         ConfigError: Options do not go together, or not with those of the state to resume.
@@ -110,122 +98,189 @@ def prepare(options: StageOptions, *, notify: Notify | None = None) -> Explainer
     """
     notify = notify or (lambda _: None)
     run, steps, data = options.run, options.optimizer, options.data
-    if finished(options, INCIDENTAL):
+    if finished(options):
         return Finished(run.output, notify)
-    check_output(options, INCIDENTAL)
+    check_output(options)
     precision = pick_precision(options.model.precision, run.device)
     pick_tracker(run.report_to)
     deepspeed = read_deepspeed(run.deepspeed)
-    model, adapter, home = _what_trains(options)
-    explainer = explainer_of(model)
+    explainer, home = _load(options, precision)
+    seed_everything(run.seed)
+    model, adapter = choose_trained(explainer, options)
     processor = ExplainerProcessor.from_folder(home, explainer.config, explainer_views)
     pictures = Pictures(data.images)
     usable = read_usable(data, processor, pictures)
-    exercises = Exercises(
+    step_size = steps.batch_size * steps.gradient_accumulation_steps * process_count()
+    dataset = ConversationDataset(
         usable,
         processor,
         pictures,
         max_length=data.max_length,
         seed=run.seed,
-        group=steps.batch_size
-        * steps.gradient_accumulation_steps
-        * process_count()
-        * data.group_by_length,
+        group=step_size * data.group_by_length,
     )
-    plan = Steps(
-        len(exercises), steps.batch_size, steps.gradient_accumulation_steps, process_count()
-    )
-    if len(plan) * steps.epochs == 1 and steps.warmup_ratio:
-        raise ConfigError(
-            "The run has a single step, and warm-up begins at a learning rate of zero: nothing "
-            "would be learnt.",
-            "Lower --batch-size, raise --epochs, or add --warmup-ratio 0.",
-        )
-    record = {
-        "stage": "align" if isinstance(options, AlignOptions) else "lora",
-        "parent": explainer.fingerprint,
-        "options": options.to_flat(),
-        "data": {
+    if deepspeed is not None:
+        width = explainer.config.text_config.hidden_size
+        deepspeed = fill_deepspeed(deepspeed, steps=steps, width=width)
+    record = run_record(
+        "align" if isinstance(options, AlignOptions) else "lora",
+        options,
+        "deepspeed",
+        parent=explainer.fingerprint,
+        data={
             "conversations": data.data.name,
             "sha256": hashlib.sha256(data.data.read_bytes()).hexdigest(),
             **usable.counts,
             "missing_pictures": sorted(usable.missing),
         },
-        "trained_values": sum(weight.numel() for _, weight in trained(model)),
-        PROCESSES: process_count(),
-        "versions": library_versions()
-        | library_versions("deepspeed")
-        | {"cuda": torch.version.cuda or "none"},
-    }
-    width = explainer.config.text_config.hidden_size
-    accelerator = make_accelerator(
-        run,
-        state_folder(run.output),
-        precision=precision,
-        deepspeed=fill_deepspeed(deepspeed, steps=steps, precision=precision, width=width),
+        trained_values=sum(weight.numel() for _, weight in trained(model)),
     )
-    notify(_summary(record, usable))
-    return ExplainerTrainer(
+    trainer = ExplainerTrainer(
         model,
         adapter=adapter,
-        exercises=exercises,
         held=usable.held,
+        dataset=dataset,
         options=options,
-        accelerator=accelerator,
+        accelerator=make_accelerator(run, precision, deepspeed),
         record=record,
         notify=notify,
     )
+    if trainer.steps == 1 and steps.warmup_ratio:
+        raise ConfigError(
+            "The run has a single step, and warm-up begins at a learning rate of zero: nothing "
+            "would be learnt.",
+            "Lower --batch-size, raise --epochs, or add --warmup-ratio 0.",
+        )
+    counts = usable.counts
+    lines = [f"left out, its picture cannot be read: {why}" for why in usable.missing.values()]
+    lines.append(
+        f"conversations: {counts['train']} to learn from, {counts['validation']} held out; left "
+        f"out of {counts['read']}: {counts['too_long']} too long, {counts['missing']} without "
+        "their picture"
+    )
+    notify("\n".join([*lines, f"trains: {record['trained_values']:,} values"]))
+    return trainer
+
+
+def _load(options: StageOptions, precision: str) -> tuple[Explainer, Path]:
+    """The explainer to start from, and its folder.
+
+    It is read to this process's own device; to memory where DeepSpeed spreads it.
+    """
+    unset_hf_deepspeed_config()  # of an earlier run, which would have the model read in shards
+    device = pick_device(options.run.device)
+    place = str(device)
+    if device.type == "cuda" and device.index is None:
+        place = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    held_in = options.model.quantize if isinstance(options.model, QuantizedOptions) else "none"
+    return load_explainer(
+        options.model.model,
+        device="cpu" if options.run.deepspeed else place,
+        dtype=precision,
+        quantize=None if held_in == "none" else held_in,
+        attention=options.model.attn_implementation,
+    )
+
+
+def choose_trained(
+    explainer: Explainer, options: StageOptions
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """Let exactly the parameters of a stage train, in float32.
+
+    Returns:
+        What trains: the explainer, or for stage 3 PEFT's model around it; and then the content of
+        ``adapter_config.json``.
+    """
+    explainer.requires_grad_(False)
+    model: nn.Module = explainer
+    adapter = None
+    if isinstance(options, LoraOptions):
+        model, adapter = _add_updates(explainer, options.adapter)
+    else:
+        explainer.forgery_projector.requires_grad_(True)
+    for _, parameter in trained(model):
+        parameter.data = parameter.data.float()
+    if options.run.deepspeed:  # which cannot spread parameters of no dimension: let them be buffers
+        for module in explainer.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                if weight.ndim == 0 and not weight.requires_grad:
+                    delattr(module, name)
+                    module.register_buffer(name, weight.data)
+    if options.model.gradient_checkpointing:  # earlier versions of transformers 5 have the old name
+        old = "gradient_checkpointing_enable"
+        enable = getattr(explainer, "activation_checkpointing_enable", None)
+        (enable or getattr(explainer, old))({"use_reentrant": False})
+    return model, adapter
+
+
+def _add_updates(explainer: Explainer, options: AdapterOptions) -> tuple[PeftModel, dict[str, Any]]:
+    """Put low-rank updates on every linear layer of the language model but its head."""
+    config = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=[
+            name
+            for name, module in explainer.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith(_LAYERS)
+        ],
+        modules_to_save=list(PROJECTORS),
+        bias="none",
+    )
+    written = adapter_fields(config.to_dict())  # now: PEFT shortens lists of layers in memory
+    with warnings.catch_warnings():  # PEFT asks transformers by a name that goes out of use
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(explainer, config), written
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What trains: names as a delta has them, and parameters."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            for inside in _IN_MEMORY:
+                name = name.replace(inside, "")
+            yield name, parameter
 
 
 class ExplainerTrainer(Trainer):
-    """Trains an explainer with most of it frozen.
+    """Trains an explainer with most of it frozen; ``held`` is what it is measured on.
 
     A step's loss is the mean over all answer tokens of the step, whatever the number of processes
-    and batches it is dealt out to.
-
-    Args:
-        model: What trains; see ``explainer_parts``.
-        adapter: ``adapter_config.json`` of stage 3.
-        exercises: What to learn from.
-        held: What to measure on after each epoch.
-        **shared: What else ``Trainer`` takes.
+    and batches it is dealt out to. ``model`` and ``adapter`` are as ``choose_trained`` gives them.
     """
 
-    incidental = INCIDENTAL
+    dataset: ConversationDataset
 
     def __init__(
         self,
         model: nn.Module,
         *,
         adapter: dict[str, Any] | None,
-        exercises: Exercises,
         held: list[Conversation],
         **shared: Any,
     ) -> None:
         self.adapter = adapter
-        self.exercises = exercises
         self.held = held
-        self.explainer = explainer_of(model)
-        super().__init__(model, dataset=exercises, **shared)
-        self.collate = exercises.processor.collate
+        self.explainer: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        super().__init__(model, **shared)
+        self.processor = self.dataset.processor
+        self.collate = self.processor.collate
         self.eval_steps = self.options.data.eval_steps
         self.measures = bool(held)
 
-    @property
-    def optim(self) -> StepOptions:
-        """The options that say how the weights move."""
-        found: StepOptions = self.options.optimizer
-        return found
-
     def build_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW over exactly what trains."""
-        own = self.optim.projector_lr if isinstance(self.optim, LoraStepOptions) else None
-        groups = optimiser_groups(
-            self.model,
-            rate=self.optim.learning_rate,
-            projector_rate=own,
-            decay=self.optim.weight_decay,
-        )
+        """AdamW over exactly what trains; biases do not decay."""
+        rate = self.optim.learning_rate
+        own = self.optim.projector_lr if isinstance(self.optim, LoraStepOptions) else rate
+        found: dict[tuple[float, float], list[torch.Tensor]] = {}
+        for name, parameter in trained(self.model):
+            projector = any(f"{part}." in name for part in PROJECTORS)
+            decay = self.optim.weight_decay if parameter.ndim > 1 else 0.0
+            found.setdefault((own if projector else rate, decay), []).append(parameter)
+        groups = [
+            {"params": params, "lr": lr, "weight_decay": decay}
+            for (lr, decay), params in found.items()
+        ]
         return torch.optim.AdamW(groups, betas=(0.9, 0.999))
 
     def step_total(self, batches: Sequence[Batch]) -> torch.Tensor:
@@ -308,17 +363,16 @@ class ExplainerTrainer(Trainer):
         tensors = self.tensors()  # in every process: DeepSpeed gathers them
         if not self.accelerator.is_main_process:
             return
-        each = self.steps_per_epoch
-        metrics: dict[str, Any] = {"epochs": epoch_records(self.history, each)}
         inside = [
-            {"step": entry["step"], "epoch": entry["epoch"], **measured(entry)}
+            {"step": entry["step"], "epoch": entry["epoch"], **eval_figures(entry)}
             for entry in self.history
-            if "eval_loss" in entry and entry["step"] % each
+            if "eval_loss" in entry and entry["step"] % self.steps_per_epoch
         ]
+        metrics = {"epochs": self.epoch_records()} | ({"steps": inside} if inside else {})
         write_delta(
             self.options.run.output,
-            tensors={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-            stage=self.record | {"metrics": metrics | ({"steps": inside} if inside else {})},
+            tensors=tensors,
+            stage=self.record | {"metrics": metrics},
             adapter=self.adapter,
             overwrite=self.options.run.overwrite,
         )
@@ -331,77 +385,32 @@ class ExplainerTrainer(Trainer):
         here = self.accelerator.reduce(here.to(device), reduction="sum")
         return float(here[0]), float(here[1])
 
-    def _mine(self, items: list[Conversation]) -> Iterator[list[tuple[Conversation, bool]]]:
-        """This process's share, in batches; see ``shares``."""
-        mine = shares(items, self.accelerator.process_index, self.accelerator.num_processes)
-        for begin in range(0, len(mine), self.optim.batch_size):
-            yield mine[begin : begin + self.optim.batch_size]
-
     def held_losses(self) -> Iterator[tuple[float, int]]:
         """Of each batch of this process the sum over its answer tokens, and their number."""
         asked = self.wrapped if self.deepspeed else self.model
-        made = self.exercises
-        for group in self._mine(self.held):
-            items = [encode(c, made.processor, made.pictures, made.max_length) for c, _ in group]
+        for group in self.share(self.held):
+            items = [self.dataset.encode(conversation) for conversation, _ in group]
             for item, (_, counts) in zip(items, group, strict=True):
                 item["labels"] = item["labels"] if counts else [-100] * len(item["labels"])
-            batch = self.to_device(made.processor.collate(items))
+            batch = self.to_device(self.collate(items))
             tokens = int((batch["labels"][:, 1:] != -100).sum())
             loss = asked(**batch, use_cache=False).loss
             yield (loss.item() * tokens if tokens else 0.0), tokens
 
     def _verdicts(self, judged: list[Conversation]) -> Iterator[tuple[int, int]]:
         """Of each batch how many verdicts are right, and how many were asked for."""
-        processor, pictures = self.exercises.processor, self.exercises.pictures
-        for group in self._mine(judged):
-            prompts = [judged_prompt(c, processor) for c, _ in group]
-            shown = [[pictures.pixels(c)] if c.image else [] for c, _ in group]
+        for group in self.share(judged):
+            prompts = [self.dataset.verdict_prompt(c) for c, _ in group]
+            shown = [self.dataset.shown(c) for c, _ in group]
             said = self.explainer.generate(
-                **self.to_device(dict(processor(prompts, shown))),
+                **self.to_device(dict(self.processor(prompts, shown))),
                 do_sample=False,
                 max_new_tokens=self.options.data.answer_tokens,
                 synced_gpus=self.accelerator.num_processes > 1 and self.deepspeed,
             )
-            texts = [decode(processor.tokenizer, row.tolist()) for row in said]
-            words = [("real", "fake")[c.label or 0] for c, _ in group]
-            right = [parse_verdict(text) == word for text, word in zip(texts, words, strict=True)]
-            counts = [counted for _, counted in group]
-            yield sum(a and b for a, b in zip(right, counts, strict=True)), sum(counts)
-
-
-def _what_trains(options: StageOptions) -> tuple[Any, dict[str, Any] | None, Path]:
-    """The explainer with what trains in it, ``adapter_config.json``, and where it was read."""
-    unset_hf_deepspeed_config()  # of an earlier run, which would have the model read in shards
-    held_in = options.model.quantize if isinstance(options.model, QuantizedOptions) else "none"
-    explainer, home = load_explainer(
-        options.model.model,
-        device=load_device(options.run),
-        dtype=pick_precision(options.model.precision, options.run.device),
-        quantize=None if held_in == "none" else held_in,
-        attention=options.model.attn_implementation,
-    )
-    seed_everything(options.run.seed)
-    updates = adapter_of(options)
-    model: Any = explainer
-    adapter = None
-    if updates is None:
-        prepare_align(explainer)
-    else:
-        model, adapter = prepare_lora(explainer, updates)
-    if options.run.deepspeed:
-        hide_scalars(explainer)
-    if options.model.gradient_checkpointing:
-        save_memory(explainer)
-    return model, adapter, home
-
-
-def _summary(record: Mapping[str, Any], usable: Usable) -> str:
-    counts = usable.counts
-    lines = [f"left out, its picture cannot be had: {why}" for why in usable.missing.values()]
-    lines.append(
-        f"conversations: {counts['train']} to learn from, {counts['validation']} held out; left "
-        f"out of {counts['read']}: {counts['too_long']} too long, {counts['missing']} without "
-        "their picture"
-    )
-    lines.append(f"trains: {record['trained_values']:,} values")
-    return "\n".join(lines)
+            texts = [decode(self.processor.tokenizer, row.tolist()) for row in said]
+            right = [
+                counts and parse_verdict(text) == ("real", "fake")[c.label or 0]
+                for text, (c, counts) in zip(texts, group, strict=True)
+            ]
+            yield sum(right), sum(counts for _, counts in group)

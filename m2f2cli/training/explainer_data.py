@@ -12,6 +12,7 @@ from m2f2cli.data.conversations import (
     Conversation,
     Pictures,
     find_missing,
+    parse_verdict,
     read_conversations,
     split_conversations,
 )
@@ -19,13 +20,13 @@ from m2f2cli.errors import InputError, UsageError
 from m2f2cli.models.conversation import IMAGE, Turn, encode_with_labels, turns_of
 from m2f2cli.models.processing import ExplainerProcessor, check_placeholders
 from m2f2cli.options.train_explainer import ConversationOptions
+from m2f2cli.training.sampler import ORDER
 
-_ORDER = 1  # stream of random numbers
 _STEPS_SORTED = 50  # how many steps' conversations are sorted by length together
 
 
 @dataclass(frozen=True)
-class Usable:
+class UsableConversations:
     """What is left of a conversation file.
 
     Attributes:
@@ -33,7 +34,7 @@ class Usable:
         held: To measure on.
         lengths: Tokens of each conversation by its number, patches counted.
         counts: ``read``, ``too_long``, ``missing``, ``train``, ``validation``.
-        missing: Pictures that cannot be had, with the reason.
+        missing: Pictures that cannot be read, with the reason.
     """
 
     train: list[Conversation]
@@ -45,13 +46,8 @@ class Usable:
 
 def read_usable(
     options: ConversationOptions, processor: ExplainerProcessor, pictures: Pictures
-) -> Usable:
-    """Read a conversation file and keep what can be learnt from whole.
-
-    Args:
-        options: Where it is, and what is to be done about the rest.
-        processor: Of the explainer in training.
-        pictures: Every one is decoded once.
+) -> UsableConversations:
+    """Read a conversation file and keep what can be learnt from whole; pictures are decoded once.
 
     Raises:
         InputError: See ``read_conversations``; or a conversation is too long, its picture missing
@@ -73,7 +69,7 @@ def read_usable(
     faults = find_missing(found, pictures)
     if faults and options.missing == "error":
         raise InputError(
-            f"{len(faults)} pictures of '{options.data}' cannot be had. The first: "
+            f"{len(faults)} pictures of '{options.data}' cannot be read. The first: "
             f"{next(iter(faults.values()))}",
             "missing",
             "Check --images, or add --missing skip.",
@@ -90,7 +86,7 @@ def read_usable(
         "train": len(train),
         "validation": len(held),
     }
-    return Usable(train, held, lengths, counts, faults)
+    return UsableConversations(train, held, lengths, counts, faults)
 
 
 def _length(
@@ -110,25 +106,17 @@ def _length(
     return len(ids) + text.count(IMAGE) * (processor.config.patches - 1)
 
 
-class Exercises(Dataset[dict[str, Any]]):
-    """Training items by ``epoch * len + position``, drawn anew in each epoch.
+class ConversationDataset(Dataset[dict[str, Any]]):
+    """Training items by ``epoch * len + position``, in a new order in each epoch.
 
-    With ``group`` the items of a step are of like length: some dozens of steps' items are sorted
-    together, cut into steps, and these shuffled. The order hangs on the seed and the items of a
-    step alone, not on how many processes share it.
-
-    Args:
-        usable: What to learn from.
-        processor: Makes tensors.
-        pictures: Reads pictures.
-        max_length: None is longer.
-        seed: Of every order.
-        group: Items of a step of like length, or 0 for any.
+    With ``group``, how many items a step has, these are of like length: some dozens of steps'
+    items are sorted together, cut into steps, and these shuffled. The order hangs on the seed and
+    the items of a step alone, not on how many processes share it.
     """
 
     def __init__(
         self,
-        usable: Usable,
+        usable: UsableConversations,
         processor: ExplainerProcessor,
         pictures: Pictures,
         *,
@@ -143,7 +131,7 @@ class Exercises(Dataset[dict[str, Any]]):
         self.seed = seed
         self.group = group
         self._lengths = np.array([usable.lengths[c.number] for c in usable.train])
-        self._epoch, self._plan = -1, self._lengths
+        self._epoch, self._current = -1, self._lengths
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -151,14 +139,12 @@ class Exercises(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         epoch, position = divmod(index, len(self))
         if epoch != self._epoch:
-            self._epoch, self._plan = epoch, self.order(epoch)
-        number = int(self._plan[position])
-        item = encode(self.conversations[number], self.processor, self.pictures, self.max_length)
-        return item | {"index": index}
+            self._epoch, self._current = epoch, self.order(epoch)
+        return self.encode(self.conversations[int(self._current[position])]) | {"index": index}
 
     def order(self, epoch: int) -> np.ndarray:
         """Which conversation stands at each position of an epoch: int64 (N,), a permutation."""
-        rng = np.random.default_rng((self.seed, _ORDER, epoch))
+        rng = np.random.default_rng((self.seed, ORDER, epoch))
         order = rng.permutation(len(self))
         if not self.group:
             return order
@@ -169,35 +155,30 @@ class Exercises(Dataset[dict[str, Any]]):
         steps = rng.permutation(order[:whole].reshape(-1, self.group))
         return np.concatenate([steps.reshape(-1), order[whole:]])
 
+    def shown(self, conversation: Conversation) -> list[np.ndarray]:
+        """Its picture, uint8 (H, W, 3) RGB, if it is about one.
 
-def encode(
-    conversation: Conversation,
-    processor: ExplainerProcessor,
-    pictures: Pictures,
-    max_length: int,
-) -> dict[str, Any]:
-    """One conversation as ``ExplainerProcessor.sample`` gives it.
+        Raises:
+            InputError: The picture cannot be read.
+        """
+        return [self.pictures.pixels(conversation)] if conversation.image else []
 
-    Raises:
-        InputError: Its picture cannot be read.
-    """
-    shown = [pictures.pixels(conversation)] if conversation.image else []
-    return processor.sample(turns_of(conversation.parts), shown, max_length=max_length)
+    def encode(self, conversation: Conversation) -> dict[str, Any]:
+        """A conversation as ``ExplainerProcessor.sample`` gives it; errors as in ``shown``."""
+        turns, shown = turns_of(conversation.parts), self.shown(conversation)
+        return self.processor.sample(turns, shown, max_length=self.max_length)
 
+    def verdict_prompt(self, conversation: Conversation) -> str:
+        """The conversation up to the question whose answer holds its last verdict.
 
-def judged_prompt(conversation: Conversation, processor: ExplainerProcessor) -> str:
-    """The conversation up to the question whose answer holds its last verdict.
-
-    Raises:
-        LookupError: No answer holds a verdict.
-    """
-    from m2f2cli.data.conversations import parse_verdict
-
-    turns = turns_of(conversation.parts)
-    verdicts = [n for n, turn in enumerate(turns) if parse_verdict(turn.answer or "")]
-    last = max(verdicts, default=None)
-    if last is None:
-        raise LookupError(f"Conversation {conversation.number} holds no verdict.")
-    asked = [*turns[:last], Turn(turns[last].question)]
-    text, _ = processor.template.render(asked, end=processor.tokenizer.eos_token)
-    return text
+        Raises:
+            LookupError: No answer holds a verdict.
+        """
+        turns = turns_of(conversation.parts)
+        verdicts = [n for n, turn in enumerate(turns) if parse_verdict(turn.answer or "")]
+        if not verdicts:
+            raise LookupError(f"Conversation {conversation.number} holds no verdict.")
+        last = verdicts[-1]
+        asked = [*turns[:last], Turn(turns[last].question)]
+        text, _ = self.processor.template.render(asked, end=self.processor.tokenizer.eos_token)
+        return text

@@ -1,21 +1,73 @@
-"""What is learnt: the detector with its loss terms, and what only exists while it trains."""
+"""What is learnt: which parameters train in which stage, and the detector with its loss terms.
+
+Names of parameters are those of ``Detector.named_parameters()``; what only exists while training
+(heads of auxiliary tasks) stands under ``heads.``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from m2f2cli.models.backbone import Backbone
 from m2f2cli.models.detector import Detector
 from m2f2cli.options.train_detector import TrainDetectorOptions
-from m2f2cli.training.stages import freeze, group_of
+
+# Group of parameters -> how their names begin. Every parameter is in exactly one group.
+PARAMETER_GROUPS: dict[str, tuple[str, ...]] = {
+    "backbone": ("backbone.",),
+    "projections": ("backbone_proj.", "vision_proj.", "text_proj.", "bridge.", "head."),
+    "prompt_tokens": ("forgery_prompt.",),
+    "alpha_vision": ("alpha_vision",),
+    "alpha_text": ("alpha_text",),
+    "clip": ("clip.",),
+    "auxiliary": ("heads.",),
+}
+
+_LIGHT = ("prompt_tokens", "alpha_vision", "alpha_text")
+
+# --train -> the groups that move; all others stay as they are, BatchNorm statistics included.
+STAGES: dict[str, tuple[str, ...]] = {
+    "published": ("backbone", "projections", *_LIGHT, "auxiliary"),
+    "head": ("projections", *_LIGHT, "auxiliary"),
+    "prompt": (*_LIGHT, "auxiliary"),
+    "everything": tuple(PARAMETER_GROUPS),
+}
+
 
 # Turns a cosine similarity into the logit of "forged here": ±1 becomes ±10.
 _MAP_SHARPNESS = 10.0
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def group_of(name: str) -> str:
+    """The group of ``PARAMETER_GROUPS`` that a parameter belongs to.
+
+    Raises:
+        LookupError: The table has no group for it, or two.
+    """
+    homes = [group for group, starts in PARAMETER_GROUPS.items() if name.startswith(starts)]
+    if len(homes) != 1:
+        raise LookupError(f"Parameter '{name}' is in {len(homes)} groups of PARAMETER_GROUPS.")
+    return homes[0]
+
+
+def backbone_layers(backbone: Backbone | None) -> dict[str, int]:
+    """The stage of each backbone parameter by its name: 0 the stem, then 1 for the first stage on.
+
+    Its timm network says which of its parts are stages; None has no parameter.
+    """
+    if backbone is None:
+        return {}
+    from timm.models import group_parameters
+
+    layers = group_parameters(backbone.net, backbone.net.group_matcher(coarse=True))
+    return {
+        f"backbone.net.{name}": int(number) for number, names in layers.items() for name in names
+    }
 
 
 class Objective(nn.Module):
@@ -28,15 +80,8 @@ class Objective(nn.Module):
         judgements: Columns of the annotators' judgements.
     """
 
-    accepts_loss_kwargs = False  # the Trainer's own loss arguments, which ``more`` is not
-
     def __init__(
-        self,
-        detector: Detector,
-        options: TrainDetectorOptions,
-        *,
-        kinds: int = 0,
-        judgements: int = 0,
+        self, detector: Detector, options: TrainDetectorOptions, kinds: int, judgements: int
     ) -> None:
         super().__init__()
         self.detector = detector
@@ -51,23 +96,64 @@ class Objective(nn.Module):
             self.heads["kind"] = nn.Linear(channels, 1 + kinds)
         if options.objective.judgement_weight:
             self.heads["judgement"] = nn.Linear(channels, judgements)
-        freeze(self.named_weights(), backbone, options.model)
-        self.average = (
-            RunningAverage(detector, options.optimizer.ema_decay)
-            if options.optimizer.ema_decay
-            else None
-        )
+        moving, frozen = STAGES[options.model.train], options.model.freeze_stages
+        layers = backbone_layers(backbone) if frozen else {}
+        for name, parameter in self.named_weights().items():
+            in_frozen_stage = layers.get(name, frozen + 1) <= frozen
+            parameter.requires_grad_(group_of(name) in moving and not in_frozen_stage)
+        decay = options.optimizer.ema_decay
+        self.average = RunningAverage(detector, decay) if decay else None
 
     def named_weights(self) -> dict[str, nn.Parameter]:
         """Every parameter by its detector name, training-only heads under ``heads.``."""
         own = dict(self.detector.named_parameters())
         return own | {f"heads.{name}": p for name, p in self.heads.named_parameters()}
 
+    def trained_values(self) -> dict[str, int]:
+        """How many values train in each group of parameters."""
+        counts: dict[str, int] = {}
+        for name, parameter in self.named_weights().items():
+            if parameter.requires_grad:
+                group = group_of(name)
+                counts[group] = counts.get(group, 0) + parameter.numel()
+        return counts
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups: every trainable parameter exactly once.
+
+        Returns:
+            Dictionaries with ``params``, ``group``, ``lr`` and ``weight_decay``.
+        """
+        options = self.options.optimizer
+        head_lr = options.learning_rate if options.head_lr is None else options.head_lr
+        rates = {
+            "backbone": options.learning_rate,
+            "projections": head_lr,
+            "prompt_tokens": options.prompt_lr,
+            "alpha_vision": options.vision_alpha_lr,
+            "alpha_text": options.text_alpha_lr,
+            "clip": options.clip_lr,
+            "auxiliary": head_lr,
+        }
+        layers = backbone_layers(self.detector.backbone) if options.layer_decay < 1 else {}
+        last = max(layers.values(), default=0)
+        found: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_weights().items():
+            if parameter.requires_grad:
+                group = group_of(name)
+                rate = rates[group] * options.layer_decay ** (last - layers.get(name, last))
+                decay = options.weight_decay if options.decay_all or parameter.ndim > 1 else 0.0
+                found.setdefault((group, rate, decay), []).append(parameter)
+        return [
+            {"params": params, "group": group, "lr": rate, "weight_decay": decay}
+            for (group, rate, decay), params in found.items()
+        ]
+
     def train(self, mode: bool = True) -> Objective:
         """Set the mode; whatever is frozen keeps its BatchNorm statistics."""
         super().train(mode)
         for module in self.detector.modules():
-            if isinstance(module, BATCH_NORMS):
+            if isinstance(module, _BATCH_NORMS):
                 trainable = any(p.requires_grad for p in module.parameters())
                 if self.options.model.freeze_batch_norm or not trainable:
                     module.eval()
@@ -84,7 +170,7 @@ class Objective(nn.Module):
         """Compute the loss of a batch.
 
         Args:
-            pixel_values: (B, 3, S, S), normalised.
+            pixel_values: (B, 3, S, S), normalized.
             labels: (B,) int64, 0 real and 1 fake; the target when measuring.
             target: (B,) float32, fake probability to learn, in [0, 1].
             weight: () what the batch counts beside the others of its step; 1 if unset.
@@ -109,18 +195,16 @@ class Objective(nn.Module):
         target = target * (1 - aims.label_smoothing) + aims.label_smoothing / 2
         loss = _soft_cross_entropy(logits, torch.stack([1 - target, target], dim=1))
         if "kind" in more:
-            told = self.heads["kind"](pooled)
-            loss = loss + aims.kind_weight * _soft_cross_entropy(told, more["kind"])
+            kind = _soft_cross_entropy(self.heads["kind"](pooled), more["kind"])
+            loss = loss + aims.kind_weight * kind
         if "judgement" in more:
             told = self.heads["judgement"](pooled)
-            loss = loss + aims.judgement_weight * _known_binary(
-                told, more["judgement"], more["judgement_known"]
-            )
+            judged = _known_binary(told, more["judgement"], more["judgement_known"])
+            loss = loss + aims.judgement_weight * judged
         if "map" in more:
             told = _MAP_SHARPNESS * output.forgery_map.flatten(1)
-            loss = loss + aims.map_weight * _known_binary(
-                told, more["map"].flatten(1), more["map_known"]
-            )
+            mapped = _known_binary(told, more["map"].flatten(1), more["map_known"])
+            loss = loss + aims.map_weight * mapped
         if weight is not None:
             loss = loss * weight
         return {"loss": loss, "logits": logits.float()}
@@ -176,13 +260,13 @@ class RunningAverage(nn.Module):
         super().__init__()
         self.decay = decay
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.names = list(_moving(detector))
+        self._buffer_of = {name: name.replace(".", "|") for name in _moving(detector)}
         for name, tensor in _moving(detector).items():
-            self.register_buffer(_buffer(name), tensor.detach().clone())
+            self.register_buffer(self._buffer_of[name], tensor.detach().clone())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The averages by the detector's names."""
-        return {name: getattr(self, _buffer(name)) for name in self.names}
+        return {name: getattr(self, buffer) for name, buffer in self._buffer_of.items()}
 
     @torch.no_grad()
     def update(self, detector: Detector) -> None:
@@ -195,25 +279,11 @@ class RunningAverage(nn.Module):
             average.lerp_(current[name].to(average.dtype), 1 - decay)
 
 
-def _buffer(name: str) -> str:
-    return name.replace(".", "|")
-
-
-def _moving(detector: Detector) -> Mapping[str, torch.Tensor]:
+def _moving(detector: Detector) -> dict[str, torch.Tensor]:
     """Trainable parameters, and the statistics of BatchNorm layers that have such parameters."""
     moving: dict[str, Any] = {n: p for n, p in detector.named_parameters() if p.requires_grad}
     for prefix, module in detector.named_modules():
-        if isinstance(module, BATCH_NORMS) and f"{prefix}.weight" in moving:
+        if isinstance(module, _BATCH_NORMS) and f"{prefix}.weight" in moving:
             moving[f"{prefix}.running_mean"] = module.running_mean
             moving[f"{prefix}.running_var"] = module.running_var
     return moving
-
-
-def moving_groups(objective: Objective) -> dict[str, int]:
-    """How many values train in each group of parameters, for the record."""
-    counts: dict[str, int] = {}
-    for name, parameter in objective.named_weights().items():
-        if parameter.requires_grad:
-            group = group_of(name)
-            counts[group] = counts.get(group, 0) + parameter.numel()
-    return counts

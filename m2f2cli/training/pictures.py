@@ -1,4 +1,4 @@
-"""The pictures of a training: taken in an epoch's order, changed, and put in batches.
+"""The pictures of a training: checked and kept, changed in an epoch's order, put in batches.
 
 Every random choice is drawn from a generator seeded by (seed, epoch, position), so neither worker
 processes nor a resumed run change what the network sees.
@@ -6,8 +6,11 @@ processes nor a resumed run change what the network sees.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,82 +18,209 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from m2f2cli.data.augment import augment
-from m2f2cli.data.samples import REAL, Sample
+from m2f2cli.data.clips import FrameReader
+from m2f2cli.data.images import read_picture
+from m2f2cli.data.readers.ddvqa import read_judgements
+from m2f2cli.data.samples import REAL, Sample, SampleSet, check_classes
 from m2f2cli.data.synthesis import Forgery, compress_h264, forge
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.data.video import evenly
-from m2f2cli.options.training_pictures import AugmentOptions, PseudoFakeOptions
-from m2f2cli.training.epochs import Epochs, Steps
-from m2f2cli.training.picture_store import PictureStore
+from m2f2cli.errors import ConfigError, InputError
+from m2f2cli.models.detector import Detector, DetectorConfig
+from m2f2cli.options.train_detector import TrainDetectorOptions
+from m2f2cli.training.sampler import AUGMENT, MIXUP, BatchSampler, EpochOrder
 
 Item = dict[str, np.ndarray]
 
-_CHANGE, _MIX = 2, 3  # streams of random numbers; ``training.epochs`` has the others
+_CACHE_BYTES = 2 * 2**30
+_TOLD = 10_000  # pictures between two lines on how far the check is
+_AHEAD = 256  # pictures decoded before the reader has taken them
+
+
+class PictureStore:
+    """Pixels of a sample set, from memory or from its files.
+
+    Every picture, and one frame of every video, is decoded once at the start, so a broken one is
+    known before training begins. Frames of videos are never kept: their files are opened in each
+    process that reads them, and one frame is read at a time.
+
+    Args:
+        samples: The pictures and videos.
+        cache: ``always`` or ``never`` keep pictures decoded, or ``auto``: if they take at most
+            2 GiB.
+        skip: Leave out what cannot be read, instead of failing.
+        tell: Called with a line for people after every 10,000 pictures.
+
+    Attributes:
+        samples: What can be read.
+        skipped: Names of what cannot.
+
+    Raises:
+        InputError: Something cannot be read and ``skip`` is off; it is named.
+    """
+
+    def __init__(
+        self,
+        samples: SampleSet,
+        cache: str,
+        *,
+        skip: bool,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        self._clips = FrameReader()
+        self._kept: dict[int, np.ndarray] = {}
+        keep, taken = cache != "never", 0
+        good: list[int] = []
+        failed: list[tuple[Sample, InputError]] = []
+        for index, result in enumerate(self._read_all(samples.samples)):
+            if tell and index and index % _TOLD == 0:
+                tell(f"checked {index:,} of {len(samples):,} pictures of '{samples.root}'")
+            if isinstance(result, InputError):
+                failed.append((samples.samples[index], result))
+                continue
+            if samples.samples[index].clip is None:
+                taken += result.nbytes
+                keep = keep and (cache == "always" or taken <= _CACHE_BYTES)
+                if keep:
+                    self._kept[len(good)] = result
+                else:
+                    self._kept.clear()
+            good.append(index)
+        if failed and not skip:
+            sample, error = failed[0]
+            raise InputError(
+                f"{len(failed)} of {len(samples)} pictures cannot be read, '{sample.name}' of "
+                f"'{samples.root}' first: {error.message}",
+                error.status,
+                "Mend or remove them, or leave them out with --unreadable skip.",
+            )
+        self.skipped = [sample.name for sample, _ in failed]
+        self.samples = samples.subset(good)
+        check_classes(self.samples, f"'{samples.root}' that can be read")
+
+    def read(self, index: int, frame: int | None = None) -> np.ndarray:
+        """Pixels uint8 (H, W, 3) RGB of a picture, or of a frame of a video: by default the middle.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        kept = self._kept.get(index)
+        return self._read(self.samples.samples[index], frame) if kept is None else kept
+
+    def _read(self, sample: Sample, frame: int | None) -> np.ndarray:
+        if sample.clip is None:
+            return read_picture(sample.path).pixels
+        frame = sample.frames // 2 if frame is None else frame
+        return self._clips.frame(sample.path, sample.clip, frame)
+
+    def _read_all(self, samples: Sequence[Sample]) -> Iterator[np.ndarray | InputError]:
+        """Read in threads, a bounded number ahead of the reader."""
+
+        def attempt(sample: Sample) -> np.ndarray | InputError:
+            try:
+                return self._read(sample, None)
+            except InputError as error:
+                return error
+
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(samples), _AHEAD):
+                yield from pool.map(attempt, samples[start : start + _AHEAD])
 
 
 @dataclass(frozen=True)
-class PictureSettings:
-    """How a training item is made of pictures.
+class Targets:
+    """What there is to learn beside real and fake; everything empty is not learnt.
 
     Attributes:
-        seed: Of every random choice.
-        size: Edge of the network's input in pixels.
-        mean: Of the three channels.
-        std: Of the three channels.
-        augment: Changes of every picture.
-        pseudo: Pseudo-fakes.
-        balance: Whether real and forged pictures take turns.
-        frames_per_video: Frames of a video in an epoch; 0 for all.
-        validation_frames: Frames of a video to measure on; 0 for all.
         grid: Edge of the forgery map, for its target; 0 for none.
-        kinds: Manipulations told apart, without ``real``; empty for none.
-        judgements: Annotators' judgements by sample name, each float32 (J,); empty for none.
-        soft: Teachers' fake probabilities by sample name.
-        soft_weight: Their share of the target, in [0, 1].
+        kinds: Manipulations told apart, without ``real``.
+        judgements: Annotators' judgements by sample name, each float32 (J,) in [0, 1].
+        soft: Teachers' fake probabilities by sample name, in [0, 1].
     """
 
-    seed: int
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augment: AugmentOptions
-    pseudo: PseudoFakeOptions
-    balance: bool = False
-    frames_per_video: int = 1
-    validation_frames: int = 0
     grid: int = 0
     kinds: tuple[str, ...] = ()
     judgements: Mapping[str, np.ndarray] = field(default_factory=dict)
     soft: Mapping[str, float] = field(default_factory=dict)
-    soft_weight: float = 0.5
+
+
+def read_targets(options: TrainDetectorOptions, detector: Detector, train: SampleSet) -> Targets:
+    """The targets that the options ask for.
+
+    Raises:
+        InputError: Annotations or soft labels are unreadable or speak of none of the pictures.
+        ConfigError: The detector has no forgery map to train.
+    """
+    aims, annotations = options.objective, options.data.annotations
+    judgements = {}
+    if aims.judgement_weight and annotations is not None:
+        judged = read_judgements(annotations, [s.path.stem for s in train.samples])
+        known = [s for s in train.samples if s.path.stem in judged]
+        # Nothing is wrong with a real picture.
+        judgements = {s.name: judged[s.path.stem] * s.label for s in known}
+        if not judgements:
+            raise InputError(f"'{annotations}' speaks of no picture in '{train.root}'.")
+    if aims.map_weight and not detector.config.forgery_map:
+        raise ConfigError("--map-weight needs the forgery map, which the --model detector lacks.")
+    return Targets(
+        grid=detector.clip.vision.grid if aims.map_weight else 0,
+        kinds=tuple(train.kinds()) if aims.kind_weight else (),
+        judgements=judgements,
+        soft=_soft_labels(aims.soft_labels, train) if aims.soft_labels else {},
+    )
+
+
+def _soft_labels(path: Path, train: SampleSet) -> dict[str, float]:
+    """Mean teacher probability of each training picture that has one."""
+    found: dict[str, list[float]] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                row = json.loads(line)
+                found.setdefault(row["sample"], []).append(float(row["fake_probability"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"The soft labels '{path}' cannot be read: {type(error).__name__} {error}.",
+            hint='Each line is {"sample": "fake/1.png", "fake_probability": 0.9}.',
+        ) from error
+    if any(not 0 <= p <= 1 for values in found.values() for p in values):
+        raise InputError(f"A fake_probability in '{path}' is not between 0 and 1.")
+    names = found.keys() & {sample.name for sample in train.samples}
+    if not names:
+        raise InputError(f"'{path}' speaks of no picture to train on in '{train.root}'.")
+    return {name: sum(found[name]) / len(found[name]) for name in names}
 
 
 class TrainingPictures(Dataset[Item]):
     """An epoch after another of changed pictures; item ``epoch * len + position``.
 
-    Args:
-        store: The pictures.
-        settings: What is made of them.
-
-    Attributes:
-        epochs: Which picture stands where.
+    The options say how they are ordered and changed, ``config`` size, mean and deviation of the
+    network's input.
     """
 
-    def __init__(self, store: PictureStore, settings: PictureSettings) -> None:
+    def __init__(
+        self,
+        store: PictureStore,
+        options: TrainDetectorOptions,
+        config: DetectorConfig,
+        targets: Targets,
+    ) -> None:
         self.store = store
-        self.settings = settings
-        self.epochs = Epochs(
+        self.options = options
+        self.config = config
+        self.targets = targets
+        self.order = EpochOrder(
             store.samples,
-            seed=settings.seed,
-            balance=settings.balance,
-            frames_per_video=settings.frames_per_video,
+            seed=options.run.seed,
+            balance=options.objective.balance,
+            frames_per_video=options.data.frames_per_video,
         )
         self._samples = store.samples.samples
         self._reals = np.flatnonzero(store.samples.labels() == 0)
 
     def __len__(self) -> int:
         """Items an epoch."""
-        return len(self.epochs)
+        return len(self.order)
 
     def __getitem__(self, index: int) -> Item:
         """One item.
@@ -101,23 +231,21 @@ class TrainingPictures(Dataset[Item]):
             ``kind`` (K,) one-hot, ``judgement`` (J,) with ``judgement_known`` (), ``map`` (g, g)
             with ``map_known`` ().
         """
-        turn = self.epochs[index]
-        rng = np.random.default_rng((self.settings.seed, _CHANGE, turn.epoch, turn.position))
-        sample = self._samples[turn.sample]
+        place = self.order[index]
+        rng = np.random.default_rng((self.order.seed, AUGMENT, place.epoch, place.position))
+        sample = self._samples[place.sample]
         forgery = self._forgery(sample, rng)
-        pixels = forgery.pixels if forgery else self.store.read(turn.sample, turn.frame)
+        pixels = forgery.pixels if forgery else self.store.read(place.sample, place.frame)
         mask = forgery.mask if forgery else None
-        pixels, mask = augment(pixels, mask, self.settings.augment, rng)
+        pixels, mask = augment(pixels, mask, self.options.augment, rng)
         item = self._targets(sample, forgery, mask)
         item["index"] = np.array(index, dtype=np.int64)
-        item["pixel_values"] = preprocess(
-            pixels, size=self.settings.size, mean=self.settings.mean, std=self.settings.std
-        )
+        item["pixel_values"] = _preprocess(pixels, self.config)
         return item
 
     def _forgery(self, sample: Sample, rng: np.random.Generator) -> Forgery | None:
-        """The pseudo-fake that takes a forged picture's place, if the dice say so."""
-        pseudo = self.settings.pseudo
+        """The pseudo-fake that takes a forged picture's place, if it is drawn."""
+        pseudo = self.options.pseudo
         draw = rng.random()
         if sample.label == 0 or draw >= pseudo.total:
             return None
@@ -145,30 +273,33 @@ class TrainingPictures(Dataset[Item]):
         return self.store.read(number, int(rng.integers(frames)) if frames > 1 else 0)
 
     def _targets(self, sample: Sample, forgery: Forgery | None, mask: np.ndarray | None) -> Item:
-        settings = self.settings
+        targets = self.targets
         target = float(sample.label)
-        if forgery is None and sample.name in settings.soft:
-            target += settings.soft_weight * (settings.soft[sample.name] - target)
+        if forgery is None and sample.name in targets.soft:
+            target += self.options.objective.soft_weight * (targets.soft[sample.name] - target)
         item: Item = {
             "labels": np.array(sample.label, dtype=np.int64),
             "target": np.array(target, dtype=np.float32),
         }
-        if settings.kinds:
-            kinds = (REAL, *settings.kinds)
+        if targets.kinds:
+            kinds = (REAL, *targets.kinds)
             item["kind"] = np.zeros(len(kinds), dtype=np.float32)
             if forgery is None and sample.kind in kinds:
                 item["kind"][kinds.index(sample.kind)] = 1.0
-        if settings.judgements:
-            judged = settings.judgements.get(sample.name) if forgery is None else None
-            length = len(next(iter(settings.judgements.values())))
-            blank = np.zeros(length, dtype=np.float32)
+        if targets.judgements:
+            judged = targets.judgements.get(sample.name) if forgery is None else None
+            blank = np.zeros_like(next(iter(targets.judgements.values())))
             item["judgement"] = blank if judged is None else judged
             item["judgement_known"] = np.array(judged is not None, dtype=np.float32)
-        if settings.grid:
-            item["map"] = _pool(mask, settings.grid)
+        if targets.grid:
+            item["map"] = _pool(mask, targets.grid)
             known = forgery is not None or sample.label == 0
             item["map_known"] = np.array(known, dtype=np.float32)
         return item
+
+
+def _preprocess(pixels: np.ndarray, config: DetectorConfig) -> np.ndarray:
+    return preprocess(pixels, size=config.image_size, mean=config.image_mean, std=config.image_std)
 
 
 def _pool(mask: np.ndarray | None, grid: int) -> np.ndarray:
@@ -181,57 +312,45 @@ def _pool(mask: np.ndarray | None, grid: int) -> np.ndarray:
     return np.asarray(Image.fromarray(square).resize((grid, grid), Image.Resampling.BOX))
 
 
-class MeasuringPictures(Dataset[Item]):
-    """Pictures, and evenly spaced frames of videos, as the detector will see them.
+class ValidationPictures(Dataset[Item]):
+    """Pictures, and evenly spaced frames of videos (0 for all), as the detector will see them.
 
-    Args:
-        store: The pictures.
-        settings: Gives size, mean and deviation, and the frames of a video.
+    Attributes:
+        labels: 0 real, 1 fake of every item: int64 (N,).
     """
 
-    def __init__(self, store: PictureStore, settings: PictureSettings) -> None:
+    def __init__(self, store: PictureStore, frames: int, config: DetectorConfig) -> None:
         self.store = store
-        self.settings = settings
+        self.config = config
         self._places = [
             (number, frame)
             for number, sample in enumerate(store.samples.samples)
-            for frame in evenly(sample.frames, settings.validation_frames or sample.frames)
+            for frame in evenly(sample.frames, frames or sample.frames)
         ]
-
-    def labels(self) -> np.ndarray:
-        """0 real, 1 fake of every item: int64 (N,)."""
-        samples = self.store.samples.samples
-        return np.array([samples[number].label for number, _ in self._places])
+        self.labels = store.samples.labels()[[number for number, _ in self._places]]
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Item:
         """``pixel_values`` float32 (3, S, S) and ``labels`` int64 () only."""
-        number, frame = self._places[index]
-        pixels = preprocess(
-            self.store.read(number, frame),
-            size=self.settings.size,
-            mean=self.settings.mean,
-            std=self.settings.std,
-        )
-        label = self.store.samples.samples[number].label
-        return {"pixel_values": pixels, "labels": np.array(label, dtype=np.int64)}
+        pixels = self.store.read(*self._places[index])
+        return {"pixel_values": _preprocess(pixels, self.config), "labels": self.labels[index]}
 
 
-class Batcher:
+class PictureCollator:
     """Puts items in a batch of tensors and mixes them (mixup).
 
     Args:
         alpha: Of mixup's Beta distribution; 0 mixes nothing.
         seed: Of the share and the partners, with the first item's number.
-        steps: How items are dealt out to batches, which decides what a batch counts.
+        sampler: Decides what a batch counts in its step.
     """
 
-    def __init__(self, alpha: float, seed: int, steps: Steps) -> None:
+    def __init__(self, alpha: float, seed: int, sampler: BatchSampler) -> None:
         self.alpha = alpha
         self.seed = seed
-        self.steps = steps
+        self.sampler = sampler
 
     def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         """Stack items along a new first axis; all but ``labels`` are mixed, targets linearly.
@@ -243,7 +362,7 @@ class Batcher:
         batch = {key: np.stack([item[key] for item in items]) for key in items[0]}
         index = batch.pop("index", None)
         if self.alpha > 0 and index is not None:
-            rng = np.random.default_rng((self.seed, _MIX, int(index[0])))
+            rng = np.random.default_rng((self.seed, MIXUP, int(index[0])))
             drawn = rng.beta(self.alpha, self.alpha)
             share = np.float32(max(drawn, 1 - drawn))
             partners = rng.permutation(len(items))
@@ -252,6 +371,6 @@ class Batcher:
                     batch[key] = share * values + (1 - share) * values[partners]
         tensors = {key: torch.from_numpy(values) for key, values in batch.items()}
         if index is not None:
-            weight = self.steps.weight(int(index[0]) % self.steps.length, len(items))
+            weight = self.sampler.weight(int(index[0]) % self.sampler.length, len(items))
             tensors["weight"] = torch.tensor(weight, dtype=torch.float32)
         return tensors

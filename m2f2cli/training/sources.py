@@ -34,41 +34,41 @@ def read_sources(
 ) -> tuple[SampleSet, SampleSet]:
     """The pictures and videos to train on and those to measure on, with no identity in both.
 
-    Args:
-        data: The sources, how they are cut, and how many of each class are used.
-        seed: Draws those that ``data.limit`` leaves.
-        tell: Called with the name of each video that is passed over.
+    ``seed`` draws those that ``data.limit`` leaves; ``tell`` is called with the name of each video
+    that is passed over.
 
     Raises:
         InputError: A source cannot be read or cut, or one identity is on both sides.
     """
     tell = tell or (lambda _: None)
-    prefixes = _prefixes(data.data)
     official: list[SampleSet] = []
-    judged: list[SampleSet] = []
+    official_held: list[SampleSet] = []
     free: list[SampleSet] = []
-    for source in data.data:
-        if not is_ffpp(source):
-            free.append(_prefixed(_read_pictures(source), prefixes[source]))
-            continue
-        official.append(_prefixed(_read_videos(source, data, "train", tell), prefixes[source]))
-        if data.validation is None:
-            videos = _read_videos(source, data, "validation", tell)
-            judged.append(_prefixed(videos, prefixes[source]))
+    for source, prefix in _prefixes(data.data).items():
+        into = official if is_ffpp(source) else free
+        into.append(_read(source, prefix, data, "train", tell))
+        if is_ffpp(source) and data.validation is None:
+            official_held.append(_read(source, prefix, data, "validation", tell))
     if data.identities is not None:
         people = read_people(data.identities, {s.name for part in free for s in part.samples})
         free = [part.with_people(people) for part in free]
     if data.validation is not None:
-        train, held = _joined([*official, *free]), _read_held(data, tell)
-        _refuse_shared(train, held)
-    elif not official:
-        train, held = split_by_identity(_joined(free), data.validation_share, data.split_seed)
+        sources = _prefixes(data.validation).items()
+        train = _joined([*official, *free])
+        held = _joined([_read(s, prefix, data, "validation", tell) for s, prefix in sources])
+    elif official:
+        train, held = _joined(official), _joined(official_held)
     else:
-        train, held = _joined(official), _joined(judged)
-        _refuse_shared(train, held)
-        for part in free:
-            more, rest = _cut_along(part, train.people(), held.people(), data)
-            train, held = _joined([train, more]), _joined([held, rest])
+        train, held = split_by_identity(_joined(free), data.validation_share, data.split_seed)
+    if shared := sorted(train.people() & held.people()):
+        raise InputError(
+            f"{len(shared)} identities are in both --data and --validation, '{shared[0]}' first.",
+            hint="Validation must show people that training has not seen; if these are different "
+            "people of one name, rename their folders or files.",
+        )
+    for part in free if official and data.validation is None else ():
+        more, rest = _cut_along(part, train.people(), held.people(), data)
+        train, held = _joined([train, *more]), _joined([held, *rest])
     return _limited(train, data.limit, seed), _limited(held, data.limit, seed)
 
 
@@ -83,16 +83,21 @@ def _root(source: str) -> Path:
     return Path(rest if colon and len(layout) > 1 else source).expanduser()
 
 
-def _read_pictures(source: str) -> SampleSet:
-    try:
-        return read_samples(source)
-    except ConfigError as error:
-        known = ", ".join([*LAYOUTS.names(), _FFPP.removesuffix(":")])
-        raise ConfigError(error.message, f"Use one of: {known}.") from error
+def _read(source: str, prefix: str, data: DataOptions, split: str, tell: Tell) -> SampleSet:
+    """A source's pictures, or the videos of its official split, with a prefix to their names."""
+    if is_ffpp(source):
+        found = _read_videos(source, data, split, tell)
+    else:
+        try:
+            found = read_samples(source)
+        except ConfigError as error:
+            known = ", ".join([*LAYOUTS.names(), _FFPP.removesuffix(":")])
+            raise ConfigError(error.message, f"Use one of: {known}.") from error
+    named = (replace(s, name=f"{prefix}/{s.name}" if prefix else s.name) for s in found.samples)
+    return replace(found, samples=tuple(named))
 
 
 def _read_videos(source: str, data: DataOptions, split: str, tell: Tell) -> SampleSet:
-    """The videos of an official split as samples, sorted by name."""
     found = read_ffpp(
         _root(source),
         compression=data.compression,
@@ -107,22 +112,6 @@ def _read_videos(source: str, data: DataOptions, split: str, tell: Tell) -> Samp
     videos = SampleSet(found.root, "ffpp", tuple(ordered))
     check_classes(videos, f"the split '{split}' of '{found.root}'")
     return videos
-
-
-def _read_held(data: DataOptions, tell: Tell) -> SampleSet:
-    sources = data.validation or ()
-    prefixes = _prefixes(sources)
-    return _joined(
-        [
-            _prefixed(
-                _read_videos(source, data, "validation", tell)
-                if is_ffpp(source)
-                else _read_pictures(source),
-                prefixes[source],
-            )
-            for source in sources
-        ]
-    )
 
 
 def _prefixes(sources: Sequence[str]) -> dict[str, str]:
@@ -142,12 +131,6 @@ def _prefixes(sources: Sequence[str]) -> dict[str, str]:
     return taken
 
 
-def _prefixed(part: SampleSet, prefix: str) -> SampleSet:
-    if not prefix:
-        return part
-    return replace(part, samples=tuple(replace(s, name=f"{prefix}/{s.name}") for s in part.samples))
-
-
 def _joined(parts: Sequence[SampleSet]) -> SampleSet:
     if len(parts) == 1:
         return parts[0]
@@ -156,19 +139,9 @@ def _joined(parts: Sequence[SampleSet]) -> SampleSet:
     return SampleSet(Path(" + ".join(roots)), "mixed", tuple(samples))
 
 
-def _refuse_shared(train: SampleSet, held: SampleSet) -> None:
-    shared = sorted(train.people() & held.people())
-    if shared:
-        raise InputError(
-            f"{len(shared)} identities are in both --data and --validation, '{shared[0]}' first.",
-            hint="Validation must show people that training has not seen; if these are different "
-            "people of one name, rename their folders or files.",
-        )
-
-
 def _cut_along(
     part: SampleSet, trained: set[str], held_out: set[str], data: DataOptions
-) -> tuple[SampleSet, SampleSet]:
+) -> tuple[list[SampleSet], list[SampleSet]]:
     """Cut a set so that whoever is already on a side stays there; the others by share.
 
     Raises:
@@ -185,16 +158,12 @@ def _cut_along(
             )
         side = "train" if people & trained else "held" if people & held_out else "loose"
         sides[side] += group
+    train, held = [part.subset(sides["train"])], [part.subset(sides["held"])]
     if sides["loose"]:
         loose = part.subset(sides["loose"])
-        for side, cut in zip(
-            ("train", "held"),
-            split_by_identity(loose, data.validation_share, data.split_seed),
-            strict=True,
-        ):
-            names = {sample.name for sample in cut.samples}
-            sides[side] += [i for i, s in enumerate(part.samples) if s.name in names]
-    return part.subset(sides["train"]), part.subset(sides["held"])
+        more, rest = split_by_identity(loose, data.validation_share, data.split_seed)
+        train, held = [*train, more], [*held, rest]
+    return train, held
 
 
 def _limited(part: SampleSet, limit: int, seed: int) -> SampleSet:

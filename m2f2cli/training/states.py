@@ -1,7 +1,8 @@
 """Saved states of a run: whose they are, which one to go on from, which of them stay.
 
 They lie in ``OUTPUT.training`` beside the output until that is written. A state counts once its
-mark is there.
+mark is there. ``options`` are those of a training command: their group ``run`` has ``output``,
+``overwrite``, ``resume``, and ``incidental``, the options that may differ on resuming.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from typing import Any
 
 from m2f2cli.checkpoints import io
 from m2f2cli.errors import ConfigError, UsageError
-from m2f2cli.files import atomic_write, json_bytes, refuse_existing
-from m2f2cli.options.fields import Options
+from m2f2cli.files import atomic_write, json_bytes, refuse_existing, sync_folder
 from m2f2cli.runtime import first_process, process_count
 
 PROCESSES = "processes"
@@ -26,37 +26,27 @@ _FORMAT = "state-format"
 _VERSION = 2
 
 
-def complete_state(folder: Path, *, keep: Collection[int]) -> None:
-    """Bring a saved state to the disk, mark it complete, and remove the others but ``keep``."""
-    _sync(folder)
-    (folder / _COMPLETE).touch()
-    _sync(folder)
-    for other in folder.parent.glob("checkpoint-*"):
-        if int(other.name.rpartition("-")[2]) not in keep:
-            shutil.rmtree(other)
-
-
-def _sync(folder: Path) -> None:
-    """Bring a folder's files and names to the disk."""
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def state_folder(output: Path) -> Path:
     """Where a run keeps its saved states and curves: beside the output, until that is written."""
     return output.with_name(f"{output.name}.training")
 
 
-def last_state(folder: Path) -> Path | None:
-    """The newest complete saved state under a folder; incomplete ones are removed.
+def complete_state(folder: Path, *, keep: Collection[int]) -> None:
+    """Bring a saved state to the disk, mark it complete, and remove the others but ``keep``."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+    (folder / _COMPLETE).touch()
+    sync_folder(folder)
+    for other in folder.parent.glob("checkpoint-*"):
+        if int(other.name.rpartition("-")[2]) not in keep:
+            shutil.rmtree(other)
 
-    Args:
-        folder: Where a run keeps its states; it need not exist.
-    """
+
+def last_state(folder: Path) -> Path | None:
+    """The newest complete saved state under a folder, if any; incomplete ones are removed."""
     states = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     for state in states:
         if not (state / _COMPLETE).exists():
@@ -73,7 +63,7 @@ def forget_states(output: Path) -> None:
         folder.rmdir()
 
 
-def finished(options: Any, incidental: Collection[str]) -> bool:
+def finished(options: Any) -> bool:
     """Whether the run that is to be resumed has written its output already.
 
     Raises:
@@ -82,17 +72,12 @@ def finished(options: Any, incidental: Collection[str]) -> bool:
     run = options.run
     if not (run.resume and (run.output / "stage.json").exists()):
         return False
-    noted = io.read_stage(run.output).get("options", {})
-    same_options(noted, options, incidental, where=run.output)
+    _same_options(io.read_stage(run.output).get("options", {}), options, where=run.output)
     return True
 
 
-def check_output(options: Any, incidental: Collection[str]) -> None:
+def check_output(options: Any) -> None:
     """Refuse what stands at the output, or beside it, if the run may not go there.
-
-    Args:
-        options: An ``Options`` whose group ``run`` has output, overwrite and resume.
-        incidental: Options that may differ on resuming.
 
     Raises:
         CheckpointError: The output exists and is not to be replaced.
@@ -115,40 +100,34 @@ def check_output(options: Any, incidental: Collection[str]) -> None:
             f"The unfinished training in '{folder}' was saved by another version of m2f2.",
             "Finish it with that version, or begin anew with --overwrite.",
         )
-    same_options(begun, options, incidental, where=folder)
-    if begun.get(PROCESSES, 1) != process_count():
+    processes = begun.pop(PROCESSES, 1)
+    _same_options(begun, options, where=folder)
+    if processes != process_count():
         raise ConfigError(
-            f"This run has {process_count()} processes, but '{folder}' was begun with "
-            f"{begun.get(PROCESSES, 1)}.",
+            f"This run has {process_count()} processes, but '{folder}' was begun with {processes}.",
             "Resume with as many, or begin anew with --overwrite.",
         )
 
 
-def claim_output(options: Any, incidental: Collection[str]) -> None:
+def claim_output(options: Any) -> None:
     """Check the output, clear what is to be overwritten, and note which options its states are of.
 
-    Args and errors are those of ``check_output``.
+    Errors are those of ``check_output``.
     """
-    check_output(options, incidental)
+    check_output(options)
     folder = state_folder(options.run.output)
     if first_process():
         if options.run.overwrite and folder.exists():
             shutil.rmtree(folder)
-        noting = options.to_flat() | {PROCESSES: process_count(), _FORMAT: _VERSION}
-        atomic_write(folder / _OPTIONS, json_bytes(noting))
+        noted = options.to_flat() | {PROCESSES: process_count(), _FORMAT: _VERSION}
+        atomic_write(folder / _OPTIONS, json_bytes(noted))
 
 
-def same_options(
-    noted: Mapping[str, Any], options: Options, incidental: Collection[str], *, where: Path
-) -> None:
-    """Refuse to go on with other options than a run was begun with.
-
-    Raises:
-        ConfigError: Naming the first that differs.
-    """
+def _same_options(noted: Mapping[str, Any], options: Any, *, where: Path) -> None:
+    """Refuse to go on with other options than a run was begun with, naming the first."""
     wanted, noted = options.to_flat(), options.recorded(noted)
-    for name in (wanted.keys() | noted.keys()) - {PROCESSES}:
-        if name not in incidental and noted.get(name) != wanted.get(name):
+    for name in wanted.keys() | noted.keys():
+        if name not in options.run.incidental and noted.get(name) != wanted.get(name):
             raise ConfigError(
                 f"--{name} is {wanted.get(name)!r}, but '{where}' was begun with "
                 f"{noted.get(name)!r}.",

@@ -11,8 +11,9 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from m2f2cli.checkpoints.io import write_tensor_file
+from m2f2cli.environment import library_versions
 from m2f2cli.errors import CheckpointError, InputError
-from m2f2cli.options.train_detector import OptimizerOptions
-from m2f2cli.options.train_explainer import StepOptions
-from m2f2cli.training.epochs import BatchSampler, Steps
+from m2f2cli.runtime import process_count
+from m2f2cli.training.sampler import BatchSampler
 from m2f2cli.training.states import (
+    PROCESSES,
     claim_output,
     complete_state,
     forget_states,
@@ -73,7 +75,6 @@ class Trainer(ABC):
     """
 
     collate: Callable[[Sequence[Any]], Batch]  # makes a batch of items; set by the stage
-    incidental: frozenset[str]  # options that may differ on --resume
     eval_steps = 0  # between measurements within an epoch; 0 for none
     measures = True
 
@@ -90,19 +91,20 @@ class Trainer(ABC):
         self.model: Any = model
         self.wrapped: Any = model  # as DistributedDataParallel or DeepSpeed wraps it
         self.options = options
+        self.optim = options.optimizer
         self.dataset = dataset
         self.accelerator = accelerator
         self.record = record
         self.notify = notify
         self.deepspeed = accelerator.state.deepspeed_plugin is not None
-        plan = Steps(
+        self.sampler = BatchSampler(
             len(dataset),
             self.optim.batch_size,
             self.optim.gradient_accumulation_steps,
             accelerator.num_processes,
+            accelerator.process_index,
         )
-        self.sampler = BatchSampler(plan, accelerator.process_index)
-        self.steps_per_epoch = len(plan)
+        self.steps_per_epoch = self.sampler.steps
         self.steps = self.steps_per_epoch * self.optim.epochs
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -111,13 +113,7 @@ class Trainer(ABC):
         self.scheduler: Any = self.build_scheduler()
         self._loss = torch.zeros((), device=accelerator.device)
         self._logged = 0
-        self._prepared = False
-        self._loader: DataLoader[Any] | None = None
-
-    @property
-    @abstractmethod
-    def optim(self) -> OptimizerOptions | StepOptions:
-        """The options that say how the weights move."""
+        self._latest: dict[str, float] = {}  # of the history, the last of each figure
 
     @abstractmethod
     def build_optimizer(self) -> torch.optim.Optimizer:
@@ -125,13 +121,9 @@ class Trainer(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, total: Any) -> torch.Tensor:
-        """What a batch adds to the loss of its step.
+        """What a batch adds to the loss of its step; ``total`` is what ``step_total`` gave.
 
         Their sum, averaged over the processes, is the mean over the step's items.
-
-        Args:
-            batch: One of the step's.
-            total: What ``step_total`` gave for all of them.
         """
 
     def step_total(self, batches: Sequence[Batch]) -> Any:
@@ -169,26 +161,20 @@ class Trainer(ABC):
         """Whether training ends before its last epoch."""
         return False
 
-    def kept_states(self) -> set[int]:
-        """The steps whose states stay when one is saved."""
-        return {self.step}
-
     def build_scheduler(self) -> Any:
         """The learning rate over time; see ``--schedule``."""
-        warmup = self.optim.warmup_ratio
         return get_scheduler(
             {"constant": "constant_with_warmup"}.get(self.optim.schedule, self.optim.schedule),
             self.optimizer,
-            num_warmup_steps=math.ceil(self.steps * warmup),
+            num_warmup_steps=math.ceil(self.steps * self.optim.warmup_ratio),
             num_training_steps=self.steps,
         )
 
     def run(self, *, advance: Advance | None = None) -> Path:
         """Train, or go on training, and write the output folder.
 
-        Args:
-            advance: Called after each step with the steps done and words for beside a progress
-                bar; first with the steps that a resumed run has behind it.
+        ``advance`` is called after each step with the steps done and words for beside a progress
+        bar; first with the steps that a resumed run has behind it.
 
         Raises:
             InputError: A picture cannot be read any more.
@@ -197,14 +183,17 @@ class Trainer(ABC):
         """
         advance = advance or (lambda *_: None)
         run = self.options.run
-        folder = state_folder(run.output)
-        claim_output(self.options, self.incidental)
-        self.prepare()
-        saved = last_state(folder) if run.resume else None
+        claim_output(self.options)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        saved = last_state(state_folder(run.output)) if run.resume else None
         if saved is not None:
             self._load(saved)
             self.notify(f"Going on after step {self.step} of {self.steps}.")
-        self._start_curves()
+        if run.report_to == "wandb":
+            project = os.environ.get("WANDB_PROJECT", "m2f2")
+            self.accelerator.init_trackers(project, config=self.options.to_flat())
+        else:
+            self.accelerator.init_trackers("runs")
         advance(self.step, "")
         try:
             while self.step < self.steps and not self.stopped():
@@ -221,14 +210,9 @@ class Trainer(ABC):
         self.accelerator.wait_for_everyone()
         return Path(run.output)
 
-    def prepare(self) -> None:
-        """Bring model and optimizer to the device, wrapped for processes, precision, DeepSpeed."""
-        if not self._prepared:
-            self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-            self._prepared = True
-
+    @cached_property
     def loader(self) -> DataLoader[Any]:
-        """This process's batches of the epochs, as the sampler gives them."""
+        """This process's batches; one loader for all epochs, so that its workers stay."""
         workers = self.options.data.workers
         return DataLoader(
             self.dataset,
@@ -243,11 +227,9 @@ class Trainer(ABC):
         """Train to the end of an epoch, from its first step or from where a resumed run stands."""
         epoch, first = divmod(self.step, self.steps_per_epoch)
         self.sampler.start(epoch, first)
-        if self._loader is None:  # one for all epochs, so that its workers stay
-            self._loader = self.loader()
-        batches = iter(self._loader)
+        batches = iter(self.loader)
         for step in range(first, self.steps_per_epoch):
-            count = len(self.sampler.steps.batches(step, self.sampler.process))
+            count = len(self.sampler.batches(step))
             self._train_step([self.to_device(next(batches)) for _ in range(count)])
             save_steps = self.options.run.save_steps
             ended = step + 1 == self.steps_per_epoch
@@ -261,7 +243,8 @@ class Trainer(ABC):
                     self.after_epoch(figures)
             if save:
                 self._save()
-            advance(1, self._words())
+            words = {"loss": self._latest.get("loss"), "AUC": self._latest.get("eval_auc")}
+            advance(1, "  ".join(f"{name} {x:.3f}" for name, x in words.items() if x is not None))
 
     def _train_step(self, batches: Sequence[Batch]) -> None:
         """One optimizer step over this process's batches of it."""
@@ -303,50 +286,42 @@ class Trainer(ABC):
             moved = {k: t.to(dtype) if t.is_floating_point() else t for k, t in moved.items()}
         return moved
 
+    def share(self, items: Sequence[Any]) -> Iterator[list[tuple[Any, bool]]]:
+        """This process's share of held-out items, in batches; and which of them count.
+
+        Every process gets as many: process p has items p, p + processes, …; the last ones are
+        repeats, which do not count, where the items do not divide evenly.
+        """
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        places = range(process, -(-len(items) // processes) * processes, processes)
+        mine = [(items[place % len(items)], place < len(items)) for place in places]
+        for begin in range(0, len(mine), self.optim.batch_size):
+            yield mine[begin : begin + self.optim.batch_size]
+
     def _log_loss(self) -> None:
         """Note the mean loss of the steps since the last time."""
         steps, self._logged = self.step - self._logged, self.step
         total = float(self.accelerator.gather(self._loss).mean())
         self._loss.zero_()
         values = {"loss": total / steps, "learning_rate": self._rate}
-        self._log(values, curves={"grad_norm": float(self._norm or 0.0)}, part="train")
+        self._log(values, {"grad_norm": float(self._norm or 0.0)}, curve="train")
 
     def _measure(self) -> dict[str, float]:
         """Measure, note the figures and say them."""
         self.wrapped.eval()
         figures = self.evaluate()
-        self._log({f"eval_{name}": value for name, value in figures.items()}, part="eval")
+        self._log({f"eval_{name}": value for name, value in figures.items()}, {}, curve="eval")
         ended, inside = divmod(self.step, self.steps_per_epoch)
         place = f"step {self.step}" if inside else f"epoch {ended}/{self.optim.epochs}"
-        loss = next(entry["loss"] for entry in reversed(self.history) if "loss" in entry)
-        self.notify(f"{place}: loss {loss:.4f}, {self.describe(figures)}")
+        self.notify(f"{place}: loss {self._latest['loss']:.4f}, {self.describe(figures)}")
         return figures
 
-    def _log(
-        self, values: dict[str, float], *, part: str, curves: Mapping[str, float] | None = None
-    ) -> None:
-        where = {"step": self.step, "epoch": self.step / self.steps_per_epoch}
-        self.history.append(values | where)
-        drawn = {**values, **(curves or {})}
-        self.accelerator.log(
-            {f"{part}/{name.removeprefix('eval_')}": value for name, value in drawn.items()},
-            step=self.step,
-        )
-
-    def _words(self) -> str:
-        """What stands beside a progress bar: the last loss and AUC."""
-        words = []
-        for key, name in (("loss", "loss"), ("eval_auc", "AUC")):
-            value = next((e[key] for e in reversed(self.history) if key in e), None)
-            words += [f"{name} {value:.3f}"] if value is not None else []
-        return "  ".join(words)
-
-    def _start_curves(self) -> None:
-        if self.options.run.report_to == "wandb":
-            name = os.environ.get("WANDB_PROJECT", "m2f2")
-            self.accelerator.init_trackers(name, config=self.options.to_flat())
-        else:
-            self.accelerator.init_trackers("runs")
+    def _log(self, values: dict[str, float], drawn: dict[str, float], *, curve: str) -> None:
+        """Note figures in the history; they and ``drawn`` become points of curves."""
+        self.history.append(values | {"step": self.step, "epoch": self.step / self.steps_per_epoch})
+        self._latest |= values
+        named = {f"{curve}/{k.removeprefix('eval_')}": x for k, x in (values | drawn).items()}
+        self.accelerator.log(named, step=self.step)
 
     def _save(self) -> None:
         """Save a state; it counts once its mark is there, and only then do older ones go."""
@@ -358,10 +333,7 @@ class Trainer(ABC):
                 folder.mkdir(parents=True, exist_ok=True)
                 state = {"scheduler": self.scheduler.state_dict()}
                 if not self.deepspeed:
-                    tensors = {k: t.detach().cpu() for k, t in self.tensors().items()}
-                    write_tensor_file(
-                        folder / WEIGHTS, {k: t.contiguous() for k, t in tensors.items()}
-                    )
+                    write_tensor_file(folder / WEIGHTS, self.tensors())
                     state["optimizer"] = self.optimizer.state_dict()
                 if self.accelerator.scaler is not None:
                     state["scaler"] = self.accelerator.scaler.state_dict()
@@ -375,13 +347,14 @@ class Trainer(ABC):
             ) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            complete_state(folder, keep=self.kept_states())
+            complete_state(folder, keep={self.step, self.best[0]} if self.best else {self.step})
 
     def _load(self, folder: Path) -> None:
         """Stand where a saved state was."""
         progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
         self.step = self._logged = progress["step"]
         self.history = progress["history"]
+        self._latest = {key: value for entry in self.history for key, value in entry.items()}
         self.best = tuple(progress["best"]) if progress["best"] else None
         state = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
         if self.deepspeed:
@@ -393,13 +366,28 @@ class Trainer(ABC):
         if "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
+    def epoch_records(self) -> list[dict[str, float]]:
+        """The run so far, one record an epoch: mean training loss, learning rate, figures."""
+        records = []
+        for epoch in range(1, self.step // self.steps_per_epoch + 1):
+            begin, end = (epoch - 1) * self.steps_per_epoch, epoch * self.steps_per_epoch
+            logged = [e for e in self.history if "loss" in e and begin < e["step"] <= end]
+            lengths = np.diff([begin, *(entry["step"] for entry in logged)])
+            record: dict[str, float] = {
+                "epoch": epoch,
+                "step": end,
+                "learning_rate": logged[-1]["learning_rate"],
+                "loss": float(np.dot([e["loss"] for e in logged], lengths) / (end - begin)),
+            }
+            for entry in self.history:
+                if entry["step"] == end and "eval_loss" in entry:
+                    record |= eval_figures(entry)
+            records.append(record)
+        return records
+
 
 class Finished:
-    """A run whose output is there already.
-
-    Attributes:
-        steps: None are left.
-    """
+    """A run whose output is there already: no steps are left, and running it gives the folder."""
 
     steps = 0
 
@@ -413,32 +401,7 @@ class Finished:
         return self.output
 
 
-def epoch_records(history: Sequence[Mapping[str, float]], each: int) -> list[dict[str, float]]:
-    """The run so far, one record an epoch: mean training loss, learning rate, figures.
-
-    Args:
-        history: As ``Trainer.history``.
-        each: Steps an epoch.
-    """
-    records = []
-    for epoch in range(1, int(history[-1]["step"]) // each + 1 if history else 1):
-        begin, end = (epoch - 1) * each, epoch * each
-        logged = [e for e in history if "loss" in e and begin < e["step"] <= end]
-        lengths = np.diff([begin, *(entry["step"] for entry in logged)])
-        record: dict[str, float] = {
-            "epoch": epoch,
-            "step": end,
-            "learning_rate": logged[-1]["learning_rate"],
-            "loss": float(np.dot([entry["loss"] for entry in logged], lengths) / each),
-        }
-        for entry in history:
-            if entry["step"] == end and "eval_loss" in entry:
-                record |= measured(entry)
-        records.append(record)
-    return records
-
-
-def measured(entry: Mapping[str, float]) -> dict[str, float]:
+def eval_figures(entry: Mapping[str, float]) -> dict[str, float]:
     """The figures of an entry of the history, as records name them."""
     return {
         "validation_loss" if name == "eval_loss" else name.removeprefix("eval_"): value
@@ -447,11 +410,23 @@ def measured(entry: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def shares(items: Sequence[Any], process: int, processes: int) -> list[tuple[Any, bool]]:
-    """One process's share of items, as many for each, and which of them count.
-
-    The last ones are repeats where the items do not divide evenly.
-    """
-    each = -(-len(items) // processes)
-    places = range(process, each * processes, processes)
-    return [(items[place % len(items)], place < len(items)) for place in places]
+def run_record(
+    stage: str,
+    options: Any,
+    *packages: str,
+    parent: str | None,
+    data: dict[str, Any],
+    trained_values: Any,
+) -> dict[str, Any]:
+    """What ``stage.json`` says of a run beside its figures; versions also of ``packages``."""
+    return {
+        "stage": stage,
+        "parent": parent,
+        "options": options.to_flat(),
+        "data": data,
+        "trained_values": trained_values,
+        PROCESSES: process_count(),
+        "versions": library_versions()
+        | library_versions(*packages)
+        | {"cuda": torch.version.cuda or "none"},
+    }

@@ -48,12 +48,12 @@ def test_a_cold_start_against_importing_clip():
 
 @pytest.mark.skipif("M2F2_DDVQA" not in os.environ, reason="M2F2_DDVQA is not set")
 def test_pictures_a_second_after_start_up():
-    from m2f2cli.inference.pipeline import detect, load
+    from m2f2cli.inference.pipeline import DetectPipeline, detect
     from m2f2cli.options.detect import DetectOptions
 
     folder = Path(os.environ["M2F2_DDVQA"]) / "images" / "c40" / "test"
     options = DetectOptions(faces="none", device="cpu")
-    model = load("lite", options)
+    model = DetectPipeline("lite", options).detector
     spent = []
     for _ in range(ROUNDS):
         begin = time.perf_counter()

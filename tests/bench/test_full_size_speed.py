@@ -23,7 +23,7 @@ from m2f2cli.checkpoints.convert import import_weights
 from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.inference.optimize_cpu import PackedLinear
-from m2f2cli.inference.pipeline import load
+from m2f2cli.inference.pipeline import DetectPipeline
 from m2f2cli.models.detector import Detector
 from m2f2cli.options.detect import DetectOptions
 from tests.parity.published import manifest, state_dict
@@ -84,8 +84,10 @@ def test_seconds_a_picture(tmp_path):
     state = state_dict("detector_b")
     torch.save(state, tmp_path / "b.pth")
     import_weights([tmp_path / "b.pth"], tmp_path / "out")
-    single = load(str(tmp_path / "out"), DetectOptions(device="cpu", dtype="float32"))
-    half = load(str(tmp_path / "out"), DetectOptions(device="cpu", dtype="bfloat16"))
+    single, half = (
+        DetectPipeline(str(tmp_path / "out"), DetectOptions(device="cpu", dtype=dtype)).detector
+        for dtype in ("float32", "bfloat16")
+    )
     config = single.config
     pictures = [np.asarray(image_for(f"speed{n}", 224, 224)) for n in range(4)]
     pixels = torch.stack(

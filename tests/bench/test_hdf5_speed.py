@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from m2f2cli.data.clips import FrameReader
-from m2f2cli.data.prepare.faces import FacesJob, FacesOptions
+from m2f2cli.data.prepare.faces import FacesJob
+from m2f2cli.options.prepare import FacesOptions
 from tests.data.prepare.videos import FPS, Scene
 
 pytestmark = pytest.mark.bench

@@ -186,14 +186,14 @@ def test_how_far_words_follow_the_evidence(part):
     pipeline.reserve(questions)
     files = [json.loads(line)["name"] for line in part["truth"].read_text().splitlines()]
     rule: Future[CropRule] = Future()
-    rule.set_result(pipeline.scorer.crop_rule(options.detect))
+    rule.set_result(pipeline.crops)
     sources = expand([str(part["images"] / file) for file in files])
     read = [prepare(source, options.detect, rule) for source in sources]
     crops = [one.views[0].crops[0] for one in read]
-    rows = [score.features for score in pipeline.scorer.score(crops)]
+    rows = [score.features for score in pipeline.score(crops)]
     seen = PictureFeatures(*(torch.cat([getattr(r, n) for r in rows]) for n in FEATURES))
     gray = replace(crops[0], pixels=np.full_like(crops[0].pixels, 128))
-    blank = pipeline.scorer.score([gray])[0].features
+    blank = pipeline.score([gray])[0].features
     other = torch.roll(torch.arange(len(files)), len(files) // 3)
     sure = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=seen.forgery.dtype)
     real, fake = pipeline.model.forgery_projector(sure).detach()
@@ -202,7 +202,7 @@ def test_how_far_words_follow_the_evidence(part):
         features = PictureFeatures(patches, forgery.expand_as(seen.forgery), seen.logits)
         each = [features.rows(n, n + 1) for n in range(len(crops))]
         said = pipeline.complete(crops, each, [prompts] * len(crops))
-        return [[one.text for one in row] for row in said]
+        return [[text for text, _ in row] for row in said]
 
     as_it_is = mixed(seen.patches, seen.forgery)
     blanked = blank.patches.expand_as(seen.patches)

@@ -12,7 +12,7 @@ import pytest
 
 from m2f2cli.data.corruptions import CORRUPTIONS, SEVERITIES
 from m2f2cli.data.samples import read_samples
-from m2f2cli.evaluation.robustness import Row, SweepOptions, sweep
+from m2f2cli.evaluation.robustness import Row, sweep
 
 pytestmark = [
     pytest.mark.bench,
@@ -33,7 +33,7 @@ def test_table_of_the_card(tmp_path):
         samples,
         model="lite",
         folder=tmp_path / "sweep",
-        options=SweepOptions(split="test"),
+        split="test",
     )
     seconds = time.perf_counter() - started
     rows = {(row.corruption, row.severity): row for row in found.rows}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from m2f2cli.evaluation.calibrate import Calibration
 from m2f2cli.evaluation.protocols import Figure, Measures
 from m2f2cli.evaluation.truth import Item, Joined, fingerprint
 
@@ -78,6 +79,13 @@ def some_measures(**figures: Figure) -> Measures:
         definition={"aggregation": "mean", "level": 0.95, "resamples": 200, "seed": 0},
         notes=("Three items are uncertain.",),
     )
+
+
+def calibrated(found: Calibration, probabilities: np.ndarray) -> np.ndarray:
+    """Probabilities of the former temperature as the new one gives them, rounded as in records."""
+    clipped = np.clip(probabilities, 5e-7, 1 - 5e-7)
+    log_odds = np.log(clipped / (1 - clipped)) * found.temperature_before / found.temperature
+    return np.round(1 / (1 + np.exp(-log_odds)), 6)
 
 
 def picture(path: Path, side: int = 300) -> Path:

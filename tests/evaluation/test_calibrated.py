@@ -13,13 +13,14 @@ import pytest
 from m2f2cli.checkpoints import io
 from m2f2cli.data.samples import read_samples
 from m2f2cli.errors import CheckpointError, InputError, UsageError
-from m2f2cli.evaluation.calibrate import calibrate
+from m2f2cli.evaluation.calibrate import calibrate_checkpoint as calibrate
+from m2f2cli.evaluation.evaluate import score_set, truth_of
 from m2f2cli.evaluation.predictions import read_predictions
-from m2f2cli.evaluation.runs import score_set, truth_of
 from m2f2cli.evaluation.truth import Joined, join
 from m2f2cli.files import json_bytes
 from m2f2cli.inference.pipeline import detect
 from m2f2cli.options.detect import DetectOptions
+from tests.evaluation.reports import calibrated
 from tests.inference.conftest import noise_picture
 
 CROPS = DetectOptions(faces="none")
@@ -75,8 +76,8 @@ def test_detect_judges_by_what_was_learnt(folder, data, scored):
     assert np.mean(np.array(real) >= settings.threshold) <= 0.2
     assert sum(p >= settings.threshold for p in real) == found.false_positives
     old = {item.name: item.fake_probability for item in scored.items}
-    expected = found.apply(
-        np.array([old[Path(r.path).relative_to(data).as_posix()] for r in records])
+    expected = calibrated(
+        found, np.array([old[Path(r.path).relative_to(data).as_posix()] for r in records])
     )
     assert [r.fake_probability for r in records] == pytest.approx(expected.tolist(), abs=2e-4)
 

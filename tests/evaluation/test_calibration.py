@@ -9,12 +9,13 @@ from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.calibrate import (
     FEWEST,
     TEMPERATURES,
-    _excluded,
     find_threshold,
     fit,
+    highest_excluded,
     wilson_interval,
 )
 from m2f2cli.metrics import roc_auc
+from tests.evaluation.reports import calibrated
 
 
 def sigmoid(z: np.ndarray) -> np.ndarray:
@@ -55,7 +56,7 @@ def test_order_and_false_positives_after_any_calibration(drawn):
     labels = np.array([0] * len(real) + [1] * len(fake))
     scores = np.array(real + fake) / 1000
     found = fit(labels, scores, target_fpr=target, band_level=0)
-    after = found.apply(scores)
+    after = calibrated(found, scores)
     order = np.argsort(scores, kind="stable")
     assert (np.diff(after[order]) >= 0).all()
     assert found.nll[1] <= found.nll[0] + 1e-9
@@ -92,7 +93,7 @@ def test_weighted_thresholds_are_those_of_repeated_pictures(scores, target, seed
     values = np.array(scores) / 100
     weights = np.random.default_rng(seed).integers(0, 4, (5, len(values)))
     assume((weights.sum(1) > 0).all())
-    found = _excluded(values, weights, target)
+    found = highest_excluded(values, weights, target)
     for row, below in zip(weights, found, strict=True):
         repeated = np.repeat(values, row)
         assert np.mean(repeated > below) <= target + 1e-9

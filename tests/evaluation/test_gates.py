@@ -5,9 +5,8 @@ import json
 import pytest
 
 from m2f2cli.errors import InputError
-from m2f2cli.evaluation.gates import ACCURACY, AUC, below, drifts, read_expectation
 from m2f2cli.evaluation.protocols import Figure
-from m2f2cli.evaluation.report import build_report
+from m2f2cli.evaluation.report import ACCURACY, AUC, below, build_report, drifts, read_expectation
 from tests.evaluation.reports import scores_set, some_measures
 
 

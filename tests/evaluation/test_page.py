@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f2cli.evaluation import plots
+from m2f2cli.evaluation import page as plots
 from m2f2cli.evaluation.page import render_page
 from m2f2cli.evaluation.report import build_report, find_mistakes
 from m2f2cli.evaluation.truth import Item

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import sys
 import xml.etree.ElementTree as ET
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ from m2f2cli.data.images import read_picture
 from m2f2cli.data.readers.ffpp import read_ffpp
 from m2f2cli.data.samples import SampleSet, read_samples
 from m2f2cli.errors import ConfigError, UsageError
-from m2f2cli.evaluation import runs
-from m2f2cli.evaluation.robustness import SweepOptions, count_records, sweep
+from m2f2cli.evaluation import evaluate as runs
+from m2f2cli.evaluation.robustness import conditions, sweep
 from m2f2cli.inference.pipeline import detect
 from m2f2cli.metrics import roc_auc
 from m2f2cli.options.detect import DetectOptions
@@ -22,7 +21,7 @@ from tests.evaluation.test_runs import clips
 from tests.inference.conftest import FLAT_ONLY, MeanJudge, noise_picture
 
 __all__ = ["clips"]
-TWO = SweepOptions(("jpeg", "brightness"), resamples=50)
+TWO = {"corruptions": ("jpeg", "brightness"), "resamples": 50}
 CROPS = DetectOptions(faces="none", frames=2)
 
 
@@ -44,13 +43,13 @@ def report(folder: Path) -> dict:
 def test_every_condition_is_judged_and_measured(data, tmp_path):
     folder, steps = tmp_path / "sweep", []
     found = sweep(
-        read_samples(data), model=MeanJudge(), folder=folder, options=TWO,
+        read_samples(data), model=MeanJudge(), folder=folder, **TWO,
         advance=lambda: steps.append(1),
     )  # fmt: skip
     assert [(r.corruption, r.severity) for r in found.rows] == [
-        ("none", 0), *[(name, s) for name in TWO.corruptions for s in range(1, 6)]
+        ("none", 0), *[(name, s) for name in TWO["corruptions"] for s in range(1, 6)]
     ]  # fmt: skip
-    assert len(steps) == 11 * 20 == count_records(read_samples(data), TWO, CROPS)
+    assert len(steps) == 11 * 20 == 20 * len(conditions(TWO["corruptions"]))
     pictures = read_samples(data).samples
     for row in found.rows:
         spoilt = []
@@ -69,7 +68,7 @@ def test_every_condition_is_judged_and_measured(data, tmp_path):
 
 
 def test_untouched_pictures_score_as_detect_scores_them(data, tmp_path):
-    sweep(read_samples(data), model=MeanJudge(), folder=tmp_path / "sweep", options=TWO)
+    sweep(read_samples(data), model=MeanJudge(), folder=tmp_path / "sweep", **TWO)
     wanted = detect([str(data)], model=MeanJudge(), options=CROPS, recursive=True)
     rows = [json.loads(line) for line in (tmp_path / "sweep/records/none-0.jsonl").open()]
     assert {str(data / r["path"]): (r["fake_probability"], r["sha256"]) for r in rows} == {
@@ -90,24 +89,23 @@ def test_a_killed_sweep_goes_on_to_the_same_table(data, tmp_path, after):
             raise Killed
 
     samples = read_samples(data)
-    sweep(samples, model=MeanJudge(), folder=tmp_path / "whole", options=TWO)
+    sweep(samples, model=MeanJudge(), folder=tmp_path / "whole", **TWO)
     with pytest.raises(Killed):
-        sweep(samples, model=MeanJudge(), folder=tmp_path / "cut", options=TWO, advance=kill)
+        sweep(samples, model=MeanJudge(), folder=tmp_path / "cut", **TWO, advance=kill)
     assert not (tmp_path / "cut" / "robustness.json").exists()
-    sweep(samples, model=MeanJudge(), folder=tmp_path / "cut", options=TWO, advance=kill)
+    sweep(samples, model=MeanJudge(), folder=tmp_path / "cut", **TWO, advance=kill)
     assert len(steps) == 220
     for name in ("robustness.json", "robustness.svg"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     judge = MeanJudge()
-    sweep(samples, model=judge, folder=tmp_path / "cut", options=TWO)
+    sweep(samples, model=judge, folder=tmp_path / "cut", **TWO)
     assert judge.batches == []
 
 
 def test_the_file_says_what_was_done(data, tmp_path):
     folder = tmp_path / "sweep"
     judge = MeanJudge(domain=FLAT_ONLY, threshold=0.4, uncertain=[0.3, 0.5])
-    options = replace(TWO, split="validation")
-    found = sweep(read_samples(data), model=judge, folder=folder, options=options)
+    found = sweep(read_samples(data), model=judge, folder=folder, split="validation", **TWO)
     saved = report(folder)
     assert (saved["schema_version"], saved["kind"]) == (1, "robustness")
     assert saved["model"] == {
@@ -139,7 +137,7 @@ def test_pictures_are_decoded_once_and_never_written(data, tmp_path, monkeypatch
         return read_picture(path)
 
     monkeypatch.setattr(runs, "read_picture", counting)
-    sweep(read_samples(data), model=MeanJudge(), folder=tmp_path / "sweep", options=TWO)
+    sweep(read_samples(data), model=MeanJudge(), folder=tmp_path / "sweep", **TWO)
     assert len(read) <= 20 + 8  # two threads may reach for one picture at the same time
     assert not {p.suffix for p in (tmp_path / "sweep").rglob("*.*")} - {".jsonl", ".json", ".svg"}
 
@@ -147,7 +145,7 @@ def test_pictures_are_decoded_once_and_never_written(data, tmp_path, monkeypatch
 def test_an_unreadable_picture_fails_in_every_row_and_no_more(data, tmp_path):
     samples = read_samples(data)
     (data / "fake" / "3.png").write_bytes(b"no picture")
-    found = sweep(samples, model=MeanJudge(), folder=tmp_path / "sweep", options=TWO)
+    found = sweep(samples, model=MeanJudge(), folder=tmp_path / "sweep", **TWO)
     assert {(row.judged, row.failed) for row in found.rows} == {(19, 1)}
     assert all(row.auc.value is not None for row in found.rows)
 
@@ -159,7 +157,7 @@ def test_one_class_or_no_picture_is_said_and_is_no_nan(data, tmp_path, broken):
     if broken:
         for sample in only.samples:
             sample.path.write_bytes(b"")
-    sweep(only, model=MeanJudge(), folder=tmp_path / "sweep", options=TWO)
+    sweep(only, model=MeanJudge(), folder=tmp_path / "sweep", **TWO)
     saved = report(tmp_path / "sweep")
     assert all(row["auc"]["value"] is None for row in saved["rows"])
     assert all(row["auc"]["note"] for row in saved["rows"])
@@ -169,33 +167,33 @@ def test_one_class_or_no_picture_is_said_and_is_no_nan(data, tmp_path, broken):
 def test_a_sweep_of_other_data_or_another_model_is_not_continued(data, tmp_path):
     folder = tmp_path / "sweep"
     samples = read_samples(data)
-    sweep(samples, model=MeanJudge(), folder=folder, options=TWO)
+    sweep(samples, model=MeanJudge(), folder=folder, **TWO)
     files = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     other = MeanJudge()
     other.fingerprint = "sha256:other"
     with pytest.raises(UsageError, match="model_fingerprint"):
-        sweep(samples, model=other, folder=folder, options=TWO)
+        sweep(samples, model=other, folder=folder, **TWO)
     with pytest.raises(UsageError, match="model_fingerprint"):  # also where work is left
-        sweep(samples, model=other, folder=folder, options=SweepOptions(("jpeg", "blur")))
+        sweep(samples, model=other, folder=folder, corruptions=("jpeg", "blur"))
     with pytest.raises(UsageError, match="other data"):
-        sweep(samples.subset(range(5, 15)), model=MeanJudge(), folder=folder, options=TWO)
+        sweep(samples.subset(range(5, 15)), model=MeanJudge(), folder=folder, **TWO)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == files
 
 
 def test_pictures_that_changed_are_not_mixed_with_those_before(data, tmp_path):
     folder, samples = tmp_path / "sweep", read_samples(data)
-    sweep(samples, model=MeanJudge(), folder=folder, options=TWO)
+    sweep(samples, model=MeanJudge(), folder=folder, **TWO)
     for sample in samples.samples:  # as the same frames of another compression
         noise_picture(sample.path, 7)
     with pytest.raises(UsageError, match="another content"):
-        sweep(samples, model=MeanJudge(), folder=folder, options=SweepOptions(("blur",)))
+        sweep(samples, model=MeanJudge(), folder=folder, corruptions=("blur",))
 
 
 def test_more_corruptions_join_an_earlier_sweep(data, tmp_path):
     folder, judge = tmp_path / "sweep", MeanJudge()
-    sweep(read_samples(data), model=MeanJudge(), folder=folder, options=TWO)
-    options = SweepOptions(("jpeg", "brightness", "contrast"), resamples=0)
-    found = sweep(read_samples(data), model=judge, folder=folder, options=options)
+    sweep(read_samples(data), model=MeanJudge(), folder=folder, **TWO)
+    names = ("jpeg", "brightness", "contrast")
+    found = sweep(read_samples(data), model=judge, folder=folder, corruptions=names, resamples=0)
     assert len(found.rows) == 16
     assert sum(judge.batches) <= 5 * 20
     assert found.rows[0].auc.low is None
@@ -206,22 +204,22 @@ def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="holds no sweep"):
-        sweep(read_samples(data), model=MeanJudge(), folder=folder, options=TWO)
+        sweep(read_samples(data), model=MeanJudge(), folder=folder, **TWO)
     with pytest.raises(UsageError, match="is a file"):
-        sweep(read_samples(data), model=MeanJudge(), folder=folder / "mine.txt", options=TWO)
+        sweep(read_samples(data), model=MeanJudge(), folder=folder / "mine.txt", **TWO)
     with pytest.raises(ConfigError, match="no corruption 'fog'"):
         sweep(
             read_samples(data), model=MeanJudge(), folder=tmp_path / "new",
-            options=SweepOptions(("fog",)),
+            corruptions=("fog",),
         )  # fmt: skip
     assert [p.name for p in folder.iterdir()] == ["mine.txt"]
     assert not (tmp_path / "new").exists()
 
 
 def test_without_matplotlib_there_is_no_plot_and_all_else(data, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "m2f2cli.evaluation.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "m2f2cli.evaluation.page", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    found = sweep(read_samples(data), model=MeanJudge(), folder=tmp_path / "sweep", options=TWO)
+    found = sweep(read_samples(data), model=MeanJudge(), folder=tmp_path / "sweep", **TWO)
     assert "m2f2cli[eval]" in found.notes[0]
     assert report(tmp_path / "sweep")["notes"] == list(found.notes)
     assert not (tmp_path / "sweep" / "robustness.svg").exists()
@@ -230,7 +228,7 @@ def test_without_matplotlib_there_is_no_plot_and_all_else(data, tmp_path, monkey
 def test_videos_are_swept_by_their_frames(clips, tmp_path):
     assert clips == read_ffpp(clips.root, manipulations=["FaceSwap"], split="all")
     folder = tmp_path / "sweep"
-    found = sweep(clips, model=MeanJudge(), folder=folder, options=TWO, detect=CROPS)
+    found = sweep(clips, model=MeanJudge(), folder=folder, **TWO, detect=CROPS)
     assert {row.judged for row in found.rows} == {8}
     assert found.rows[0].auc.value == 0.5  # the same frames in both classes
     assert report(folder)["data"]["dataset"] == "ffpp"

@@ -14,14 +14,14 @@ from m2f2cli.data.clips import ClipWriter
 from m2f2cli.data.readers.ffpp import read_ffpp
 from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.evaluation.predictions import read_predictions
-from m2f2cli.evaluation.runs import (
+from m2f2cli.evaluation.evaluate import (
     count_items,
     is_test_set,
     read_split,
     score_set,
     truth_of,
 )
+from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.truth import join
 from m2f2cli.inference.pipeline import detect
 from m2f2cli.inference.recordfile import Tally

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from m2f2cli.inference.explain import Completion, ExplainPipeline
+from m2f2cli.inference.explain import ExplainPipeline
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.explain import ExplainOptions
 from tests.models.explainers import tiny_explainer, tiny_processor
@@ -49,7 +49,7 @@ def say(monkeypatch: Any, answer: Callable[[str], str]) -> list[str]:
 
     def reply(self: ExplainPipeline, crops: Any, features: Any, prompts: Any, **_: Any) -> Any:
         asked.extend(prompt.text for texts in prompts for prompt in texts)
-        return [[Completion(answer(p.text), True) for p in texts] for texts in prompts]
+        return [[(answer(p.text), True) for p in texts] for texts in prompts]
 
     monkeypatch.setattr(ExplainPipeline, "complete", reply)
     return asked

@@ -15,7 +15,7 @@ from PIL import Image
 from m2f2cli.data.images import read_picture
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.explain import SeededSampling, explain, explain_sources
-from m2f2cli.inference.pipeline import Scorer
+from m2f2cli.inference.pipeline import DetectPipeline
 from m2f2cli.inference.questions import choose
 from m2f2cli.inference.sources import expand
 from m2f2cli.models.conversation import DDVQA, Template
@@ -134,8 +134,10 @@ def test_equal_pictures_are_asked_about_once(loaded, pictures, tmp_path, monkeyp
     copy = tmp_path / "copy.png"
     copy.write_bytes(Path(pictures[0]).read_bytes())
     looked: list[int] = []
-    score = Scorer.score
-    monkeypatch.setattr(Scorer, "score", lambda s, c: (looked.append(len(c)), score(s, c))[1])
+    score = DetectPipeline.score
+    monkeypatch.setattr(
+        DetectPipeline, "score", lambda s, c: (looked.append(len(c)), score(s, c))[1]
+    )
     first, *_, last = explain([*pictures, str(copy)], model=loaded, options=asking())
     assert sum(looked) == len(pictures)
     assert first.explanations == last.explanations

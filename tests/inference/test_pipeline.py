@@ -14,9 +14,8 @@ import pytest
 from m2f2cli.data.images import Picture, read_picture
 from m2f2cli.data.video import read_frames
 from m2f2cli.inference import sources as reading
-from m2f2cli.inference.explain import explain_sources
+from m2f2cli.inference.explain import explain_sources, load_pipeline
 from m2f2cli.inference.pipeline import judge_sources
-from m2f2cli.inference.session import Session
 from m2f2cli.inference.sources import Source, expand
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Detection
@@ -114,8 +113,8 @@ def test_a_video_is_read_once_for_its_verdict_and_its_drawing(
 
 def test_pixels_are_kept_for_the_page_alone_until_they_are_drawn(tmp_path: Path) -> None:
     photo = str(write_picture(tmp_path / "a.png", 200, 90))
-    session = Session(MeanJudge(), options=asking())
-    judged = session.judge(expand([photo])[0])
+    pipeline = load_pipeline(MeanJudge(), options=asking())
+    judged = pipeline.judge_one(expand([photo])[0])
     (view,) = judged.prepared.views
     assert np.array_equal(view.pixels, read_picture(photo).pixels)
     assert [view.pixels for view in judged.reduced().prepared.views] == [None]
@@ -134,8 +133,8 @@ def test_a_prompt_is_tokenized_once(
 
     monkeypatch.setattr(type(loaded[1]), "tokens", counted)
     files = [str(noise_picture(tmp_path / f"{n}.png", n)) for n in range(3)]
-    session = Session(loaded, options=asking())
-    for item in map(session.judge, expand(files)):
-        session.explain(item, regions=("nose", "eyes"))
-        session.explain(item, regions=("nose",), questions=("Why?",))
+    pipeline = load_pipeline(loaded, options=asking())
+    for item in map(pipeline.judge_one, expand(files)):
+        pipeline.explain(item, regions=("nose", "eyes"))
+        pipeline.explain(item, regions=("nose",), questions=("Why?",))
     assert set(asked.values()) == {1}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import m2f2cli.training
 from m2f2cli.errors import ConfigError
 from m2f2cli.options.fields import flag_name
-from m2f2cli.options.train_detector import INCIDENTAL, TrainDetectorOptions
+from m2f2cli.options.train_detector import RunOptions, TrainDetectorOptions
 from m2f2cli.registry import Registry
 
 NEEDED = {"data": "faces", "output": "detector"}
@@ -76,7 +76,7 @@ def test_every_option_is_explained_and_names_are_unique():
         text = item.metadata["help"]
         assert text.endswith((".", ")")), item.name
         assert len(text) > 10
-    assert {name.replace("-", "_") for name in INCIDENTAL} < set(names)
+    assert {name.replace("-", "_") for name in RunOptions.incidental} < set(names)
 
 
 def test_every_option_is_read_somewhere():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from m2f2cli.inference.session import Session
+from m2f2cli.inference.explain import load_pipeline
 from m2f2cli.serving import drawing
 from m2f2cli.serving.page import card_of
 from tests.inference.conftest import MeanJudge
@@ -32,13 +32,13 @@ def test_a_folders_card_is_shown_without_its_header(tmp_path, tiny_detector_fold
     folder = tmp_path / "model"
     shutil.copytree(tiny_detector_folder, folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Ours\n\nTrained on cats.")
-    session = Session(str(folder))
-    card = card_of(session)
+    pipeline = load_pipeline(str(folder))
+    card = card_of(pipeline)
     assert "# Ours\n\nTrained on cats." in card
     assert "license" not in card
-    assert str(session.settings.model_fingerprint) in card
+    assert str(pipeline.settings.model_fingerprint) in card
     assert "Threshold 50 %" in card
 
 
 def test_without_a_card_the_general_limits_stand_alone():
-    assert drawing.OPINION in card_of(Session(MeanJudge()))
+    assert drawing.OPINION in card_of(load_pipeline(MeanJudge()))

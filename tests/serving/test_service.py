@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from m2f2cli.errors import InputError, UsageError
+from m2f2cli.inference.explain import load_pipeline
 from m2f2cli.inference.pipeline import detect
-from m2f2cli.inference.session import Session
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.explain import ExplainOptions
 from m2f2cli.records import Explanation
@@ -35,7 +35,7 @@ def uploads(tmp_path: Path) -> Uploads:
 
 @pytest.fixture
 def service(uploads: Uploads) -> Service:
-    return Service(Session(MeanJudge(), options=WHOLE), uploads)
+    return Service(load_pipeline(MeanJudge(), options=WHOLE), uploads)
 
 
 def sent(uploads: Uploads, file: Path, name: str | None = None) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def test_many_at_once_get_their_own_answers(service, uploads, tmp_path):
 
 @pytest.fixture
 def explaining(uploads: Uploads) -> Service:
-    return Service(Session(tiny(), options=asking()), uploads)
+    return Service(load_pipeline(tiny(), options=asking()), uploads)
 
 
 def test_reasons_grow_until_the_record(explaining, uploads, tmp_path):

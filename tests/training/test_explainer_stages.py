@@ -21,9 +21,12 @@ from m2f2cli.data.prepare.ddvqa import prepare_ddvqa
 from m2f2cli.errors import CheckpointError, ConfigError, InputError, MissingExtraError
 from m2f2cli.options.train_explainer import ConversationOptions
 from m2f2cli.training import accelerator
-from m2f2cli.training.explainer import prepare
-from m2f2cli.training.explainer_data import Exercises, Usable, encode, read_usable
-from m2f2cli.training.explainer_parts import trained
+from m2f2cli.training.explainer import prepare, trained
+from m2f2cli.training.explainer_data import (
+    ConversationDataset,
+    UsableConversations,
+    read_usable,
+)
 from tests.models import explainers
 from tests.models.explainers import tiny_processor
 from tests.training.talks import stage_options, train, turns, write_all, write_talks
@@ -42,9 +45,12 @@ def check_labels(file: Path, images: Path, take: int | None = None) -> int:
     processor.config.text_config.max_position_embeddings = 10**6
     options = ConversationOptions(data=file, images=images, max_length=10**6, missing="skip")
     usable = read_usable(options, processor, Pictures(images))
+    dataset = ConversationDataset(
+        usable, processor, Pictures(images), max_length=10**6, seed=0, group=0
+    )
     end = processor.tokenizer.eos_token
     for conversation in usable.train[:take]:
-        item = encode(conversation, processor, Pictures(images), 10**6)
+        item = dataset.encode(conversation)
         labels, ids = np.array(item["labels"]), np.array(item["input_ids"])
         learnt = np.flatnonzero(labels != -100)
         assert np.array_equal(labels[learnt], ids[learnt])
@@ -153,7 +159,7 @@ def test_peft_loads_the_adapter_folder_unchanged(root, tmp_path):
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)
         loaded = PeftModel.from_pretrained(base, str(folder)).eval()
-    batch = dict(next(iter(run.loader())))
+    batch = dict(next(iter(run.loader)))
     run.model.eval()
     with torch.no_grad():
         mine, theirs = run.model(**batch).logits, loaded(**batch).logits
@@ -244,7 +250,7 @@ def test_measuring_does_not_hang_on_how_it_is_dealt_out(root, tmp_path, monkeypa
 def test_judged_accuracy_reads_the_generated_answers(root, tmp_path, monkeypatch):
     settings = {"validation_share": 0.4, "answer_tokens": 4}
     trainer = prepare(stage_options("align", root, tmp_path / "out", **settings))
-    processor = trainer.exercises.processor
+    processor = trainer.processor
     say = processor.tokenizer("The image looks fake.", add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(
         trainer.explainer,
@@ -257,7 +263,7 @@ def test_judged_accuracy_reads_the_generated_answers(root, tmp_path, monkeypatch
     assert figures["judged_accuracy"] == sum(labels) / len(labels)
     people = [
         {p for c in part for p in c.identities}
-        for part in (trainer.exercises.conversations, trainer.held)
+        for part in (trainer.dataset.conversations, trainer.held)
     ]
     assert not people[0] & people[1]
 
@@ -298,12 +304,17 @@ def test_measured_within_epochs_too(stage, root, tmp_path):
 
 def usable_of(lengths):
     rows = [type("Row", (), {"number": n})() for n in range(len(lengths))]
-    return Usable(rows, [], dict(enumerate(lengths)), {}, {})
+    return UsableConversations(rows, [], dict(enumerate(lengths)), {}, {})
 
 
 def test_batches_of_like_length_and_every_item_once():
     lengths = np.random.default_rng(0).integers(10, 500, 1003)
-    made = Exercises(usable_of(lengths), None, None, max_length=500, seed=1, group=8)
+
+    def dataset(group):
+        usable = usable_of(lengths)
+        return ConversationDataset(usable, None, None, max_length=500, seed=1, group=group)
+
+    made = dataset(8)
     first, second = made.order(0), made.order(1)
     for order in (first, second):
         assert sorted(order) == list(range(1003))
@@ -313,7 +324,9 @@ def test_batches_of_like_length_and_every_item_once():
     assert np.median(spans) < 20
     starts = lengths[first[:1000:8]]
     assert np.abs(np.corrcoef(starts, np.arange(125))[0, 1]) < 0.3
-    loose = Exercises(usable_of(lengths), None, None, max_length=500, seed=1, group=0).order(0)
+    loose = ConversationDataset(
+        usable_of(lengths), None, None, max_length=500, seed=1, group=0
+    ).order(0)
     assert sorted(loose) == list(range(1003))
 
 
@@ -351,7 +364,7 @@ def test_missing_pictures_are_counted_or_refused(root, tmp_path):
     (crops / "5_000.jpg").unlink()
     (crops / "5_001.jpg").write_bytes(b"no picture")
     given = {"data": tmp_path / "data" / "talks.json", "images": crops}
-    with pytest.raises(InputError, match=r"2 pictures .* cannot be had") as refused:
+    with pytest.raises(InputError, match=r"2 pictures .* cannot be read") as refused:
         prepare(stage_options("align", root, tmp_path / "out", **given))
     assert "--missing skip" in refused.value.hint
     folder = train(stage_options("align", root, tmp_path / "skipped", missing="skip", **given))

@@ -9,23 +9,27 @@ from hypothesis import strategies as st
 from m2f2cli.data.samples import read_samples
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.errors import InputError
-from m2f2cli.options.training_pictures import AugmentOptions, PseudoFakeOptions
-from m2f2cli.training.epochs import BatchSampler, Steps
-from m2f2cli.training.picture_store import PictureStore
+from m2f2cli.models.detector import DetectorConfig
+from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.training.pictures import (
-    Batcher,
-    MeasuringPictures,
-    PictureSettings,
+    PictureCollator,
+    PictureStore,
+    Targets,
     TrainingPictures,
+    ValidationPictures,
 )
+from m2f2cli.training.sampler import BatchSampler
 
-PLAIN = AugmentOptions(flip=0.0, blur=0.0, jpeg=0.0)
+PLAIN = {"flip": 0.0, "blur": 0.0, "jpeg": 0.0}
 HALF = (0.5, 0.5, 0.5)
+CONFIG = DetectorConfig(image_size=32, image_mean=HALF, image_std=HALF)
 
 
-def settings_of(**changes) -> PictureSettings:
-    fields = {"seed": 3, "size": 32, "mean": HALF, "std": HALF, "augment": AugmentOptions()}
-    return PictureSettings(**(fields | {"pseudo": PseudoFakeOptions()} | changes))
+def training(store, targets=None, **changes) -> TrainingPictures:
+    """Training pictures with some options changed."""
+    flat = {"data": "faces", "output": "detector", "seed": 3} | changes
+    options = TrainDetectorOptions.from_flat(flat)
+    return TrainingPictures(store, options, CONFIG, targets or Targets())
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def store(toy_data) -> PictureStore:
 
 def order(pictures: TrainingPictures, epoch: int) -> list[int]:
     start = epoch * len(pictures)
-    return [pictures.epochs[start + position].sample for position in range(len(pictures))]
+    return [pictures.order[start + position].sample for position in range(len(pictures))]
 
 
 def same(a, b) -> bool:
@@ -43,22 +47,22 @@ def same(a, b) -> bool:
 
 
 def test_items_hang_on_seed_epoch_and_position_only(store):
-    changes = {"pseudo": PseudoFakeOptions(self_blend=0.5, swap_blend=0.5), "grid": 4}
-    pictures = TrainingPictures(store, settings_of(**changes))
-    again = TrainingPictures(store, settings_of(**changes))
+    changes = {"self_blend": 0.5, "swap_blend": 0.5, "targets": Targets(grid=4)}
+    pictures = training(store, **changes)
+    again = training(store, **changes)
     numbers = [0, 30, 5, 47, 5]
     wanted = [pictures[n] for n in numbers]
     assert all(same(a, b) for a, b in zip(wanted, (again[n] for n in numbers), strict=True))
     assert same(wanted[2], wanted[4])
     assert not same(pictures[5], pictures[5 + len(pictures)])
-    other = TrainingPictures(store, settings_of(**changes, balance=True))
+    other = training(store, **changes, balance=True)
     assert len(other) == len(pictures) == 24
-    reseeded = TrainingPictures(store, settings_of(seed=4, **changes))
+    reseeded = training(store, seed=4, **changes)
     assert not same(reseeded[5], pictures[5])
 
 
 def test_an_epoch_shows_every_picture_once(store):
-    pictures = TrainingPictures(store, settings_of(augment=PLAIN))
+    pictures = training(store, **PLAIN)
     for epoch in (0, 3):
         assert sorted(order(pictures, epoch)) == list(range(24))
     orders = [tuple(order(pictures, epoch)) for epoch in range(3)]
@@ -67,7 +71,7 @@ def test_an_epoch_shows_every_picture_once(store):
 
 def test_balanced_epochs_take_turns_and_miss_nobody(store):
     fewer = PictureStore(store.samples.subset([*range(12), 12, 13, 14]), "auto", skip=False)
-    pictures = TrainingPictures(fewer, settings_of(balance=True))
+    pictures = training(fewer, balance=True)
     assert len(pictures) == 24
     labels = [int(pictures[n]["labels"]) for n in range(24, 48)]
     assert labels == [0, 1] * 12
@@ -75,19 +79,19 @@ def test_balanced_epochs_take_turns_and_miss_nobody(store):
 
 
 def test_without_changes_an_item_is_what_detect_would_see(store):
-    pictures = TrainingPictures(store, settings_of(augment=PLAIN))
+    pictures = training(store, **PLAIN)
     number = int(order(pictures, 0)[7])
     seen = preprocess(store.read(number), size=32, mean=HALF, std=HALF)
     assert np.array_equal(pictures[7]["pixel_values"], seen)
-    measured = MeasuringPictures(store, settings_of())[number]
+    measured = ValidationPictures(store, 0, CONFIG)[number]
     assert np.array_equal(measured["pixel_values"], seen)
     assert measured["labels"] == pictures[7]["labels"]
 
 
 def test_pseudo_fakes_replace_forged_pictures_only(store):
-    pseudo = PseudoFakeOptions(self_blend=0.4, swap_blend=0.3, expression_warp=0.3)
-    told = {"augment": PLAIN, "grid": 4, "kinds": ("fake",)}
-    pictures = TrainingPictures(store, settings_of(pseudo=pseudo, **told))
+    pseudo = {"self_blend": 0.4, "swap_blend": 0.3, "expression_warp": 0.3}
+    told = PLAIN | {"targets": Targets(grid=4, kinds=("fake",))}
+    pictures = training(store, **pseudo, **told)
     for position in range(24):
         item = pictures[position]
         assert item["map_known"] == 1
@@ -98,18 +102,15 @@ def test_pseudo_fakes_replace_forged_pictures_only(store):
             assert 0 < item["map"].max() <= 1
             assert item["kind"].tolist() == [0, 0]
             assert item["target"] == 1
-    plain = TrainingPictures(store, settings_of(**told))
+    plain = training(store, **told)
     forged = next(item for item in map(plain.__getitem__, range(24)) if item["labels"] == 1)
     assert forged["map_known"] == 0
     assert forged["kind"].tolist() == [0, 1]
 
 
 def test_h264_changes_pseudo_fakes(store):
-    plain = TrainingPictures(
-        store, settings_of(augment=PLAIN, pseudo=PseudoFakeOptions(self_blend=1.0))
-    )
-    pseudo = PseudoFakeOptions(self_blend=1.0, pseudo_h264=1.0, pseudo_crf=(45, 45))
-    coded = TrainingPictures(store, settings_of(augment=PLAIN, pseudo=pseudo))
+    plain = training(store, **PLAIN, self_blend=1.0)
+    coded = training(store, **PLAIN, self_blend=1.0, pseudo_h264=1.0, pseudo_crf=(45, 45))
     for position in range(4):
         a, b = plain[position], coded[position]
         equal = np.array_equal(a["pixel_values"], b["pixel_values"])
@@ -118,9 +119,8 @@ def test_h264_changes_pseudo_fakes(store):
 
 def test_map_follows_the_flip(store):
     def maps(flip):
-        augment = AugmentOptions(flip=flip, blur=0.0, jpeg=0.0)
-        pseudo = PseudoFakeOptions(mouth_warp=1.0)
-        pictures = TrainingPictures(store, settings_of(augment=augment, pseudo=pseudo, grid=4))
+        changes = PLAIN | {"flip": flip, "mouth_warp": 1.0}
+        pictures = training(store, Targets(grid=4), **changes)
         return [pictures[n]["map"] for n in range(24)]
 
     for straight, mirrored in zip(maps(0.0), maps(1.0), strict=True):
@@ -131,9 +131,8 @@ def test_soft_labels_and_judgements(store):
     forged, real = store.samples.samples[0], store.samples.samples[12]
     judged = {forged.name: np.array([1.0, 0.5], dtype=np.float32)}
     soft = {forged.name: 0.6, real.name: 0.2}
-    pictures = TrainingPictures(
-        store, settings_of(augment=PLAIN, soft=soft, soft_weight=0.5, judgements=judged)
-    )
+    targets = Targets(soft=soft, judgements=judged)
+    pictures = training(store, targets, **PLAIN, soft_weight=0.5)
     place = {int(number): position for position, number in enumerate(order(pictures, 0))}
     items = [pictures[place[number]] for number in (0, 12, 1)]
     assert [round(float(item["target"]), 5) for item in items] == [0.8, 0.1, 1.0]
@@ -155,22 +154,26 @@ def test_mixup_is_linear_and_keeps_labels(alpha, count, index):
         }
         for n in range(count)
     ]
-    steps = Steps(10**9 + 20, 9)
-    plain, mixed = Batcher(0.0, 1, steps)(items), Batcher(alpha, 1, steps)(items)
+    sampler = BatchSampler(10**9 + 20, 9)
+    plain, mixed = (
+        PictureCollator(0.0, 1, sampler)(items),
+        PictureCollator(alpha, 1, sampler)(items),
+    )
     assert "index" not in plain
     assert torch.equal(plain["labels"], mixed["labels"])
     assert torch.allclose(mixed["pixel_values"][:, 0, 0, 0], mixed["target"], atol=1e-6)
     assert torch.allclose(mixed["noise"].sum(0), plain["noise"].sum(0), atol=1e-4)
     assert (mixed["target"] - plain["target"]).abs().max() <= 0.5 + 1e-6
     assert all(
-        torch.equal(mixed[key], value) for key, value in Batcher(alpha, 1, steps)(items).items()
+        torch.equal(mixed[key], value)
+        for key, value in PictureCollator(alpha, 1, sampler)(items).items()
     )
 
 
 def test_sampler_counts_through_the_epochs():
-    sampler = BatchSampler(Steps(4, 3))
+    sampler = BatchSampler(4, 3)
     assert list(sampler) == [[0, 1, 2], [3]]
-    sampler.epoch = 2
+    sampler.start(2)
     assert list(sampler) == [[8, 9, 10], [11]]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from m2f2cli.training.detector import prepare
-from m2f2cli.training.stages import PARAMETER_GROUPS, STAGES, group_of, optimiser_groups
+from m2f2cli.training.objective import PARAMETER_GROUPS, STAGES, group_of
 
 
 def one_step(options):
@@ -13,7 +13,7 @@ def one_step(options):
     objective = run.model
     before = {name: t.clone() for name, t in objective.state_dict().items()}
     objective.train()
-    batch = next(iter(run.loader()))
+    batch = next(iter(run.loader))
     objective(**batch)["loss"].backward()
     with_gradient = {n for n, p in objective.named_parameters() if p.grad is not None}
     run.optimizer.step()
@@ -68,12 +68,13 @@ def test_frozen_batch_norm_keeps_statistics_but_trains(options):
 def test_groups_cover_every_trainable_parameter_once(options):
     objective = prepare(options(layer_decay=0.8, decay_all=False, weight_decay=0.1)).model
     named = objective.named_weights()
-    groups = optimiser_groups(named, objective.detector.backbone, objective.options.optimizer)
-    names = [name for group in groups for name in group["names"]]
+    groups = objective.optimizer_groups()
+    name_of = {id(parameter): name for name, parameter in named.items()}
+    names = [name_of[id(parameter)] for group in groups for parameter in group["params"]]
     assert len(names) == len(set(names))
     assert set(names) == {name for name, p in named.items() if p.requires_grad}
     assert {group["group"] for group in groups} == set(STAGES["published"]) - {"auxiliary"}
-    by_name = {name: group for group in groups for name in group["names"]}
+    by_name = {name_of[id(p)]: group for group in groups for p in group["params"]}
     assert by_name["alpha_text"]["lr"] == 3e-3
     assert by_name["alpha_vision"]["weight_decay"] == 0
     assert by_name["head.weight"]["weight_decay"] == 0.1

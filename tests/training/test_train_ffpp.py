@@ -11,7 +11,7 @@ from m2f2cli.data.clips import FrameReader
 from m2f2cli.errors import InputError
 from m2f2cli.options.training_data import DataOptions
 from m2f2cli.training.detector import prepare, state_folder, train_detector
-from m2f2cli.training.picture_store import PictureStore
+from m2f2cli.training.pictures import PictureStore
 from m2f2cli.training.sources import read_sources
 from tests.training.conftest import TOY_KINDS
 
@@ -75,7 +75,7 @@ def test_only_single_frames_are_read_and_none_is_kept(ffpp, toy_ffpp, monkeypatc
     )
     pictures = run.dataset
     read.clear()
-    shown = [pictures.epochs[n] for n in range(len(pictures))]
+    shown = [pictures.order[n] for n in range(len(pictures))]
     for number in range(len(pictures)):
         pictures[number]
     assert read == [(pictures._samples[t.sample].clip, t.frame) for t in shown]

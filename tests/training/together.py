@@ -20,7 +20,7 @@ import yaml
 
 from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.training.detector import prepare
-from m2f2cli.training.pictures import Batcher
+from m2f2cli.training.pictures import PictureCollator
 from tests.training.test_resume import Crash
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -32,9 +32,9 @@ def main(folder: Path) -> None:
     seen: list[list[int]] = []
     measured: list[int] = []
     written: list[str] = []
-    plain = Batcher.__call__
+    plain = PictureCollator.__call__
 
-    def noting(self: Batcher, items: Any) -> Any:
+    def noting(self: PictureCollator, items: Any) -> Any:
         indices = [int(item["index"]) for item in items if "index" in item]
         seen.append(indices) if indices else measured.append(len(items))
         return plain(self, items)
@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
         if event == "open" and str(arguments[0]).startswith(str(folder)) and arguments[2] & WRITES:
             written.append(str(arguments[0]))
 
-    Batcher.__call__ = noting  # type: ignore[method-assign]
+    PictureCollator.__call__ = noting  # type: ignore[method-assign]
     sys.addaudithook(watch)
     for file in sorted(folder.glob("*.yaml")):
         options = TrainDetectorOptions.from_flat(yaml.safe_load(file.read_text()))

@@ -17,26 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from m2f2cli.data.clips import ClipNotes, ClipWriter, FrameReader
-from m2f2cli.data.faces import MARGIN, finder_name
+from m2f2cli.data.faces import finder_name
 from m2f2cli.data.prepare.sources import Video, list_videos
 from m2f2cli.data.prepare.tracking import cut_faces
 from m2f2cli.data.readers.ffpp import ORIGINAL, find_file
 from m2f2cli.errors import InputError, M2F2Error, UsageError
 from m2f2cli.files import write_error
-from m2f2cli.options.fields import Options, option
+from m2f2cli.options.prepare import FacesOptions
 from m2f2cli.runtime import processors
-
-
-@dataclass(frozen=True)
-class FacesOptions(Options):
-    """How faces are prepared."""
-
-    frames: int = option(100, "Frames looked at in a video, evenly spaced.", low=1, high=1000)
-    size: int = option(224, "Side of a crop in pixels.", low=16, high=1024)
-    margin: float = option(MARGIN, "Share by which a crop is larger than the face.", low=0, high=4)
-    boxes_from: Path | None = option(None, "HDF5 file, or folder of them, with the boxes to use.")
-    workers: int | None = option(None, "Processes; by default one for each processor.", low=1)
-    overwrite: bool = option(False, "Start anew instead of going on.")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from PIL import Image
 
 from m2f2cli.data.clips import ClipWriter, FrameReader
 from m2f2cli.data.prepare import faces, tracking
-from m2f2cli.data.prepare.faces import FacesJob, FacesOptions, locked, worker_pool
+from m2f2cli.data.prepare.faces import FacesJob, locked, worker_pool
 from m2f2cli.errors import CheckpointError, ConfigError, InputError, M2F2Error, UsageError
+from m2f2cli.options.prepare import FacesOptions
 from tests.data.prepare.videos import PHOTO, Scene
 
 SMALL = {"frames": 12, "size": 48, "workers": 1}
