@@ -18,7 +18,7 @@ from m2f2cli.compat import forget_accelerator
 from m2f2cli.errors import ConfigError, MissingExtraError
 from m2f2cli.options.train_detector import RunOptions
 from m2f2cli.options.train_explainer import DEEPSPEED, StageRunOptions, StepOptions
-from m2f2cli.runtime import pick_device
+from m2f2cli.runtime import keep_freed_memory, pick_device
 from m2f2cli.training.states import state_folder
 
 _SETTINGS = Path(__file__).parent.parent / "assets" / "deepspeed"
@@ -124,6 +124,8 @@ def make_accelerator(
     device = pick_device(run.device)
     if device.index is not None:
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if run.deterministic:
         enable_full_determinism(run.seed)
     forget_accelerator()
