@@ -15,6 +15,7 @@ from m2f2cli.registry import Registry
 _FOLDER = Path(__file__).parent.parent / "assets" / "recipes"
 PUBLISHED = _FOLDER / "published.yaml"
 PUBLISHED_EFFICIENTNET = _FOLDER / "published-efficientnet-b4.yaml"
+FINE_TUNE = _FOLDER / "fine-tune.yaml"
 GENERALIZE = _FOLDER / "generalize.yaml"
 ROBUST = _FOLDER / "robust.yaml"
 SMALL_DATA = _FOLDER / "small-data.yaml"
@@ -22,6 +23,7 @@ SMALL_DATA = _FOLDER / "small-data.yaml"
 RECIPES = Registry(
     "recipe",
     {
+        "fine-tune": f"{__name__}:FINE_TUNE",
         "generalize": f"{__name__}:GENERALIZE",
         "published": f"{__name__}:PUBLISHED",
         "published-efficientnet-b4": f"{__name__}:PUBLISHED_EFFICIENTNET",

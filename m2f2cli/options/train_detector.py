@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from m2f2cli.errors import ConfigError
 from m2f2cli.options.fields import Options, flag_name, option, required
@@ -247,6 +248,11 @@ class ObjectiveOptions(Options):
     balance: bool = option(
         False, "Let real and forged pictures take turns in every batch, repeating the rarer."
     )
+    fit_head: bool = option(
+        False,
+        "Before the first step fit the head to fixed features of one epoch's pictures.",
+        key=True,
+    )
     pairs: bool = option(
         False,
         "Put each forged picture in a batch with a real one of the same identity, as far as there "
@@ -332,8 +338,9 @@ class RunOptions(Options):
     output: Path = required("Folder for the detector; it must not exist yet.")
     recipe: str | None = option(
         None,
-        "Settings to start from, by name: generalize, published, published-efficientnet-b4, "
-        "robust or small-data. Flags, environment and --config file go before them.",
+        "Settings to start from, by name: fine-tune (the default with --model), generalize, "
+        "published, published-efficientnet-b4, robust or small-data. Flags, environment and "
+        "--config file go before them.",
         below=read_recipe,
     )
     seed: int = option(0, "Seed of every random choice but the split.", low=0)
@@ -396,6 +403,14 @@ class TrainDetectorOptions(Options):
     augment: AugmentOptions
     pseudo: PseudoFakeOptions
     run: RunOptions
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> TrainDetectorOptions:
+        """As ``Options.from_flat``; a trained detector is tuned gently unless a recipe is named."""
+        named = {name.replace("_", "-"): value for name, value in values.items()}
+        if named.get("model") and not named.get("recipe"):
+            named["recipe"] = "fine-tune"
+        return super().from_flat(named)
 
     def check(self) -> None:
         """Objectives have what they learn from."""

@@ -7,6 +7,8 @@ training starts from.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from m2f2cli.models.detector import CLIP_MEAN, CLIP_STD, Detector, DetectorConfi
 from m2f2cli.options.train_detector import ModelOptions, TrainDetectorOptions
 from m2f2cli.runtime import seed_everything
 from m2f2cli.training.accelerator import make_accelerator, pick_precision, pick_tracker
+from m2f2cli.training.head import fit_head
 from m2f2cli.training.objective import Objective
 from m2f2cli.training.pictures import (
     PictureCollator,
@@ -199,6 +202,37 @@ class DetectorTrainer(Trainer):
             raise LookupError(f"{covered} of {trainable} trainable parameters are in a group.")
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optim.optimizer]
         return kind(groups, betas=(0.9, self.optim.beta2))
+
+    def begin(self) -> None:
+        """Fit the head, where the options say so, and say how long the training will take."""
+        took = self._time_of_an_item()
+        items = len(self.dataset)
+        # A backward pass costs twice its forward pass.
+        seconds = self.optim.epochs * (3 * items + len(self.measured)) * took
+        if self.options.objective.fit_head:
+            self.notify(f"Fitting the head to fixed features of {items} pictures.")
+            size = self.optim.batch_size
+            collate = PictureCollator(0.0, self.options.run.seed, self.sampler)
+            parts = (range(b, min(b + size, items)) for b in range(0, items, size))
+            fit_head(
+                self.model.detector,
+                (self.to_device(collate([self.dataset[n] for n in part])) for part in parts),
+            )
+            self.notify(f"The head is fitted: {self.describe(self.evaluate())}.")
+        self.notify(f"{self.steps} steps will take about {math.ceil(seconds / 60)} min.")
+
+    def _time_of_an_item(self) -> float:
+        """Seconds that preparing and judging a picture take in this process."""
+        count = min(self.optim.batch_size, len(self.dataset))
+        self.model.eval()
+        took = 0.0
+        for _ in range(2):  # the first pass allocates
+            began = time.perf_counter()
+            batch = self.to_device(self.collate([self.dataset[n] for n in range(count)]))
+            with torch.no_grad():
+                float(self.model(batch["pixel_values"], batch["labels"])["loss"])
+            took = time.perf_counter() - began
+        return took / count / self.accelerator.num_processes
 
     def build_scheduler(self) -> Any:
         """The published plateau rule on the validation loss, or as in the base."""

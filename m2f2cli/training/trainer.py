@@ -152,6 +152,9 @@ class Trainer(ABC):
         """Take back what ``tensors`` gave."""
         self.model.load_state_dict(tensors)
 
+    def begin(self) -> None:  # noqa: B027 - most stages have nothing to do
+        """Called before the first step, not in a resumed run."""
+
     def after_step(self) -> None:  # noqa: B027 - most stages have nothing to do
         """Called after each optimizer step."""
 
@@ -190,6 +193,8 @@ class Trainer(ABC):
         if saved is not None:
             self._load(saved)
             self.notify(f"Going on after step {self.step} of {self.steps}.")
+        else:
+            self.begin()
         if run.report_to == "wandb":
             project = os.environ.get("WANDB_PROJECT", "m2f2")
             self.accelerator.init_trackers(project, config=self.options.to_flat())

@@ -10,13 +10,15 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.errors import ConfigError, InputError
+from m2f2cli.models.detector import Detector, DetectorConfig
 from m2f2cli.options.recipes import read_recipe
 from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.training.detector import prepare, train_detector
+from m2f2cli.training.head import fit_head
 from m2f2cli.training.objective import alignment, group_of, uniformity
 from m2f2cli.training.sampler import BatchSampler, EpochOrder
 from m2f2cli.training.sources import read_sources
-from tests.conftest import TINY_CLIP, TINY_SIDE
+from tests.conftest import TINY_CLIP, TINY_SIDE, randomise
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +200,56 @@ def test_the_recipe_says_what_it_is_known_for():
 def test_options_that_do_not_go_together(options, changes, words):
     with pytest.raises(ConfigError, match=words):
         options(**changes)
+
+
+@pytest.mark.parametrize("kinds", [None, ["Deepfakes", "FaceSwap"]])
+def test_a_fitted_head_separates_what_fixed_features_can(kinds, options):
+    detector = prepare(options()).model.detector
+    config = DetectorConfig.from_dict({**detector.config.to_dict(), "kinds": kinds})
+    detector = randomise(Detector(config), 3)
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.arange(24) % 3
+    pixels = 0.1 * torch.randn(24, 3, TINY_SIDE, TINY_SIDE, generator=generator)
+    pixels += kind[:, None, None, None] * torch.tensor([1.0, -1.0, 0.5])[:, None, None]
+    batches = [
+        {
+            "pixel_values": pixels[rows],
+            "target": (kind[rows] > 0).float(),
+            "kind": torch.eye(3)[kind[rows]],
+        }
+        for rows in torch.arange(24).split(7)
+    ]
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    detector.train()
+    fit_head(detector, batches)
+    moved = {n for n, t in detector.state_dict().items() if not torch.equal(t, before[n])}
+    assert moved == {"head.weight", "head.bias"}
+    assert detector.training
+    detector.eval()
+    with torch.no_grad():
+        out = detector(pixels)
+    assert (out.logits.argmax(1) == (kind > 0)).all()
+    if kinds:
+        assert (out.kind_logits[kind > 0].argmax(1) == kind[kind > 0] - 1).all()
+
+
+def test_a_trained_detector_is_tuned_gently_unless_a_recipe_is_named(tiny_detector_folder):
+    start = {"data": "d", "output": "o", "model": str(tiny_detector_folder)}
+    gentle = TrainDetectorOptions.from_flat(start)
+    assert gentle.objective.fit_head
+    assert gentle.optimizer.epochs < 20
+    assert gentle.optimizer.early_stopping_patience
+    assert TrainDetectorOptions.from_flat({**start, "epochs": 3}).optimizer.epochs == 3
+    published = TrainDetectorOptions.from_flat({**start, "recipe": "published"})
+    assert published.optimizer.epochs == 200
+
+
+def test_the_time_is_told_before_the_first_step(options):
+    told: list[str] = []
+    steps: list[int] = []
+    run = prepare(options(fit_head=True, epochs=1), notify=told.append)
+    run.run(advance=lambda done, _: steps.append((done, len(told))))
+    said = [line for line in told if "will take about" in line]
+    assert len(said) == 1
+    assert steps[0][1] > told.index(said[0])
+    assert any("The head is fitted" in line for line in told)
