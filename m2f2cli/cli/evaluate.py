@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from m2f2cli.cli.flags import command
+from m2f2cli.cli.flags import Command, command
 from m2f2cli.cli.output import EXIT_GATE, EXIT_SOME_FAILED, Output
 from m2f2cli.options.evaluate import (
     CalibrateOptions,
@@ -112,7 +112,7 @@ def _command(
     data: type[Options],
     verb: Callable[[Any, Progress], Evaluation],
     help: str,
-) -> Callable[..., None]:
+) -> Command:
     """A command: measure, print, and leave with the exit code of the gates."""
 
     def measure(chosen: MeasureOptions, printer: Output) -> int:
