@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,7 @@ from m2f2cli.environment import library_versions
 from m2f2cli.errors import CheckpointError, UsageError
 from m2f2cli.models.clip import blocks_needed
 from m2f2cli.models.tokenizer import load_tokenizer
-
-Advance = Callable[..., None]
-Progress = Callable[[str, int], AbstractContextManager[Advance]]
-"""Called with a label and a total; gives what is called with (steps, note=name)."""
-
-
-def no_progress(label: str, total: int) -> AbstractContextManager[Advance]:
-    """A ``Progress`` that shows nothing."""
-    return nullcontext(lambda steps=1, note="": None)
-
+from m2f2cli.runtime import Progress, no_progress
 
 _ABOVE = "above the hidden state that the detector reads"
 _SAME_TOWER = "the detector's file brings the same tower"

@@ -16,13 +16,14 @@ import torch
 
 from m2f2cli import files
 from m2f2cli.checkpoints import configs, io, keymaps
-from m2f2cli.checkpoints.convert import Progress, no_progress, source_fingerprint, tokenizer_files
+from m2f2cli.checkpoints.convert import source_fingerprint, tokenizer_files
 from m2f2cli.checkpoints.hub import resolve_checkpoint
 from m2f2cli.checkpoints.io import LazyTensor, Weights
 from m2f2cli.checkpoints.load import check_model
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import CheckpointError
 from m2f2cli.options.checkpoints import InitLlavaOptions
+from m2f2cli.runtime import Progress, no_progress
 
 _HUB_FILES = ("*.json", "tokenizer.model", "*.safetensors", "pytorch_model*.bin")
 _WORDS = "language_model.model.embed_tokens.weight"

@@ -35,6 +35,7 @@ _METAVARS: dict[Any, str] = {
     tuple[float, float]: "LOW HIGH",
     tuple[int, int]: "LOW HIGH",
     tuple[str, ...]: "DIR",
+    tuple[int, ...]: "N",
     tuple[str, ...] | None: "DIR",
     tuple[Path, ...]: "DIR",
 }

@@ -8,8 +8,8 @@ exist are measured without torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -32,6 +32,7 @@ from m2f2cli.evaluation.truth import (
     file_truth,
     frames_truth,
     join,
+    read_crops,
 )
 from m2f2cli.inference.pipeline import DetectPipeline, judge_sources
 from m2f2cli.inference.recordfile import RecordFile, Tally, record_new
@@ -44,6 +45,7 @@ from m2f2cli.options.evaluate import (
     ImagesData,
     MeasureOptions,
 )
+from m2f2cli.runtime import Advance, Progress, no_progress
 
 if TYPE_CHECKING:
     from m2f2cli.evaluation.calibrate import Calibration
@@ -54,27 +56,15 @@ RECORDS = "predictions.jsonl"
 SPLITS = ("all", "train", "validation", "test")
 _COMPARED = 64  # records of a resumed file whose pictures are looked at again
 
-Advance = Callable[[], object]
-# Called with the number of pictures that are to be judged; gives what is called after each.
-Progress = Callable[[int], AbstractContextManager[Advance]]
-
 
 class Evaluation(NamedTuple):
-    """What came of an evaluation.
+    """What came of an evaluation."""
 
-    Attributes:
-        report: Of ``report.build_report``.
-        scored: The joined items.
-        tripped: The gates that tripped, a sentence each.
-        calibration: What ``calibrate`` stored.
-        sweep: What ``robustness`` measured.
-    """
-
-    report: dict[str, Any]
-    scored: Joined
-    tripped: tuple[str, ...] = ()
-    calibration: Calibration | None = None
-    sweep: Sweep | None = None
+    report: dict[str, Any]  # of report.build_report
+    scored: Joined  # the joined items
+    tripped: tuple[str, ...] = ()  # the gates that tripped, a sentence each
+    calibration: Calibration | None = None  # what calibrate stored
+    sweep: Sweep | None = None  # what robustness measured
 
     @property
     def unanswered(self) -> int:
@@ -82,44 +72,26 @@ class Evaluation(NamedTuple):
         return len(self.scored.missing) + int(self.report["counts"].get("failed", 0))
 
 
-def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Evaluation:
+def evaluate(options: EvaluateOptions, progress: Progress = no_progress) -> Evaluation:
     """Judge a data set if need be, measure the answers, and write the report.
-
-    Args:
-        options: What is measured, and how.
-        progress: Told of every picture that is judged.
 
     Raises:
         M2F2Error: Something named is missing or broken, predictions and truth do not fit, a file
             cannot be written, or the report's extra is not installed.
     """
     subject = read_subject(options)
-    with (progress or silent)(subject.steps) as advance:
+    with progress("Judging", subject.steps) as advance:
         return measure(subject, advance)
 
 
-@contextmanager
-def silent(steps: int) -> Iterator[Advance]:
-    """The progress that nobody watches."""
-    yield lambda: None
-
-
 class Subject(NamedTuple):
-    """What is measured; all that is named is there and fits, before any work.
+    """What is measured; all that is named is there and fits, before any work."""
 
-    Attributes:
-        options: How.
-        detect: How a model judges.
-        expectation: What the figures should be.
-        samples: What the model is to judge; None with predictions.
-        truth: None where only the predictions tell.
-    """
-
-    options: MeasureOptions
-    detect: DetectOptions
-    expectation: reports.Expectation | None
-    samples: SampleSet | None
-    truth: Truth | None
+    options: MeasureOptions  # how
+    detect: DetectOptions  # how a model judges
+    expectation: reports.Expectation | None  # what the figures should be
+    samples: SampleSet | None  # what the model is to judge; None with predictions
+    truth: Truth | None  # none where only the predictions tell
 
     @property
     def steps(self) -> int:
@@ -156,11 +128,7 @@ def read_set(options: MeasureOptions) -> SampleSet:
     """The pictures or videos of a data set's split."""
     data = options.data
     if isinstance(data, DdvqaData):
-        from m2f2cli.data.readers.ddvqa import read_ddvqa
-
-        folder = data.data or Path()
-        crops = folder / "images" / "c40" / data.split
-        return read_ddvqa(crops if crops.is_dir() else folder)
+        return read_crops(data.data or Path(), data.split)
     folder = data.folder or Path()
     if isinstance(data, ImagesData):
         if data.split not in ("train", "validation"):
@@ -187,11 +155,7 @@ def read_truth(
 ) -> Truth:
     """What is true: from ``--truth``, else from the data, else from the answers themselves.
 
-    Args:
-        options: What is measured.
-        detect: Says how many frames of a video.
-        samples: The set, where it was read.
-        predictions: None before a model has judged.
+    ``predictions`` are None before a model has judged.
 
     Raises:
         UsageError: Nothing was named that tells.
@@ -224,10 +188,6 @@ def read_truth(
 
 def measure(subject: Subject, advance: Advance) -> Evaluation:
     """Judge if need be, measure, and write the report.
-
-    Args:
-        subject: What is measured.
-        advance: Called after each picture that was judged.
 
     Raises:
         M2F2Error: Predictions and truth do not fit, or a file cannot be written.
@@ -291,9 +251,6 @@ def score_set(
         overwrite: Replace ``output`` instead of resuming it.
         advance: Called after each new record.
 
-    Returns:
-        How many items came out how, those of an earlier run included.
-
     Raises:
         UsageError: ``output`` holds records of another model, other settings or other data.
         M2F2Error: The model cannot be loaded, or the disk refuses.
@@ -322,13 +279,7 @@ def count_items(samples: SampleSet, options: DetectOptions) -> int:
 
 
 def list_sources(samples: SampleSet, reader: FrameReader, *, frames: int) -> list[Source]:
-    """The items of a set for the detecting pipeline.
-
-    Args:
-        samples: Pictures, or videos in HDF5 files.
-        reader: Reads the frames; it must stay open while the sources are used.
-        frames: Of each video, evenly spaced.
-    """
+    """The items of a set, ``frames`` of each video; ``reader`` must outlive their use."""
     reads: dict[str, Callable[[], Picture]] = {}
     for item in samples.samples:
         if item.clip is None:
@@ -441,10 +392,7 @@ def _options_of_cut(stage: Mapping[str, Any], model: Path, split: str) -> Mappin
 def truth_of(samples: SampleSet, options: DetectOptions, split: str = "all") -> Truth:
     """What is true of the items that ``score_set`` writes for a set, by the same names.
 
-    Args:
-        samples: Pictures, or videos in HDF5 files.
-        options: Says how many frames of a video.
-        split: As the report shall call it; a test set is called ``test`` whatever is said here.
+    Reports call the split as said here, but a test set ``test`` whatever is said.
     """
     marked = "test" if is_test_set(samples, split) else split
     if samples.layout == "ffpp":

@@ -246,14 +246,12 @@ class RobustnessOptions(MeasureOptions):
 
 @dataclass(frozen=True)
 class CompareOptions(Options):
-    """Every option of ``m2f2 evaluate compare``."""
+    """How two reports are compared."""
 
     first: Path = required(
         "A folder that --report made, or the report.json in it.", argument=True, metavar="REPORT"
     )
-    second: Path = required(
-        "A folder that --report made, or the report.json in it.", argument=True, metavar="REPORT"
-    )
+    second: Path = required("The other one.", argument=True, metavar="REPORT")
     common_items: bool = option(False, "Compare what both have although their data differ.")
     resamples: int = option(2000, "Bootstrap resamples behind the intervals.", low=1)
     seed: int = option(0, "Seed of the bootstrap.", low=0)

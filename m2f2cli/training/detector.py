@@ -7,7 +7,7 @@ training starts from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def prepare(
     for name in left_out:
         notify(f"left out, missing or unreadable: {name}")
     seed_everything(run.seed)
-    detector = build_detector(options.model, data.crop_margin)
+    detector = build_detector(options.model, data.crop_margin, parts[0].kinds())
     targets = read_targets(options, detector, parts[0])
     objective = Objective(detector, options, len(targets.kinds), len(REGIONS) + len(FLAWS))
     pictures = TrainingPictures(train, options, detector.config, targets)
@@ -317,11 +317,13 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def build_detector(options: ModelOptions, crop_margin: float) -> Detector:
+def build_detector(
+    options: ModelOptions, crop_margin: float, kinds: Sequence[str] = ()
+) -> Detector:
     """Build the detector that training starts from, in float32 on the CPU.
 
     It stores the margin of the face crops it will see, and has no domain check: that describes the
-    pictures of another training.
+    pictures of another training. ``kinds`` are those of forgery in the data.
 
     Raises:
         CheckpointError: A weights file, CLIP folder or starting detector is missing or does not
@@ -353,7 +355,10 @@ def build_detector(options: ModelOptions, crop_margin: float) -> Detector:
         hidden_size=options.hidden_size,
         prompt_tokens=options.prompt_tokens,
         vision_layer=options.vision_layer,
+        clip_blocks=options.clip_blocks,
         forgery_map=options.forgery_map,
+        head_normalize=options.head_normalize,
+        kinds=kinds if options.kind_logits else None,
         bridge=bridge,
         image_size=vision["image_size"],
         image_mean=list(mean),

@@ -164,7 +164,7 @@ def read_targets(options: TrainDetectorOptions, detector: Detector, train: Sampl
         raise ConfigError("--map-weight needs the forgery map, which the --model detector lacks.")
     return Targets(
         grid=detector.clip.vision.grid if aims.map_weight else 0,
-        kinds=tuple(train.kinds()) if aims.kind_weight else (),
+        kinds=tuple(detector.config.kinds or (train.kinds() if aims.kind_weight else ())),
         judgements=judgements,
         soft=_soft_labels(aims.soft_labels, train) if aims.soft_labels else {},
     )
@@ -213,8 +213,10 @@ class TrainingPictures(Dataset[Item]):
             store.samples,
             seed=options.run.seed,
             balance=options.objective.balance,
+            pairs=options.objective.pairs,
             frames_per_video=options.data.frames_per_video,
         )
+        self.together = 2 if options.objective.pairs else 1  # items that share a batch
         self._samples = store.samples.samples
         self._reals = np.flatnonzero(store.samples.labels() == 0)
 

@@ -15,6 +15,7 @@ import numpy as np
 from m2f2cli.data.readers.ffpp import looks_like_ffpp, read_ffpp
 from m2f2cli.data.samples import (
     LAYOUTS,
+    REAL,
     SampleSet,
     check_classes,
     identity_groups,
@@ -69,7 +70,28 @@ def read_sources(
     for part in free if official and data.validation is None else ():
         more, rest = _cut_along(part, train.people(), held.people(), data)
         train, held = _joined([train, *more]), _joined([held, *rest])
+    if data.hold_out_manipulation is not None:
+        train, held = _hold_out(train, held, data.hold_out_manipulation)
     return _limited(train, data.limit, seed), _limited(held, data.limit, seed)
+
+
+def _hold_out(train: SampleSet, held: SampleSet, kind: str) -> tuple[SampleSet, SampleSet]:
+    """Take a kind of forgery out of the training part, and all others out of the held-out one.
+
+    Raises:
+        InputError: One of them then lacks forgeries.
+    """
+    seen = [n for n, sample in enumerate(train.samples) if sample.kind != kind]
+    asked = [n for n, sample in enumerate(held.samples) if sample.kind in (REAL, kind)]
+    parts = train.subset(seen), held.subset(asked)
+    if not all(part.kinds() for part in parts):
+        raise InputError(
+            f"Without '{kind}' to train on and with it to measure on, forgeries are lacking: the "
+            f"data has {', '.join(train.kinds())}.",
+            "empty",
+            "Name one of several manipulations with --hold-out-manipulation.",
+        )
+    return parts
 
 
 def is_ffpp(source: str) -> bool:

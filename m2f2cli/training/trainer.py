@@ -103,6 +103,7 @@ class Trainer(ABC):
             self.optim.gradient_accumulation_steps,
             accelerator.num_processes,
             accelerator.process_index,
+            together=getattr(dataset, "together", 1),
         )
         self.steps_per_epoch = self.sampler.steps
         self.steps = self.steps_per_epoch * self.optim.epochs
