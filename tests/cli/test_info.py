@@ -60,7 +60,7 @@ def test_extras_are_read_from_the_metadata(monkeypatch):
         'm2f2cli[train]; extra == "all"',
         'odd[x]>=1; python_version < "3.12" and extra == "train"',
     ]
-    found = environment._extra_packages(lines)
+    found = environment.extra_packages(lines)
     assert found == {"train": ["deepspeed", "odd"], "test": ["pytest"]}
 
 
