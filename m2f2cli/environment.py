@@ -63,7 +63,7 @@ def library_versions(*packages: str) -> dict[str, str]:
 def describe_extras() -> list[dict[str, Any]]:
     """For each extra its packages' versions, whether it is complete, and how to install it."""
     extras = []
-    for extra, names in sorted(extra_packages(_requirements()).items()):
+    for extra, names in sorted(_extra_packages(_requirements()).items()):
         versions = {name: _version(name) for name in names}
         extras.append(
             {
@@ -83,7 +83,7 @@ def _requirements() -> list[str]:
         return []
 
 
-def extra_packages(requirements: Iterable[str]) -> dict[str, list[str]]:
+def _extra_packages(requirements: Iterable[str]) -> dict[str, list[str]]:
     """Packages by extra; an extra that only joins others (``m2f2cli[train]``) is left out."""
     extras: dict[str, list[str]] = {}
     for line in requirements:
