@@ -104,14 +104,11 @@ class Score(NamedTuple):
         fake_probability: In [0, 1].
         domain_distance: 0 or more; None where the model has no check.
         forgery_map: float32 (g, g), cosines in [-1, 1]; None when absent or not asked for.
-        features: What an explainer's language model is shown of the crop, as
-            ``models.explainer.PictureFeatures`` of one picture; None without one.
     """
 
     fake_probability: float
     domain_distance: float | None = None
     forgery_map: np.ndarray | None = None
-    features: Any = None
 
 
 @dataclass(frozen=True)
@@ -132,10 +129,9 @@ class Judged:
         return next(crop for view in here for crop in view.crops if crop.crop == box)
 
     def reduced(self) -> Judged:
-        """The same without kept pixels and features, to be kept for long."""
+        """The same without pixels to draw on, to be kept for long."""
         views = tuple(replace(view, pixels=None) for view in self.prepared.views)
-        scores = {digest: _without_features(score) for digest, score in self.scores.items()}
-        return replace(self, prepared=replace(self.prepared, views=views), scores=scores)
+        return replace(self, prepared=replace(self.prepared, views=views))
 
 
 class DetectPipeline:
@@ -213,9 +209,7 @@ class DetectPipeline:
             None if found is None else (found, {c.digest: c for v in found.views for c in v.crops})
             for found in decoder.prepared(self.crops)
         )
-        for entry in in_batches(
-            items, self.score, size=self.judging.batch_size, reduce=_without_features
-        ):
+        for entry in in_batches(items, self.score, size=self.judging.batch_size):
             if entry is None:
                 yield None
                 continue
@@ -249,7 +243,7 @@ class DetectPipeline:
             maps: Iterable[np.ndarray | None] = [None] * len(some)
             if self._maps and seen.forgery_map is not None:
                 maps = seen.forgery_map.float().cpu().numpy()
-            for row, (crop, chance, where) in enumerate(zip(some, chances, maps, strict=True)):
+            for crop, chance, where in zip(some, chances, maps, strict=True):
                 if not 0 <= chance <= 1:
                     raise M2F2Error(
                         "The model's answer is not a number.",
@@ -257,8 +251,7 @@ class DetectPipeline:
                     )
                 distance = crop.domain_distance
                 rounded = None if distance is None else round(distance, DIGITS)
-                features = seen.rows(row, row + 1) if self.explains else None
-                scores.append(Score(round(chance, DIGITS), rounded, where, features))
+                scores.append(Score(round(chance, DIGITS), rounded, where))
         return scores
 
     def _look(self, crops: Sequence[Crop]) -> Any:
@@ -278,10 +271,6 @@ class DetectPipeline:
         return tensor.to(self.detector.device, self.detector.dtype)
 
 
-def _without_features(score: Score) -> Score:
-    return score._replace(features=None)
-
-
 def in_batches(
     items: Iterable[tuple[T, Mapping[Key, Work]] | None],
     run: Callable[[list[Work]], Sequence[Result]],
@@ -289,7 +278,6 @@ def in_batches(
     size: int,
     rows: Callable[[Key], int] = lambda key: 1,
     remember: int = _REMEMBERED,
-    reduce: Callable[[Result], Result] = lambda result: result,
 ) -> Iterator[tuple[T, dict[Key, Result]] | None]:
     """Run the work of successive items in batches, equal work once, and give items back in order.
 
@@ -302,7 +290,6 @@ def in_batches(
         size: Rows of a batch.
         rows: How many of them the work of a key takes.
         remember: How many results are kept for another appearance of their key.
-        reduce: What is kept of a result for that.
 
     Yields:
         Each item with its results; and every None.
@@ -321,7 +308,7 @@ def in_batches(
         held = 0
         for _, found in waiting:
             found.update((key, done[key]) for key in found.keys() & done.keys())
-        known.update((key, reduce(result)) for key, result in done.items())
+        known.update(done)
         while len(known) > remember:
             known.popitem(last=False)
 

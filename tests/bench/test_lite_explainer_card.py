@@ -190,10 +190,10 @@ def test_how_far_words_follow_the_evidence(part):
     sources = expand([str(part["images"] / file) for file in files])
     read = [prepare(source, options.detect, rule) for source in sources]
     crops = [one.views[0].crops[0] for one in read]
-    rows = [score.features for score in pipeline.score(crops)]
+    rows = pipeline.features(crops)
     seen = PictureFeatures(*(torch.cat([getattr(r, n) for r in rows]) for n in FEATURES))
     gray = replace(crops[0], pixels=np.full_like(crops[0].pixels, 128))
-    blank = pipeline.score([gray])[0].features
+    blank = pipeline.features([gray])[0]
     other = torch.roll(torch.arange(len(files)), len(files) // 3)
     sure = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=seen.forgery.dtype)
     real, fake = pipeline.model.forgery_projector(sure).detach()
