@@ -23,17 +23,11 @@ BINS = 10  # of equal width over [0, 1], for calibration
 
 
 class Curve(NamedTuple):
-    """What is called fake at each distinct score, from the highest down.
+    """What is called fake at each distinct score, from the highest down."""
 
-    Attributes:
-        scores: (U,) the distinct scores, falling.
-        true_positives: (..., U) forged pictures with at least that score.
-        false_positives: (..., U) real pictures with at least that score.
-    """
-
-    scores: np.ndarray
-    true_positives: np.ndarray
-    false_positives: np.ndarray
+    scores: np.ndarray  # (U,) the distinct scores, falling
+    true_positives: np.ndarray  # (..., U) forged pictures with at least that score
+    false_positives: np.ndarray  # (..., U) real pictures with at least that score
 
     def rates(self) -> tuple[np.ndarray, np.ndarray]:
         """False and true positive rate, each (..., U + 1), starting at (0, 0)."""
@@ -176,17 +170,11 @@ def confusion(labels: np.ndarray, called_fake: np.ndarray) -> Confusion:
 
 
 class Reliability(NamedTuple):
-    """How often pictures of about one probability are forged, one entry a bin.
+    """How often pictures of about one probability are forged, one entry a bin."""
 
-    Attributes:
-        counts: (BINS,) pictures.
-        probability: (BINS,) their mean fake probability; NaN in an empty bin.
-        frequency: (BINS,) share of forged ones; NaN in an empty bin.
-    """
-
-    counts: np.ndarray
-    probability: np.ndarray
-    frequency: np.ndarray
+    counts: np.ndarray  # (BINS,) pictures
+    probability: np.ndarray  # (BINS,) their mean fake probability; NaN in an empty bin
+    frequency: np.ndarray  # (BINS,) share of forged ones; NaN in an empty bin
 
 
 def binned(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -258,32 +246,20 @@ def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 class Weighted(NamedTuple):
-    """What figures are computed from, for R rows of weights at once.
+    """What figures are computed from, for R rows of weights at once."""
 
-    Attributes:
-        frames: Operating points over pictures or frames; None without probabilities.
-        videos: The same over videos, by the mean of their frames; None without videos.
-        bins: (R, BINS, 3), added-up ``binned`` facts; None as ``frames``.
-        calls: What was called fake; no answer counts as a wrong one.
-    """
-
-    frames: Any
-    videos: Any
-    bins: Any
-    calls: Confusion
+    frames: Any  # operating points over pictures or frames; None without probabilities
+    videos: Any  # the same over videos, by the mean of their frames; None without videos
+    bins: Any  # (R, BINS, 3), added-up binned facts; None as frames
+    calls: Confusion  # what was called fake; no answer counts as a wrong one
 
 
 class Metric(NamedTuple):
-    """One figure of a set of pictures.
+    """One figure of a set of pictures."""
 
-    Attributes:
-        needs: The attribute of ``Weighted`` without which the figure is left out.
-        compute: Gives (R,), NaN where it is undefined.
-        undefined: Why it may be undefined; None for "one class only" with the class that is absent.
-    """
-
-    needs: str
-    compute: Callable[[Weighted], np.ndarray]
+    needs: str  # the attribute of Weighted without which the figure is left out
+    compute: Callable[[Weighted], np.ndarray]  # gives (R,), NaN where it is undefined
+    # Why it may be undefined; None for "one class only" with the class that is absent
     undefined: str | None = None
 
 

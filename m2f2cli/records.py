@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from m2f2cli.errors import InputError
@@ -317,6 +318,25 @@ def to_line(row: Mapping[str, Any]) -> bytes:
         return text.encode() + b"\n"
     except UnicodeEncodeError:
         return json.dumps(row, allow_nan=False).encode() + b"\n"
+
+
+def read_text(path: Path) -> str:
+    """The whole of a UTF-8 file.
+
+    Raises:
+        InputError: It is missing, empty or no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file '{path}'.", "missing", "Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"'{path}' is not a text file (UTF-8).") from error
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read: {error.strerror}.") from error
+    if not text.strip():
+        raise InputError(f"'{path}' is empty.", "empty")
+    return text
 
 
 CSV_COLUMNS = (

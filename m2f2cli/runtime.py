@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from m2f2cli.errors import UsageError
@@ -13,7 +15,15 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Called with what is done and how many steps it has; gives what is called with (steps, note=words).
+Advance = Callable[..., None]
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
 _NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+
+
+def no_progress(label: str, total: int) -> AbstractContextManager[Advance]:
+    """A ``Progress`` that shows nothing."""
+    return nullcontext(lambda steps=1, note="": None)
 
 
 def debug() -> bool:

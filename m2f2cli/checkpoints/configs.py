@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m2f2cli.checkpoints import keymaps
+from m2f2cli.checkpoints import io, keymaps
+from m2f2cli.checkpoints.keymaps import Tensor
 from m2f2cli.errors import CheckpointError
-from m2f2cli.files import read_json
+from m2f2cli.files import json_bytes, read_json
 from m2f2cli.models.detector import CLIP_MEAN, CLIP_STD
 
 # The published detectors and LLaVA-1.5 read CLIP's hidden state before the last.
@@ -57,9 +58,8 @@ _LLAVA_PICTURES: dict[str, tuple[Any, ...]] = {
 def read_clip_config(path: Path | None) -> dict[str, dict[str, Any]]:
     """Read the ``vision`` and ``text`` settings of a CLIP configuration.
 
-    Args:
-        path: A transformers CLIP ``config.json`` (or the folder that holds it): a whole model's,
-            or a vision or text model's alone. None gives nothing.
+    ``path`` is a transformers CLIP ``config.json`` (or the folder that holds it), of a whole model
+    or of a vision or text model alone; None gives nothing.
 
     Raises:
         CheckpointError: The file is missing or no CLIP configuration.
@@ -104,9 +104,9 @@ def detector_config(
     Raises:
         CheckpointError: A tensor is missing, or a size cannot be read or contradicts ``given``.
     """
-    vision = vision_fields(_below("clip.vision.", tensors), given.get("vision"), what=what)
+    vision = vision_fields(below("clip.vision.", tensors), given.get("vision"), what=what)
     clip: dict[str, Any] = {"library": "transformers", "vision": vision}
-    text = _below("clip.text.", tensors)
+    text = below("clip.text.", tensors)
     if text:
         clip["text"] = text_fields(text, given.get("text"), words=words, what=what)
     for key in ("vision_proj.0.weight", *(("forgery_prompt.tokens",) if text else ())):
@@ -135,7 +135,14 @@ def detector_config(
     }
 
 
-def _below(begin: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def preprocessor_file(detector: Mapping[str, Any]) -> bytes:
+    """The content of ``preprocessor_config.json`` for a detector's configuration."""
+    size, mean, std = (detector[name] for name in ("image_size", "image_mean", "image_std"))
+    return json_bytes(io.preprocessor_config(size, mean, std))
+
+
+def below(begin: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
     return {k.removeprefix(begin): t for k, t in tensors.items() if k.startswith(begin)}
 
 
@@ -144,10 +151,8 @@ def vision_fields(
 ) -> dict[str, Any]:
     """The fields of a vision tower's configuration.
 
-    Args:
-        tensors: Anything with ``shape``, named as in transformers' ``CLIPVisionTransformer``.
-        given: The ``vision`` part of a CLIP configuration.
-        what: The file, for messages.
+    ``tensors`` is anything with ``shape``, named as in transformers' ``CLIPVisionTransformer``;
+    ``given`` the ``vision`` part of a CLIP configuration.
 
     Raises:
         CheckpointError: A size cannot be read, contradicts ``given``, or needs it.
@@ -174,14 +179,7 @@ def vision_fields(
 def text_fields(
     tensors: Mapping[str, Any], given: Mapping[str, Any] | None, *, words: int, what: str
 ) -> dict[str, Any]:
-    """The fields of a text tower's configuration; see ``vision_fields``.
-
-    Args:
-        tensors: Anything with ``shape``, named as in transformers' ``CLIPTextTransformer``.
-        given: The ``text`` part of a CLIP configuration.
-        words: Size of the vocabulary.
-        what: The file, for messages.
-    """
+    """The fields of a text tower's configuration; see ``vision_fields``."""
     positions = _shape(tensors, "embeddings.position_embedding.weight", what, dims=2)
     fields = {
         **_blocks(tensors, what),
@@ -248,11 +246,8 @@ def explainer_config(
 ) -> dict[str, Any]:
     """The content of an explainer's ``config.json``.
 
-    Args:
-        detector: The content of a detector's.
-        text: The language model's fields.
-        aspect: ``pad`` or ``square``.
-        dtype: The type most values have.
+    From a detector's content, the language model's fields, how it sees a picture that is not square
+    (``pad`` or ``square``), and the type most values have.
     """
     left_out = ("architectures", "dtype", "transformers_version")
     return {
@@ -283,12 +278,8 @@ def llama_config(
 ) -> dict[str, Any]:
     """The language model's settings, in the fields of transformers' ``LlamaConfig``.
 
-    A model whose head is its word embeddings gets a head of its own in ``tensors``.
-
-    Args:
-        config: ``config.json`` of a LLaVA or a published explainer.
-        tensors: Anything with a shape, by our names.
-        what: The folder, for messages.
+    ``config`` is that of a LLaVA or a published explainer; ``tensors`` anything with a shape, by
+    our names. A model whose head is its word embeddings gets a head of its own in ``tensors``.
 
     Raises:
         CheckpointError: There is no configuration, it is no LLaMA or no LLaVA-1.5, a tensor is

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +17,21 @@ import torch
 
 from m2f2cli import files
 from m2f2cli.checkpoints import adapters, configs, io, keymaps
-from m2f2cli.checkpoints.io import (
-    LazyTensor,
-    Weights,
-    as_lazy,
-    describe_file,
-    digest_of,
-    from_tensor,
-    home_of,
-    largest_difference,
-    open_weight_file,
-    open_weights,
-    watched,
-)
+from m2f2cli.checkpoints.io import LazyTensor, Weights, from_tensor
 from m2f2cli.checkpoints.keymaps import Entry
-from m2f2cli.checkpoints.load import check_model, load_detector, load_explainer
+from m2f2cli.checkpoints.load import check_model
+from m2f2cli.checkpoints.verify import Verification, verify_import
+from m2f2cli.environment import library_versions
 from m2f2cli.errors import CheckpointError, UsageError
-from m2f2cli.files import json_bytes
 from m2f2cli.models.clip import blocks_needed
 from m2f2cli.models.tokenizer import load_tokenizer
+from m2f2cli.runtime import Progress, no_progress
 
-Advance = Callable[..., None]
-Progress = Callable[[str, int], AbstractContextManager[Advance]]
-"""Called with a label and a total; gives what is called with (steps, note=name)."""
-
-
-def no_progress(label: str, total: int) -> AbstractContextManager[Advance]:
-    """A ``Progress`` that shows nothing."""
-    return nullcontext(lambda steps=1, note="": None)
-
-
-ABOVE = "above the hidden state that the detector reads"
-SAME_TOWER = "the detector's file brings the same tower"
-TRAINING = "training state or other data, no weight of the model"
-NO_TOWER = "not part of the vision tower"
-TOKENIZER_FILES = (
+_ABOVE = "above the hidden state that the detector reads"
+_SAME_TOWER = "the detector's file brings the same tower"
+_TRAINING = "training state or other data, no weight of the model"
+_NO_TOWER = "not part of the vision tower"
+_TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -63,12 +41,18 @@ TOKENIZER_FILES = (
 _CLASS_TOKEN = "embeddings.class_embedding"
 _WORDS = "clip_text_encoder.model.text_model.embeddings.token_embedding.weight"
 _UNUSED = re.compile(r"(?:detector\.)?clip\.vision\.(?:post_layernorm\.|encoder\.layers\.(\d+)\.)")
-_TOLERANCE = 1e-4
+_USE_AS_IT_IS = "It is a checkpoint already: use it as it is."
+_NOTHING_TO_IMPORT = {
+    keymaps.OUR_EXPLAINER: _USE_AS_IT_IS,
+    keymaps.DETECTOR: _USE_AS_IT_IS,
+    keymaps.DELTA: "It is a delta already: use it as it is.",
+    keymaps.LANGUAGE: "Give the whole folder if this is a part of an explainer.",
+}
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """Published weights in our terms: everything is checked, nothing is written yet.
+@dataclass
+class Imported:
+    """Published weights in our terms, and what was written of them.
 
     Args:
         source: What was published.
@@ -79,6 +63,9 @@ class Conversion:
         sources: What ``stage.json`` says of each file.
         files: Further files of the checkpoint, by name.
         head: Of a detector: its published last layer, features (B, F) to logits (B, 2).
+        folder: The new checkpoint.
+        fingerprint: Of the new checkpoint.
+        verified: What ``verify_import`` found, when it was asked for.
     """
 
     source: Weights
@@ -89,90 +76,19 @@ class Conversion:
     sources: list[dict[str, Any]]
     files: dict[str, bytes] = field(default_factory=dict)
     head: Callable[[torch.Tensor], torch.Tensor] | None = None
-
-    def write(
-        self,
-        output: Path,
-        *,
-        verify: bool = False,
-        overwrite: bool = False,
-        progress: Progress = no_progress,
-    ) -> Imported:
-        """Write the checkpoint or delta.
-
-        Args:
-            output: The folder to make.
-            verify: Read it back, load it and run it on a fixed input.
-            overwrite: Replace an existing checkpoint folder.
-            progress: Shows how far it is.
-
-        Raises:
-            CheckpointError: The folder exists, a tensor holds NaN or infinity, the disk refuses,
-                or what was written is not what was meant.
-        """
-        with progress("Writing", len(self.tensors)) as advance:
-            tensors = watched(self.tensors, advance)
-            if self.source.kind in keymaps.DELTAS:
-                mark = adapters.write_delta(
-                    output,
-                    tensors=tensors,
-                    stage=self._stage,
-                    adapter=self.config or None,
-                    overwrite=overwrite,
-                )
-            else:
-                mark = io.write_checkpoint(
-                    output,
-                    config=self.config,
-                    tensors=tensors,
-                    stage=self._stage,
-                    extra_files=self.files,
-                    overwrite=overwrite,
-                )
-            verified = verify_import(output, self) if verify else None
-        return Imported(output, self, mark, verified)
-
-    def _stage(self, digests: Mapping[str, str]) -> dict[str, Any]:
-        source, sources = self.source, self.sources
-        said: dict[str, Any] = {"stage": "import", "kind": self.kind}
-        if source.kind == keymaps.EXPLAINER:
-            names = {e.key: e.to for e in self.entries[str(source.path)] if e.to is not None}
-            mark = source_fingerprint(source, names, self.tensors, digests)
-            main = {"file": source.path.resolve().name, "kind": source.kind}
-            sources = [main | {"layout": source.layout, "fingerprint": mark}, *sources]
-        said["sources"] = sources
-        if source.kind in keymaps.DELTAS:
-            base = ("base_model_name_or_path", "_name_or_path")
-            named = [source.config[name] for name in base if source.config.get(name)]
-            said |= {"parent": None, "trained_on": next(iter(named), None)}
-        return said | {"versions": versions()}
-
-
-@dataclass(frozen=True)
-class Imported:
-    """What an import did.
-
-    Args:
-        folder: The new checkpoint.
-        conversion: What was written.
-        fingerprint: Of the new checkpoint.
-        verified: What ``verify_import`` found, when it was asked for.
-    """
-
-    folder: Path
-    conversion: Conversion
-    fingerprint: str
+    folder: Path = Path()
+    fingerprint: str = ""
     verified: Verification | None = None
 
     @property
     def parameters(self) -> int:
         """How many values its tensors hold."""
-        return sum(stream.size for stream in self.conversion.tensors.values())
+        return sum(tensor.size for tensor in self.tensors.values())
 
     def summary(self) -> list[tuple[str, int, str, str]]:
         """Rows (file, how many keys, what became of them, destination or reason)."""
         rows = []
-        for path, entries in self.conversion.entries.items():
+        for path, entries in self.entries.items():
             groups: dict[tuple[str, str], list[Entry]] = {}
             for entry in entries:
                 where = entry.why or _branch(entry.to or "")
@@ -186,7 +102,7 @@ class Imported:
         """Rows (file, key, what became of it, destination or reason), one a key."""
         return [
             (Path(path).name, entry.key, entry.action, entry.to or entry.why)
-            for path, entries in self.conversion.entries.items()
+            for path, entries in self.entries.items()
             for entry in entries
         ]
 
@@ -194,16 +110,32 @@ class Imported:
         """The whole account as plain data."""
         return {
             "output": str(self.folder),
-            "kind": self.conversion.kind,
+            "kind": self.kind,
             "fingerprint": self.fingerprint,
             "parameters": self.parameters,
             "verified": asdict(self.verified) if self.verified else None,
             "keys": [
                 {"file": path, "key": e.key, "action": e.action, "to": e.to, "why": e.why or None}
-                for path, entries in self.conversion.entries.items()
+                for path, entries in self.entries.items()
                 for e in entries
             ],
         }
+
+    def stage(self, digests: Mapping[str, str]) -> dict[str, Any]:
+        """``stage.json``, from the digests of the tensors that were written."""
+        source, sources = self.source, self.sources
+        said: dict[str, Any] = {"stage": "import", "kind": self.kind}
+        if source.kind == keymaps.EXPLAINER:
+            names = {e.key: e.to for e in self.entries[str(source.path)] if e.to is not None}
+            mark = source_fingerprint(source, names, self.tensors, digests)
+            main = {"file": source.path.resolve().name, "kind": source.kind}
+            sources = [main | {"layout": source.layout, "fingerprint": mark}, *sources]
+        said["sources"] = sources
+        if source.kind in keymaps.DELTAS:
+            base = ("base_model_name_or_path", "_name_or_path")
+            named = [source.config[name] for name in base if source.config.get(name)]
+            said |= {"parent": None, "trained_on": next(iter(named), None)}
+        return said | {"versions": library_versions("m2f2cli", "torch", "transformers")}
 
 
 def import_weights(
@@ -218,48 +150,52 @@ def import_weights(
     """Turn published weights into a checkpoint or delta folder.
 
     Args:
-        paths: See ``convert``.
+        paths: A detector, an explainer's folder (or one of its files) or a delta's, and, where it
+            lacks one, a file or folder that brings its CLIP vision tower.
         output: The folder to make.
-        clip_config: See ``convert``.
+        clip_config: A CLIP ``config.json``, for towers that are none of the known ones.
         verify: Read it back, load it and run it on a fixed input.
         overwrite: Replace an existing checkpoint folder.
         progress: Shows how far it is.
 
     Raises:
-        CheckpointError: See ``convert`` and ``Conversion.write``.
+        CheckpointError: A file is unreadable, unknown or incomplete, a tensor has the wrong shape
+            or holds NaN or infinity, the folder exists, the disk refuses, or what was written is
+            not what was meant.
         UsageError: The files do not make one checkpoint.
     """
     files.refuse_existing(output, overwrite)
-    made = convert(paths, clip_config=clip_config)
-    return made.write(output, verify=verify, overwrite=overwrite, progress=progress)
-
-
-def convert(paths: Sequence[Path], *, clip_config: Path | None = None) -> Conversion:
-    """Recognize published weights and put them in our terms.
-
-    Args:
-        paths: A detector, an explainer's folder (or one of its files) or a delta's, and, where it
-            lacks one, a file or folder that brings its CLIP vision tower.
-        clip_config: A CLIP ``config.json``, for towers that are none of the known ones.
-
-    Raises:
-        CheckpointError: A file is unreadable, unknown or incomplete, a tensor has the wrong shape
-            or, of a detector, holds NaN.
-        UsageError: The files do not make one checkpoint.
-    """
-    opened = [open_weights(home) for home in dict.fromkeys(home_of(path) for path in paths)]
-    source, tower = _source_and_tower(opened)
-    return _CONVERTERS[source.kind](source, tower, clip_config)
+    homes = dict.fromkeys(io.home_of(path) for path in paths)
+    source, tower = _source_and_tower([io.open_weights(home) for home in homes])
+    made = _CONVERTERS[source.kind](source, tower, clip_config)
+    with progress("Writing", len(made.tensors)) as advance:
+        tensors = io.watched(made.tensors, advance)
+        if source.kind in keymaps.DELTAS:
+            made.fingerprint = adapters.write_delta(
+                output,
+                tensors=tensors,
+                stage=made.stage,
+                adapter=made.config or None,
+                overwrite=overwrite,
+            )
+        else:
+            made.fingerprint = io.write_checkpoint(
+                output,
+                config=made.config,
+                tensors=tensors,
+                stage=made.stage,
+                extra_files=made.files,
+                overwrite=overwrite,
+            )
+        made.folder = output
+        if verify:
+            made.verified = verify_import(output, made.tensors, made.config, made.head)
+    return made
 
 
 def _source_and_tower(opened: Sequence[Weights]) -> tuple[Weights, Weights | None]:
     for one in opened:
-        hint = {
-            keymaps.OUR_EXPLAINER: "It is a checkpoint already: use it as it is.",
-            keymaps.DETECTOR: "It is a checkpoint already: use it as it is.",
-            keymaps.DELTA: "It is a delta already: use it as it is.",
-            keymaps.LANGUAGE: "Give the whole folder if this is a part of an explainer.",
-        }.get(one.kind)
+        hint = _NOTHING_TO_IMPORT.get(one.kind)
         if hint or (one.kind == keymaps.PEFT and adapters.is_ours(one)):
             raise CheckpointError(f"'{one.path}' is a {one.kind}, nothing to import.", hint)
     if len(opened) == 1 and opened[0].kind in (keymaps.LLAVA, keymaps.LLAVA_HF):
@@ -281,88 +217,74 @@ def _source_and_tower(opened: Sequence[Weights]) -> tuple[Weights, Weights | Non
     return sources[0], towers[0] if towers else None
 
 
-# --- detectors and explainers -------------------------------------------------------------------
+# --- detectors, explainers, deltas --------------------------------------------------------------
 
 
-def _detector(source: Weights, tower: Weights | None, clip_config: Path | None) -> Conversion:
+def _detector(source: Weights, tower: Weights | None, clip_config: Path | None) -> Imported:
     what = f"'{source.path}'"
     is_a = source.kind == keymaps.DETECTOR_A
     folded = keymaps.FOLDED if is_a else ()
-    prefix, state = _detector_state(source, folded)
+    checked = {k: t.finite(what=f"The tensor '{k}' of {what}") for k, t in source.tensors.items()}
+    mark = "clip_vision_alpha"
+    prefix = next((key.removesuffix(mark) for key in checked if key.endswith(mark)), None)
+    if prefix is None or not all(key.startswith(prefix) for key in checked):
+        raise CheckpointError(
+            f"{what} holds a detector inside a larger model.",
+            "Give the detector's own file; m2f2 info PATH says what this one is.",
+        )
+    state = {key.removeprefix(prefix): tensor for key, tensor in checked.items()}
+    needed = (*folded, "output.weight", "output.bias", "vision_proj.0.weight")
+    if missing := [key for key in needed if key not in state]:
+        raise CheckpointError(f"{what} lacks the tensors {', '.join(missing)}.")
+    head, folded_head = _published_head({key: state[key].load() for key in needed}, folded=is_a)
     backbone = keymaps.backbone_of(state, what=what)
     rows = keymaps.detector_map(source.kind, backbone)
-    plain = (key for key in source.tensors if key.removeprefix(prefix) not in folded)
+    plain = (key for key in checked if key.removeprefix(prefix) not in folded)
     entries = keymaps.look_up(plain, rows, what=what, prefix=prefix)
-    entries += [Entry(prefix + key, None, keymaps.BRIDGE, folded=True) for key in folded]
-    read = [entry.key for entry in entries if entry.action != "dropped"]
-    io.check_finite({key: source.tensors[key] for key in read}, what=what)
-    tensors = {e.to: source.tensors[e.key] for e in entries if e.to is not None}
-    head, folded_head = _published_head(state, folded=is_a)
+    tensors = {e.to: checked[e.key] for e in entries if e.to is not None}
     tensors |= {f"head.{part}": from_tensor(tensor) for part, tensor in folded_head.items()}
+    entries += [Entry(prefix + key, None, keymaps.BRIDGE, folded=True) for key in folded]
     config, by_file = _with_tower(source, entries, tensors, tower, clip_config, backbone=backbone)
-    by_file[str(source.path)] += [Entry(key, None, TRAINING) for key in source.others]
-    given = [f"'{one.path}'" for one in (source, tower) if one is not None]
-    check_model(tensors, config, what=" with ".join(given), rows=rows)
+    by_file[str(source.path)] += [Entry(key, None, _TRAINING) for key in source.others]
+    given = " with ".join(f"'{one.path}'" for one in (source, tower) if one is not None)
+    check_model(tensors, config, what=given, rows=rows)
     kind = "detector A" if is_a else "detector B"
-    sources = [describe_file(source) | {"kind": kind}]
-    return Conversion(
+    return Imported(
         source=source,
         kind=kind,
         config=config,
         tensors={name: tensors[name] for name in sorted(tensors)},
         entries=by_file,
-        sources=sources + _tower_source(tower),
-        files={"preprocessor_config.json": preprocessor_file(config)},
+        sources=[io.describe_file(source) | {"kind": kind}, *_tower_source(tower)],
+        files={"preprocessor_config.json": configs.preprocessor_file(config)},
         head=head,
     )
 
 
-def _detector_state(source: Weights, folded: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """What stands before a detector's keys, and its tensors without it."""
-    mark = "clip_vision_alpha"
-    prefixes = [key.removesuffix(mark) for key in source.tensors if key.endswith(mark)]
-    if len(prefixes) != 1 or not all(key.startswith(prefixes[0]) for key in source.tensors):
-        raise CheckpointError(
-            f"'{source.path}' holds a detector inside a larger model.",
-            "Give the detector's own file; m2f2 info PATH says what this one is.",
-        )
-    state = {key.removeprefix(prefixes[0]): tensor for key, tensor in source.tensors.items()}
-    needed = (*folded, "output.weight", "output.bias", "vision_proj.0.weight")
-    if missing := [key for key in needed if key not in state]:
-        raise CheckpointError(f"'{source.path}' lacks the tensors {', '.join(missing)}.")
-    return prefixes[0], state
-
-
 def _published_head(
-    state: Mapping[str, Any], *, folded: bool
+    state: Mapping[str, torch.Tensor], *, folded: bool
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, torch.Tensor]]:
     """A detector's last layer as published, and detector A's with the bridge folded into it."""
-    needed = ("output.weight", "output.bias", *(keymaps.FOLDED if folded else ()))
-    found = {key: state[key].load() for key in needed}
-    weight, bias = found["output.weight"].float(), found["output.bias"].float()
+    weight, bias = state["output.weight"].float(), state["output.bias"].float()
 
     def head(features: torch.Tensor) -> torch.Tensor:
         if folded:
             half = features.shape[1] // 2
-            middle = keymaps.bridge_constant(found).float().expand(len(features), -1)
+            middle = keymaps.bridge_constant(state).float().expand(len(features), -1)
             features = torch.cat([features[:, :half], middle, features[:, half:]], dim=1)
         return torch.nn.functional.linear(features, weight, bias)
 
-    if not folded:
-        return head, {}
-    found["vision_proj.0.weight"] = state["vision_proj.0.weight"].load()
-    made = keymaps.fold_bridge(found)
-    return head, {"weight": made["output.weight"], "bias": made["output.bias"]}
+    made = keymaps.fold_bridge(state) if folded else {}
+    return head, {key.removeprefix("output."): made[key] for key in made if "output." in key}
 
 
-def _explainer(source: Weights, tower: Weights | None, clip_config: Path | None) -> Conversion:
+def _explainer(source: Weights, tower: Weights | None, clip_config: Path | None) -> Imported:
     what, rows = f"'{source.path}'", keymaps.PUBLISHED
     entries = keymaps.look_up(source.tensors, rows, what=what)
     tensors = {e.to: source.tensors[e.key] for e in entries if e.to is not None}
     text = configs.llama_config(source.config, tensors, what=what)
-    detector, by_file = _with_tower(
-        source, entries, tensors, tower, clip_config, part=keymaps.DETECTOR_PART
-    )
+    part = keymaps.DETECTOR_PART
+    detector, by_file = _with_tower(source, entries, tensors, tower, clip_config, part=part)
     config = configs.explainer_config(
         detector=detector,
         text=text,
@@ -370,29 +292,25 @@ def _explainer(source: Weights, tower: Weights | None, clip_config: Path | None)
         dtype=tensors["language_model.model.embed_tokens.weight"].dtype,
     )
     check_model(tensors, config, what=what, rows=rows)
-    return Conversion(
+    preprocessor = {"preprocessor_config.json": configs.preprocessor_file(detector)}
+    return Imported(
         source=source,
         kind="published explainer",
         config=config,
         tensors={name: tensors[name] for name in sorted(tensors)},
         entries=by_file,
         sources=_tower_source(tower),
-        files={
-            **tokenizer_files(source.folder, text),
-            "preprocessor_config.json": preprocessor_file(detector),
-        },
+        files=tokenizer_files(source.folder, text) | preprocessor,
     )
 
 
-def _delta(source: Weights, tower: Weights | None, clip_config: Path | None) -> Conversion:
+def _delta(source: Weights, tower: Weights | None, clip_config: Path | None) -> Imported:
     delta = adapters.read_delta(source)
     entries = {str(source.path): delta.entries}
-    return Conversion(
-        source, source.kind, delta.config, delta.tensors(), entries, sources=[delta.source]
-    )
+    return Imported(source, source.kind, delta.config, delta.tensors(), entries, [delta.source])
 
 
-_CONVERTERS: dict[str, Callable[[Weights, Weights | None, Path | None], Conversion]] = {
+_CONVERTERS: dict[str, Callable[[Weights, Weights | None, Path | None], Imported]] = {
     keymaps.DETECTOR_A: _detector,
     keymaps.DETECTOR_B: _detector,
     keymaps.EXPLAINER: _explainer,
@@ -416,14 +334,7 @@ def _with_tower(
 ) -> tuple[dict[str, Any], dict[str, list[Entry]]]:
     """Complete a model with its CLIP vision tower, as far up as it is used.
 
-    Args:
-        source: The model.
-        entries: What becomes of its keys.
-        tensors: Its tensors by our names; they are changed here.
-        tower: What was given with it, to bring the tower.
-        clip_config: A CLIP ``config.json``.
-        part: What stands before the detector's names.
-        backbone: The detector's, by timm's name.
+    ``tensors`` (by our names) is changed here. ``part`` stands before the detector's names.
 
     Returns:
         The detector's configuration, and what becomes of the keys of each file.
@@ -449,10 +360,15 @@ def _with_tower(
         what=f"'{source.path}'",
     )
     used = blocks_needed(config["clip"]["vision"]["num_hidden_layers"], configs.VISION_LAYER)
-    for name in [name for name in tensors if _is_above(name, used)]:
+
+    def is_above(name: str | None) -> bool:
+        match = _UNUSED.match(name or "")
+        return match is not None and (match[1] is None or int(match[1]) >= used)
+
+    for name in [name for name in tensors if is_above(name)]:
         del tensors[name]
     return config, {
-        path: [e.drop(ABOVE) if e.to is not None and _is_above(e.to, used) else e for e in found]
+        path: [replace(e, to=None, why=_ABOVE) if is_above(e.to) else e for e in found]
         for path, found in by_file.items()
     }
 
@@ -470,18 +386,18 @@ def _bring_tower(
     found = keymaps.look_up(inside, keymaps.VISION_TOWER, what=f"'{tower.path}'", prefix=prefix)
     entries = [replace(e, to=part + e.to) if e.to is not None else e for e in found]
     brought = {e.to: tower.tensors[e.key] for e in entries if e.to is not None}
-    for name, stream in own.items():
+    for name, tensor in own.items():
         twin = brought.get(name)
-        if twin is None or twin.shape != stream.shape or largest_difference(twin, stream):
+        if twin is None or twin.shape != tensor.shape or io.largest_difference(twin, tensor):
             raise UsageError(
                 f"'{source.path}' brings its own CLIP vision tower, and the one in '{tower.path}' "
                 f"differs ({name.removeprefix(part)}).",
                 "Give the model's file alone, or a model without a tower.",
             )
-    tensors.update({name: stream for name, stream in brought.items() if name not in own})
-    entries = [e.drop(SAME_TOWER) if e.to in own else e for e in entries]
+    tensors.update({name: tensor for name, tensor in brought.items() if name not in own})
+    entries = [replace(e, to=None, why=_SAME_TOWER) if e.to in own else e for e in entries]
     outside = [key for key in tower.tensors if not key.startswith(prefix)]
-    return entries + [Entry(key, None, NO_TOWER) for key in (*outside, *tower.others)]
+    return entries + [Entry(key, None, _NO_TOWER) for key in (*outside, *tower.others)]
 
 
 def _tower_prefix(file: Weights) -> str:
@@ -495,11 +411,6 @@ def _tower_prefix(file: Weights) -> str:
     return marks[0].removesuffix(_CLASS_TOKEN)
 
 
-def _is_above(name: str, used: int) -> bool:
-    match = _UNUSED.match(name)
-    return match is not None and (match[1] is None or int(match[1]) >= used)
-
-
 def _given_clip(path: Path | None, tower: Weights | None) -> dict[str, dict[str, Any]]:
     """The CLIP settings the user gave, or those in the folder the tower came from."""
     if path is not None or tower is None or not tower.config:
@@ -509,7 +420,7 @@ def _given_clip(path: Path | None, tower: Weights | None) -> dict[str, dict[str,
 
 
 def _tower_source(tower: Weights | None) -> list[dict[str, Any]]:
-    return [] if tower is None else [describe_file(tower) | {"kind": "vision tower"}]
+    return [] if tower is None else [io.describe_file(tower) | {"kind": "vision tower"}]
 
 
 # --- what stands beside the tensors -------------------------------------------------------------
@@ -521,30 +432,24 @@ def source_fingerprint(
     written: Mapping[str, LazyTensor],
     digests: Mapping[str, str],
 ) -> str:
-    """A source's fingerprint, without reading again what was written as it was.
+    """What ``io.fingerprint`` gives for a source, without reading again what was taken over.
 
     Args:
-        source: A folder whose tensors were, for the most part, taken over.
+        source: A folder whose tensors were, for the most part, written as they were.
         names: Our names of its tensors that were, by their keys.
         written: The tensors of the new checkpoint.
         digests: Their digests.
-
-    Returns:
-        What ``io.fingerprint`` gives for it.
     """
     found = {}
     for key, stored in source.tensors.items():
         name = names.get(key, "")
         same = name in digests and written[name].dtype == stored.dtype
-        found[key] = digests[name] if same else digest_of(stored)
+        found[key] = digests[name] if same else io.digest_of(stored)
     return io.combine(source.config, found)
 
 
 def tokenizer_files(folder: Path, text_config: Mapping[str, Any]) -> dict[str, bytes]:
-    """A folder's tokenizer, checked against the language model it belongs to.
-
-    Returns:
-        The files' contents by name.
+    """The files of a folder's tokenizer, checked against the language model it belongs to.
 
     Raises:
         CheckpointError: It is missing or damaged, lacks a special token, or is of another model.
@@ -563,19 +468,8 @@ def tokenizer_files(folder: Path, text_config: Mapping[str, Any]) -> dict[str, b
             f"{text_config['vocab_size']}.",
             elsewhere,
         )
-    found = (folder / name for name in TOKENIZER_FILES)
+    found = (folder / name for name in _TOKENIZER_FILES)
     return {path.name: path.read_bytes() for path in found if path.is_file()}
-
-
-def preprocessor_file(detector: Mapping[str, Any]) -> bytes:
-    """The content of ``preprocessor_config.json`` for a detector's configuration."""
-    size, mean, std = (detector[name] for name in ("image_size", "image_mean", "image_std"))
-    return json_bytes(io.preprocessor_config(size, mean, std))
-
-
-def versions() -> dict[str, str]:
-    """The versions of what made a checkpoint."""
-    return {name: version(name) for name in ("m2f2cli", "torch", "transformers")}
 
 
 def _branch(name: str) -> str:
@@ -585,107 +479,3 @@ def _branch(name: str) -> str:
     if parts[depth - 1] == "clip":
         depth += 1
     return ".".join([*parts[:depth], "*"])
-
-
-# --- verifying ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What reading an import back and running it once found.
-
-    Args:
-        tensors: How many were read back.
-        difference: The largest difference of a value from its source; 0 when all are equal.
-        logits: How many logits one forward pass over a fixed input gave; None for a delta, which
-            does not run alone.
-        published: For a detector, the largest difference of a logit from the published head's.
-    """
-
-    tensors: int
-    difference: float
-    logits: int | None = None
-    published: float | None = None
-
-    def sentence(self) -> str:
-        """The findings in words."""
-        said = f"Verified: {self.tensors:,} tensors read back, largest difference {self.difference}"
-        if self.logits is None:
-            return f"{said}; a delta does not run alone"
-        said += f"; {self.logits:,} logits of a fixed input, all finite"
-        if self.published is not None:
-            said += f", at most {self.published:.1e} from the published arithmetic"
-        return said
-
-
-def verify_import(folder: Path, made: Conversion) -> Verification:
-    """Read an imported checkpoint back, load it strictly and run it on a fixed input.
-
-    Args:
-        folder: The checkpoint.
-        made: What it was written from.
-
-    Raises:
-        CheckpointError: A value differs from its source, or an output is not finite.
-    """
-    parts = [folder / name for name in (adapters.TENSORS, adapters.ADAPTER)]
-    part = next((path for path in parts if path.is_file()), None)
-    found = open_weight_file(part).tensors if part else io.open_tensors(folder)
-    io.check_names_and_shapes(found, made.tensors, what=f"'{folder}'")
-    worst = max(largest_difference(as_lazy(found[k]), t) for k, t in made.tensors.items())
-    if worst:
-        raise CheckpointError(
-            f"'{folder}' does not hold what was written: a value differs by {worst}.",
-            "The disk is at fault: check it and import again.",
-        )
-    if part:
-        return Verification(len(found), worst)
-    if made.head is None:
-        logits = _run_explainer(folder, made.config["dtype"])
-        return Verification(len(found), worst, logits.numel())
-    logits, difference = _run_detector(folder, made.head)
-    return Verification(len(found), worst, logits.numel(), difference)
-
-
-def _run_explainer(folder: Path, dtype: str) -> torch.Tensor:
-    """Logits of one picture and a beginning."""
-    kept = "float32" if dtype == "float32" else "bfloat16"
-    model, _ = load_explainer(str(folder), device="cpu", dtype=kept)
-    config = model.config
-    start = load_tokenizer(folder).bos_token_id
-    ids = [start, *[config.image_token_id] * config.patches, config.deepfake_token_id, start]
-    pixels = _picture(config.detector_config.image_size).to(model.dtype)
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits
-    _refuse_infinite(logits, folder)
-    return logits
-
-
-def _run_detector(
-    folder: Path, head: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[torch.Tensor, float]:
-    """Logits of a picture, and how far its published head (unfolded) is from them."""
-    model = load_detector(str(folder), device="cpu", dtype="float32")
-    with torch.inference_mode():
-        out = model(_picture(model.config.image_size))
-        expected = head(out.features)
-    _refuse_infinite(out.logits, folder)
-    worst = float((expected - out.logits).abs().max())
-    if worst > _TOLERANCE:
-        raise CheckpointError(
-            f"The detector in '{folder}' differs from the published arithmetic by {worst:.2e}.",
-            "Please report this file's layout; its numbers cannot be trusted.",
-        )
-    return out.logits, worst
-
-
-def _picture(size: int) -> torch.Tensor:
-    return torch.randn((1, 3, size, size), generator=torch.Generator().manual_seed(0))
-
-
-def _refuse_infinite(logits: torch.Tensor, folder: Path) -> None:
-    if not bool(torch.isfinite(logits).all()):
-        raise CheckpointError(
-            f"The model in '{folder}' gives NaN or infinite logits for a fixed input.",
-            "The weights are damaged or of another model; take the original files.",
-        )

@@ -8,7 +8,7 @@ one by one, so memory does not grow with the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,16 @@ import torch
 
 from m2f2cli import files
 from m2f2cli.checkpoints import configs, io, keymaps
-from m2f2cli.checkpoints.convert import (
-    Progress,
-    no_progress,
-    preprocessor_file,
-    source_fingerprint,
-    tokenizer_files,
-    versions,
-)
+from m2f2cli.checkpoints.convert import source_fingerprint, tokenizer_files
 from m2f2cli.checkpoints.hub import resolve_checkpoint
-from m2f2cli.checkpoints.io import (
-    LazyTensor,
-    Weights,
-    from_tensor,
-    largest_difference,
-    open_weights,
-    watched,
-)
+from m2f2cli.checkpoints.io import LazyTensor, Weights
 from m2f2cli.checkpoints.load import check_model
+from m2f2cli.environment import library_versions
 from m2f2cli.errors import CheckpointError
 from m2f2cli.options.checkpoints import InitLlavaOptions
+from m2f2cli.runtime import Progress, no_progress
 
 _HUB_FILES = ("*.json", "tokenizer.model", "*.safetensors", "pytorch_model*.bin")
-_CLIP = "clip.vision."
 _WORDS = "language_model.model.embed_tokens.weight"
 # The vision towers that LLaVA's configurations name: (width, side of the picture).
 _TOWERS = {
@@ -95,9 +82,9 @@ class TowerComparison:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class NewExplainer:
-    """A planned explainer: everything is checked, nothing is written yet.
+    """An explainer before its training.
 
     Args:
         base: The LLaVA.
@@ -124,48 +111,18 @@ class NewExplainer:
     @property
     def parameters(self) -> int:
         """How many values the checkpoint holds."""
-        return sum(stream.size for stream in self.tensors.values())
+        return sum(tensor.size for tensor in self.tensors.values())
 
     def parts(self) -> list[tuple[str, int, int, str]]:
         """Rows (part, tensors, parameters, types)."""
         groups: dict[str, list[LazyTensor]] = {}
-        for name, stream in self.tensors.items():
+        for name, tensor in self.tensors.items():
             part = "detector.clip" if name.startswith(keymaps.TOWER_PART) else name.split(".")[0]
-            groups.setdefault(part, []).append(stream)
+            groups.setdefault(part, []).append(tensor)
         return [
-            (part, len(group), sum(s.size for s in group), _types(group))
+            (part, len(group), sum(t.size for t in group), _types(group))
             for part, group in sorted(groups.items())
         ]
-
-    def write(
-        self,
-        output: Path,
-        *,
-        overwrite: bool = False,
-        progress: Progress = no_progress,
-    ) -> NewExplainer:
-        """Write the checkpoint, tensor by tensor; gives the same with its fingerprint.
-
-        Args:
-            output: The checkpoint folder to make.
-            overwrite: Replace an existing checkpoint folder.
-            progress: Shows how far it is.
-
-        Raises:
-            CheckpointError: The folder exists, a tensor holds NaN or infinity, or the disk
-                refuses; nothing is left.
-        """
-        preprocessor = preprocessor_file(self.config["detector_config"])
-        with progress("Writing", len(self.tensors)) as advance:
-            mark = io.write_checkpoint(
-                output,
-                config=self.config,
-                tensors=watched(self.tensors, advance),
-                stage=self._stage,
-                extra_files={**self.tokenizer, "preprocessor_config.json": preprocessor},
-                overwrite=overwrite,
-            )
-        return replace(self, fingerprint=mark)
 
     def as_dict(self) -> dict[str, Any]:
         """The account as plain data."""
@@ -177,7 +134,8 @@ class NewExplainer:
             "clip_tower": asdict(self.tower),
         }
 
-    def _stage(self, digests: Mapping[str, str]) -> dict[str, Any]:
+    def stage(self, digests: Mapping[str, str]) -> dict[str, Any]:
+        """``stage.json``, from the digests of the tensors that were written."""
         marks = {
             "llava": source_fingerprint(self.base, self.names, self.tensors, digests),
             "detector": io.fingerprint(self.detector.path),
@@ -194,7 +152,7 @@ class NewExplainer:
             },
             "options": asdict(self.options),
             "clip_tower": asdict(self.tower),
-            "versions": versions(),
+            "versions": library_versions("m2f2cli", "torch", "transformers"),
         }
 
 
@@ -220,31 +178,30 @@ def init_llava(
         progress: Shows how far it is.
 
     Raises:
-        CheckpointError: See ``plan_explainer`` and ``NewExplainer.write``.
+        CheckpointError: A source is unreadable, incomplete or of another kind, the two do not fit
+            together, the tokenizer is missing or of another model, a tensor holds NaN or infinity,
+            the folder exists, or the disk refuses; nothing is left.
     """
     files.refuse_existing(output, overwrite)
-    plan = plan_explainer(llava, detector, options)
-    compared(plan.tower)
-    return plan.write(output, overwrite=overwrite, progress=progress)
+    made = _plan(llava, detector, options or InitLlavaOptions())
+    compared(made.tower)
+    preprocessor = configs.preprocessor_file(made.config["detector_config"])
+    with progress("Writing", len(made.tensors)) as advance:
+        made.fingerprint = io.write_checkpoint(
+            output,
+            config=made.config,
+            tensors=io.watched(made.tensors, advance),
+            stage=made.stage,
+            extra_files={**made.tokenizer, "preprocessor_config.json": preprocessor},
+            overwrite=overwrite,
+        )
+    return made
 
 
-def plan_explainer(
-    llava: str, detector: str, options: InitLlavaOptions | None = None
-) -> NewExplainer:
-    """Plan an explainer; nothing but CLIP towers is read yet.
-
-    Args:
-        llava: A LLaVA-1.5 folder in either layout, or a Hub id.
-        detector: A detector folder, ``lite`` or a Hub id.
-        options: How.
-
-    Raises:
-        CheckpointError: A source is unreadable, incomplete or of another kind, the two do not fit
-            together, or the tokenizer is missing or of another model.
-    """
-    options = options or InitLlavaOptions()
+def _plan(llava: str, detector: str, options: InitLlavaOptions) -> NewExplainer:
+    """Check everything; nothing but CLIP towers is read yet."""
     judge = _open_detector(detector)
-    base = open_weights(resolve_checkpoint(llava, patterns=_HUB_FILES))
+    base = io.open_weights(resolve_checkpoint(llava, patterns=_HUB_FILES))
     what = f"'{base.path}'"
     rows = {keymaps.LLAVA: keymaps.ORIGINAL, keymaps.LLAVA_HF: keymaps.HUGGING_FACE}
     if base.kind not in rows:
@@ -261,12 +218,12 @@ def plan_explainer(
     tensors = {f"{keymaps.DETECTOR_PART}{key}": stored for key, stored in judge.tensors.items()}
     wanted = theirs[_WORDS].dtype if options.dtype == "auto" else options.dtype
     taken = set()
-    for name, stream in theirs.items():
+    for name, tensor in theirs.items():
         if not name.startswith(keymaps.TOWER_PART):
-            kept = options.dtype == "auto" or stream.dtype == wanted
-            tensors[name] = stream if kept else _rounded(stream, wanted, f"The tensor '{name}'")
+            keeps = options.dtype == "auto"
+            tensors[name] = tensor if keeps else tensor.cast(wanted, what=f"The tensor '{name}'")
         elif tower.kept == "llava" and name in tensors:
-            tensors[name] = stream
+            tensors[name] = tensor
         else:
             continue
         taken.add(name)
@@ -283,7 +240,7 @@ def plan_explainer(
 
 
 def _open_detector(name: str) -> Weights:
-    found = open_weights(resolve_checkpoint(name))
+    found = io.open_weights(resolve_checkpoint(name))
     hint = f"See what it is with: m2f2 info {name}"
     if found.kind in (keymaps.DETECTOR_A, keymaps.DETECTOR_B):
         hint = f"Import it first: m2f2 import {name} --output DIR"
@@ -294,17 +251,11 @@ def _open_detector(name: str) -> Weights:
     return found
 
 
-def _rounded(stream: LazyTensor, dtype: str, what: str) -> LazyTensor:
-    return stream.finite(what=what).cast(dtype, what=what)
-
-
 def _new_projector(width: int, dtype: str, seed: int) -> dict[str, LazyTensor]:
     """The forgery projector before training: weights N(0, 0.1), biases 0, as published.
 
-    Args:
-        width: Of the language model.
-        dtype: A torch dtype's name; values are drawn in float32 and rounded once.
-        seed: The same seed gives the same values.
+    Values for a language model of this width are drawn in float32 and rounded once; the same seed
+    gives the same.
     """
     generator = torch.Generator().manual_seed(seed)
     made = {}
@@ -312,14 +263,14 @@ def _new_projector(width: int, dtype: str, seed: int) -> dict[str, LazyTensor]:
         weight = 0.1 * torch.randn((width, inputs), generator=generator)
         for part, tensor in (("weight", weight), ("bias", torch.zeros(width))):
             name = f"{keymaps.FORGERY_PROJECTOR}{layer}.{part}"
-            made[name] = from_tensor(tensor.to(getattr(torch, dtype)))
+            made[name] = io.from_tensor(tensor.to(getattr(torch, dtype)))
     return made
 
 
 def _types(group: list[LazyTensor]) -> str:
     sizes: dict[str, int] = {}
-    for stream in group:
-        sizes[stream.dtype] = sizes.get(stream.dtype, 0) + stream.size
+    for tensor in group:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
     return ", ".join(sorted(sizes, key=lambda name: -sizes[name]))
 
 
@@ -359,13 +310,8 @@ def _compare_towers(
     base: Weights, tensors: Mapping[str, LazyTensor], detector: Weights, wanted: str
 ) -> TowerComparison:
     """Compare the CLIP towers of a base and a detector, as far as the detector's goes."""
-    mine = {
-        key.removeprefix(_CLIP): stored
-        for key, stored in detector.tensors.items()
-        if key.startswith(_CLIP)
-    }
-    begin = keymaps.TOWER_PART
-    theirs = {k.removeprefix(begin): t for k, t in tensors.items() if k.startswith(begin)}
+    mine = configs.below("clip.vision.", detector.tensors)
+    theirs = configs.below(keymaps.TOWER_PART, tensors)
     if not theirs or detector.config["clip"].get("library") == "open_clip":
         found = TowerComparison("another library" if theirs else "absent")
         if wanted == "llava":
@@ -374,21 +320,21 @@ def _compare_towers(
                 "Leave out --tower llava.",
             )
         return found
-    common = {key: stream for key, stream in theirs.items() if key in mine}
-    io.check_names_and_shapes(
-        common, mine, what=f"The CLIP tower of '{base.path}' beside the detector's"
-    )
+    common = {key: tensor for key, tensor in theirs.items() if key in mine}
+    what = f"The CLIP tower of '{base.path}' beside the detector's"
+    io.check_names_and_shapes(common, mine, what=what)
     vision, ours = base.config.get("vision_config", {}), detector.config["clip"]["vision"]
     names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
     fields = tuple(name for name in names if name in vision and vision[name] != ours.get(name))
-    worst = max(_rounded_difference(mine[key], common[key]) for key in mine)
+    worst = 0.0
+    for key, tensor in mine.items():
+        pair = (tensor, common[key])
+        # Both are rounded to the coarser of their types.
+        coarse = max(
+            (t.dtype for t in pair), key=lambda name: torch.finfo(getattr(torch, name)).eps
+        )
+        one, other = (t.cast(coarse, what="A CLIP tower") for t in pair)
+        worst = max(worst, io.largest_difference(one, other))
     if not worst and not fields:
         return TowerComparison("same")
     return TowerComparison("differs", worst, fields, wanted)
-
-
-def _rounded_difference(first: LazyTensor, second: LazyTensor) -> float:
-    """The largest difference of two tensors, both rounded to the coarser of their types."""
-    pair = (first, second)
-    coarse = max((s.dtype for s in pair), key=lambda name: torch.finfo(getattr(torch, name)).eps)
-    return largest_difference(*(stream.cast(coarse, what="A CLIP tower") for stream in pair))

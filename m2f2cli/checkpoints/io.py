@@ -41,6 +41,10 @@ _PARTS = ("delta.safetensors", "mm_projector.bin", "non_lora_trainables.bin")
 _POINTER = b"version https://"  # of the Git LFS specification
 _AGAIN = "Copy or download it again."
 _BAD_VALUES = "The training diverged or the file is damaged; take another checkpoint."
+_GATHER = (
+    "Gather the weights first: python RUN_DIR/zero_to_fp32.py RUN_DIR OUTPUT_DIR, a script that "
+    "DeepSpeed puts there; for FSDP: accelerate merge-weights RUN_DIR OUTPUT_DIR."
+)
 # Fields of config.json that change without the model changing.
 _BOOKKEEPING = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -346,10 +350,10 @@ def open_weights(path: Path) -> Weights:
     if found.faults:
         raise found.faults[0]
     if not found.files:
-        raise CheckpointError(
-            f"The folder '{path}' holds no weights.",
-            "Give the folder that holds model.safetensors or pytorch_model.bin (or their shards).",
-        )
+        hint = "Give the folder with model.safetensors or pytorch_model.bin (or their shards)."
+        sharded = (path / "zero_to_fp32.py").is_file() or any(path.glob("*.distcp"))
+        said = f"The folder '{path}' holds no weights."
+        raise CheckpointError(said, _GATHER if sharded else hint)
     refuse_unusable(found)
     return found
 
@@ -360,8 +364,7 @@ def refuse_unusable(found: Weights) -> None:
         raise CheckpointError(
             f"'{found.path}' holds {len(empty)} empty tensors ({name_some(empty)}): placeholders "
             "that DeepSpeed ZeRO-3 or FSDP leaves where each process has its own part.",
-            "Gather the weights first: python zero_to_fp32.py RUN_DIR OUTPUT_DIR (DeepSpeed puts "
-            "the script into the run's folder), or save them again with a full state dict.",
+            _GATHER,
         )
     if packed := [key for key in found.tensors if _PACKED.search(key)]:
         bits = "8" if packed[0].endswith(".SCB") else "4"

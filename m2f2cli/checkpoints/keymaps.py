@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from m2f2cli.errors import CheckpointError
@@ -302,14 +302,7 @@ def kind_of(keys: Iterable[str]) -> str:
 def kind_of_folder(
     config: Mapping[str, Any], stage: Mapping[str, Any], keys: Iterable[str], files: Iterable[str]
 ) -> str:
-    """Name the kind of a folder.
-
-    Args:
-        config: Its ``config.json`` or ``adapter_config.json``.
-        stage: Its ``stage.json``.
-        keys: The names of its tensors.
-        files: The names of its weight files.
-    """
+    """Name the kind of a folder by its configuration, ``stage.json``, tensors and weight files."""
     names = set(files)
     if "peft_type" in config:
         return STAGE_3 if "non_lora_trainables.bin" in names else PEFT
@@ -358,24 +351,14 @@ class Entry:
         """``mapped``, ``dropped`` or ``folded``."""
         return "mapped" if self.to is not None else "folded" if self.folded else "dropped"
 
-    def drop(self, why: str) -> Entry:
-        """The same key, dropped for a reason."""
-        return replace(self, to=None, why=why)
-
 
 def look_up(
     keys: Iterable[str], rows: Sequence[Row], *, what: str, prefix: str = ""
 ) -> list[Entry]:
-    """Look every key up.
-
-    Args:
-        keys: As they stand in the file.
-        rows: The key map.
-        what: The file, for the message.
-        prefix: What stands before the names that the map knows, where it does.
+    """Look every key of a file up in a key map; ``prefix`` may stand before the names it knows.
 
     Raises:
-        CheckpointError: Names the keys that no row knows, or two keys of the same tensor.
+        CheckpointError: Names ``what`` and the keys that no row knows, or two of the same tensor.
     """
     compiled = [(_pattern(theirs), ours, why) for theirs, ours, why in rows]
     entries, unknown = [], []
@@ -423,14 +406,7 @@ def to_published(state: Mapping[str, Tensor], rows: Sequence[Row]) -> dict[str, 
 
 
 def module_of(name: str, rows: Sequence[Row] = PUBLISHED) -> str | None:
-    """Our name of a published module, such as ``model.layers.0.mlp.up_proj``.
-
-    Args:
-        name: The module's path, without a parameter's name.
-        rows: The key map.
-
-    Returns:
-        Our module's path, or None where its weight is dropped.
+    """Our path of a published module, such as ``model.layers.0.mlp.up_proj``; None if dropped.
 
     Raises:
         CheckpointError: The module is in no row.
@@ -440,22 +416,13 @@ def module_of(name: str, rows: Sequence[Row] = PUBLISHED) -> str | None:
 
 
 def detector_map(kind: str, backbone: str) -> KeyMap:
-    """The key map of a published detector.
-
-    Args:
-        kind: ``DETECTOR_A`` or ``DETECTOR_B``.
-        backbone: What ``backbone_of`` says.
-    """
+    """The key map of ``DETECTOR_A`` or ``DETECTOR_B`` with a backbone of ``backbone_of``."""
     own = next(layout.rows for layout in LAYOUTS if layout.kind == kind)
     return own + next(rows for name, _, rows in _BACKBONES if name == backbone)
 
 
 def backbone_of(keys: Iterable[str], *, what: str) -> str:
-    """Timm's name of a published detector's backbone.
-
-    Args:
-        keys: Its keys, without prefix.
-        what: The file, for the message.
+    """Timm's name of a published detector's backbone, by its keys without prefix.
 
     Raises:
         CheckpointError: It is none of the published ones.
@@ -488,10 +455,8 @@ def bridge_constant(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What detector A's bridge gives for every picture, times its alpha: (bridge size,).
 
     Its tokens pass a linear layer to one value and a LayerNorm over that one value, which returns
-    its bias; a linear layer and a LayerNorm over the tokens follow.
-
-    Args:
-        state: Detector A with published keys, without prefix; only ``FOLDED`` are read.
+    its bias; a linear layer and a LayerNorm over the tokens follow. ``state`` has published keys,
+    without prefix; only ``FOLDED`` are read.
     """
     from torch.nn import functional
 
@@ -505,13 +470,7 @@ def fold_bridge(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Fold detector A's constant bridge into the head's bias.
 
     The published head reads [alpha_vision · class token (H), alpha_text · bridge (D), backbone
-    (H)]; the result's head reads the first and the last.
-
-    Args:
-        state: Detector A with published keys, without prefix.
-
-    Returns:
-        The state without the keys in ``FOLDED``, with a head of 2 · H inputs.
+    (H)]; the result's reads the first and the last: 2 · H inputs, without the keys in ``FOLDED``.
 
     Raises:
         CheckpointError: The head's width is not 2 · H + D.
@@ -576,12 +535,8 @@ def to_timm(
     Args:
         found: A file's tensors: timm's or torchvision's densenet names, or EfficientNet-PyTorch's,
             perhaps all under ``module.``.
-        wanted: The names timm's network has.
+        wanted: The names timm's network has; checked only as far as renaming needs.
         classifier: The modules that are the classifier in timm's network.
-
-    Returns:
-        Tensors under timm's names, without the classifier; names are not checked against
-        ``wanted`` beyond what renaming needs.
 
     Raises:
         CheckpointError: A tensor's name is in no table.

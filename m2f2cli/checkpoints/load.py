@@ -29,15 +29,10 @@ KEPT_FLOAT = ("detector", "mm_projector", "forgery_projector", "lm_head")
 
 
 def load_detector(name: str = "lite", *, device: str = "auto", dtype: str = "auto") -> Detector:
-    """Load a detector for inference.
+    """Load a detector for inference: in evaluation mode, frozen, with ``fingerprint`` set.
 
-    Args:
-        name: ``lite``, a checkpoint folder, or a Hub id.
-        device: See ``runtime.pick_device``.
-        dtype: See ``runtime.pick_dtype``.
-
-    Returns:
-        The detector in evaluation mode, frozen, with ``fingerprint`` set.
+    ``name`` is ``lite``, a checkpoint folder, or a Hub id; see ``runtime.pick_device`` and
+    ``runtime.pick_dtype`` for the rest.
 
     Raises:
         CheckpointError: The folder is no detector, or a tensor is missing, unexpected, of the
@@ -128,8 +123,8 @@ def is_explainer(name: str) -> bool:
     Raises:
         CheckpointError: Nothing goes by it.
     """
-    kind = io.read_config(find_explainer(name)).get("model_type")
-    return bool(kind == ExplainerConfig.model_type)
+    fields = io.read_config(find_explainer(name))
+    return bool(fields.get("model_type") == ExplainerConfig.model_type)
 
 
 def read_explainer_config(folder: Path) -> ExplainerConfig:
@@ -175,16 +170,12 @@ def check_model(
     what: str,
     rows: Sequence[keymaps.Row] | None = None,
 ) -> None:
-    """Compare tensors with the detector or explainer that a configuration describes.
+    """Compare tensors, by our names, with the model that the content of ``config.json`` describes.
 
-    Args:
-        tensors: By our names, with shapes.
-        config: The content of ``config.json``.
-        what: Where they come from, for the message.
-        rows: A key map, to name tensors as they stand in published files.
+    With a key map, ``rows``, tensors are named as they stand in published files.
 
     Raises:
-        CheckpointError: Names the missing, the unexpected and the wrongly shaped tensors.
+        CheckpointError: Names ``what`` and the missing, unexpected and wrongly shaped tensors.
     """
     explainer = config["model_type"] == ExplainerConfig.model_type
     kind = ExplainerConfig if explainer else DetectorConfig
@@ -213,9 +204,7 @@ def _check_explainer(folder: Path, config: ExplainerConfig) -> None:
 def quantization_config(quantize: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """What transformers needs to quantize the language model's layers and nothing else.
 
-    Args:
-        quantize: ``4bit``, ``8bit`` or None.
-        dtype: What 4-bit layers compute in.
+    ``quantize`` is ``4bit``, ``8bit`` or None; ``dtype`` what 4-bit layers compute in.
 
     Raises:
         UsageError: There is no such kind.
@@ -227,10 +216,9 @@ def quantization_config(quantize: str | None, dtype: torch.dtype) -> BitsAndByte
         raise UsageError(f"Unknown quantization '{quantize}'.", f"Use {' or '.join(QUANTIZED)}.")
     if find_spec("bitsandbytes") is None:
         raise MissingExtraError("bitsandbytes", "quant", "Loading in 4 or 8 bits")
-    if quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(KEPT_FLOAT))
     return BitsAndBytesConfig(
-        load_in_4bit=True,
+        load_in_4bit=quantize == "4bit",
+        load_in_8bit=quantize == "8bit",
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_type="nf4",
         llm_int8_skip_modules=list(KEPT_FLOAT),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from m2f2cli import files as atomic
 from m2f2cli.checkpoints import io, keymaps
 from m2f2cli.checkpoints.adapters import Delta, Pair, open_delta
 from m2f2cli.checkpoints.io import LazyTensor, Weights
+from m2f2cli.environment import library_versions
 from m2f2cli.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -317,7 +317,7 @@ class Merge:
             "deltas": [delta.as_dict() for delta in self.deltas],
             "dtype": self.dtype,
             "forced": list(self._forced),
-            "versions": {name: version(name) for name in ("m2f2cli", "torch")},
+            "versions": library_versions("m2f2cli", "torch"),
         }
 
     def _earlier(self) -> dict[str, Any] | None:

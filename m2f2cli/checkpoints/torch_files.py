@@ -146,8 +146,9 @@ class TorchFile:
         if isinstance(self.content, dict):
             if tensors := self._tensors_of(self.content):
                 return "", tensors
-            inside = {k: self._tensors_of(v) for k, v in self.content.items() if _is_dict(v)}
-            inside = {k: v for k, v in inside.items() if v and isinstance(k, str)}
+            parts = {k: v for k, v in self.content.items() if isinstance(v, dict)}
+            inside = {k: self._tensors_of(v) for k, v in parts.items() if isinstance(k, str)}
+            inside = {k: v for k, v in inside.items() if v}
             known = [name for name in _WRAPPERS if name in inside]
             if known or len(inside) == 1:
                 where = known[0] if known else next(iter(inside))
@@ -175,10 +176,6 @@ class TorchFile:
                 raise _damaged(self.path)
             found[key] = value.detach()
         return found
-
-
-def _is_dict(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def read_torch_file(path: Path) -> TorchFile:
@@ -285,10 +282,8 @@ class _Node:
     __slots__ = ("depth", "made_of", "size", "value")
 
     def __init__(self, inside: Sequence[_Node] = (), value: Any = None) -> None:
-        self.depth: int
-        self.size: int
-        self.depth = 1 + max((node.depth for node in inside), default=0)
-        self.size = 1 + sum(node.size for node in inside)
+        self.depth: int = 1 + max((node.depth for node in inside), default=0)
+        self.size: int = 1 + sum(node.size for node in inside)
         self.size += len(value) if isinstance(value, str | bytes) else 0
         self.value = value
         self.made_of = ""
@@ -360,7 +355,9 @@ class _Program:
         elif opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"):
             target, items = taken[0], taken[1:] + inside
             if opcode.name.startswith("SETITEM"):
-                self._check_keys(items[::2])
+                # A key is hashed with all that it holds.
+                if any(k.depth > _DEEPEST_KEY or k.size > _LARGEST_KEY for k in items[::2]):
+                    raise ValueError("a key out of proportion")
                 self.mappings.add(target.made_of)
             target.take(items)
             stack.append(target)
@@ -375,23 +372,14 @@ class _Program:
             self.names[name] = None
             stack.append(_Node((), name))
         elif opcode.name == "BINPERSID":
-            self._note_storage(taken[0].value)
+            pid = taken[0].value  # ("storage", type, key, location, count, …)
+            if isinstance(pid, tuple) and len(pid) >= 5 and isinstance(pid[2], str) and pid[4] != 0:
+                self.keys.setdefault(pid[2])
             stack.append(_Node())
         elif opcode.stack_after:
             inside = taken + inside
             value = argument if argument is not None else tuple(node.value for node in inside[:8])
             stack.append(_Node(inside, value))
-
-    def _note_storage(self, pid: Any) -> None:
-        """Remember ``("storage", type, key, location, count, …)``."""
-        if isinstance(pid, tuple) and len(pid) >= 5 and isinstance(pid[2], str) and pid[4] != 0:
-            self.keys.setdefault(pid[2])
-
-    @staticmethod
-    def _check_keys(keys: Sequence[_Node]) -> None:
-        """A key is hashed with all that it holds."""
-        if any(key.depth > _DEEPEST_KEY or key.size > _LARGEST_KEY for key in keys):
-            raise ValueError("a key out of proportion")
 
 
 def _solid(node: _Node | None) -> _Node:
@@ -418,7 +406,9 @@ def _load(
             "No model needs it. Take the file from a source you trust.",
         )
     foreign = sorted(unsafe - set(_KNOWN))
-    mappings = {_modern(name) for program in programs for name in program.mappings}
+    # A name of Python 2 is read as that of Python 3.
+    filled = {name for program in programs for name in program.mappings}
+    mappings = {name.replace("__builtin__.", "builtins.", 1) for name in filled}
     allowed: list[Any] = [(_KNOWN[name], name) for name in unsafe & set(_KNOWN)]
     for name in foreign:
         kind = _PlainDict if name in mappings else Placeholder
@@ -447,11 +437,6 @@ def _unsafe(names: set[str]) -> set[str]:
         archive.writestr("names/version", "3\n")
     data.seek(0)
     return set(torch.serialization.get_unsafe_globals_in_checkpoint(data))
-
-
-def _modern(name: str) -> str:
-    """A name of Python 2 as torch reads it."""
-    return name.replace("__builtin__.", "builtins.", 1)
 
 
 def _damaged(path: Path) -> CheckpointError:

@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
 
 COMMANDS = (
-    Entry("detect", "m2f2cli.cli.infer:detect", "Judge pictures"),
+    Entry("detect", "m2f2cli.cli.detect:detect", "Judge pictures"),
     Entry("explain", "m2f2cli.cli.explain:explain", "Judge pictures"),
     Entry("demo", "m2f2cli.cli.demo:demo", "Judge pictures"),
     Entry("prepare faces", "m2f2cli.cli.prepare:faces", "Prepare data"),

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from m2f2cli.cli import options as flags
-from m2f2cli.cli.flags import signature_of
+from m2f2cli.cli.flags import command
 from m2f2cli.cli.output import EXIT_GATE, EXIT_SOME_FAILED, Output
 from m2f2cli.options.evaluate import (
     CalibrateOptions,
+    CompareOptions,
     DdvqaData,
     EvaluateOptions,
     FfppData,
@@ -22,10 +18,10 @@ from m2f2cli.options.evaluate import (
     RobustnessOptions,
     about,
 )
-from m2f2cli.options.fields import Options
+from m2f2cli.runtime import Progress
 
 if TYPE_CHECKING:
-    from m2f2cli.evaluation.evaluate import Evaluation, Progress
+    from m2f2cli.evaluation.evaluate import Evaluation
 
 EXAMPLES = {
     "evaluate ddvqa": (
@@ -53,6 +49,11 @@ EXAMPLES = {
     "robustness ddvqa": ("m2f2 robustness ddvqa --data ddvqa/ --robustness-dir sweep/",),
     "robustness images": ("m2f2 robustness images faces/ --model detector/ --report report/",),
     "robustness ffpp": ("m2f2 robustness ffpp ffpp_h5/ --model detector/ --report report/",),
+}
+_SETS = {
+    DdvqaData: "the crops of DD-VQA",
+    ImagesData: "a folder of real and forged pictures",
+    FfppData: "FaceForensics++ videos in HDF5 files",
 }
 _EVALUATE = {
     DdvqaData: """Measure answers about DD-VQA: judgements, explanations or probabilities.
@@ -85,12 +86,7 @@ _ROBUSTNESS = """Judge {}, corrupted.
     """
 _EXIT_CODES = """
     Exit codes: 0 done, 3 some items have no answer, 4 a gate tripped.
-"""
-_SETS = {
-    DdvqaData: "the crops of DD-VQA",
-    ImagesData: "a folder of real and forged pictures",
-    FfppData: "FaceForensics++ videos in HDF5 files",
-}
+    """
 
 
 def _evaluate(options: Any, progress: Progress) -> Evaluation:
@@ -112,72 +108,38 @@ def _robustness(options: Any, progress: Progress) -> Evaluation:
 
 
 def _command(
-    options: type[MeasureOptions],
-    data: type[Options],
-    verb: Callable[[Any, Progress], Evaluation],
-    help: str,
+    verb: Callable[[Any, Progress], Evaluation], kind: type[MeasureOptions], help: str
 ) -> Callable[..., None]:
     """A command: measure, print, and leave with the exit code of the gates."""
-    kind = about(options, data)
 
-    def run(**values: Any) -> None:
-        printer = Output(as_json=values.pop("as_json"), quiet=values.pop("quiet"))
-        del values["config"]
-        chosen = kind.from_flat(values)
-        found = verb(chosen, lambda steps: printer.progress("Judging", steps))
-        _show(printer, found)
-        if chosen.report:
-            printer.note(f"Report: {chosen.report / 'index.html'}")
+    def body(options: MeasureOptions, out: Output) -> int:
+        found = verb(options, out.progress)
+        _show(out, found)
+        if options.report:
+            out.note(f"Report: {options.report / 'index.html'}")
         for sentence in found.tripped:
-            printer.error(sentence)
-        code = EXIT_GATE if found.tripped else EXIT_SOME_FAILED if found.unanswered else 0
-        raise typer.Exit(code)
+            out.error(sentence)
+        return EXIT_GATE if found.tripped else EXIT_SOME_FAILED if found.unanswered else 0
 
-    run.__doc__ = help.format(_SETS[data]) + _EXIT_CODES
-    folder = typer.Argument(help="Folder of the data set.", metavar="[DIR]", show_default=False)
-    extras = {
-        "config": (flags.Config, None),
-        "check": (flags.Check, None),
-        "min_auc": (flags.MinAuc, None),
-        "min_accuracy": (flags.MinAccuracy, None),
-        "as_json": (flags.Json, False),
-        "quiet": (flags.Quiet, False),
-    }
-    parameters = [
-        p.replace(annotation=Annotated[Path | None, folder]) if name == "folder" else p
-        for name, p in signature_of(kind).parameters.items()
-        if name not in (*extras, "expected")
-    ]
-    parameters += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=flag)
-        for name, (flag, default) in extras.items()
-    ]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return run
+    body.__doc__ = help + _EXIT_CODES
+    return command(kind)(body)
 
 
 evaluate_ddvqa, evaluate_images, evaluate_ffpp = (
-    _command(EvaluateOptions, data, _evaluate, help) for data, help in _EVALUATE.items()
+    _command(_evaluate, about(EvaluateOptions, data), help) for data, help in _EVALUATE.items()
 )
 calibrate_ddvqa, calibrate_images, calibrate_ffpp = (
-    _command(CalibrateOptions, data, _calibrate, _CALIBRATE) for data in _SETS
+    _command(_calibrate, about(CalibrateOptions, data), _CALIBRATE.format(words))
+    for data, words in _SETS.items()
 )
 robustness_ddvqa, robustness_images, robustness_ffpp = (
-    _command(RobustnessOptions, data, _robustness, _ROBUSTNESS) for data in _SETS
+    _command(_robustness, about(RobustnessOptions, data), _ROBUSTNESS.format(words))
+    for data, words in _SETS.items()
 )
 
 
-def compare(
-    first: flags.Report,
-    second: flags.Report,
-    config: flags.Config = None,
-    common_items: flags.CommonItems = False,
-    resamples: flags.Resamples = 2000,
-    seed: flags.Seed = 0,
-    as_json: flags.Json = False,
-    quiet: flags.Quiet = False,
-) -> None:
+@command(CompareOptions)
+def compare(options: CompareOptions, out: Output) -> None:
     """Set two reports side by side, with intervals of what differs.
 
     The standard figures are taken anew from the items that both reports keep; a paired bootstrap
@@ -186,17 +148,20 @@ def compare(
     from m2f2cli.evaluation.compare import compare_reports
 
     found = compare_reports(
-        first, second, common_items=common_items, resamples=resamples, seed=seed
+        options.first,
+        options.second,
+        common_items=options.common_items,
+        resamples=options.resamples,
+        seed=options.seed,
     )
-    printer = Output(as_json=as_json, quiet=quiet)
-    if as_json:
-        printer.json(found)
+    if out.as_json:
+        out.json(found)
         return
     rows = dict(found["figures"])
     for kind, figures in found["per_kind"].items():
         rows |= {f"{kind}: {name}": row for name, row in figures.items()}
-    printer.table(
-        ("Figure", f"{first}>", f"{second}>", "Difference>", "95 % interval>"),
+    out.table(
+        ("Figure", f"{options.first}>", f"{options.second}>", "Difference>", "95 % interval>"),
         [
             (name, _value(row["first"]), _value(row["second"]), *_change(row))
             for name, row in rows.items()
@@ -205,9 +170,9 @@ def compare(
     )
     if found["answers"]:
         words = (f"{count} {name.replace('_', ' ')}" for name, count in found["answers"].items())
-        printer.note(f"Of {found['items']['both']} items: {', '.join(words)}.")
+        out.note(f"Of {found['items']['both']} items: {', '.join(words)}.")
     for note in found["notes"]:
-        printer.note(note)
+        out.note(note)
 
 
 def _show(printer: Output, found: Evaluation) -> None:

@@ -1,25 +1,21 @@
-"""The command that says why: ``explain``."""
+"""``m2f2 explain``."""
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from m2f2cli.cli import explain_options as own
-from m2f2cli.cli import options as flags
-from m2f2cli.cli.infer import band, exit_code, gates
+from m2f2cli.cli.detect import exit_code
+from m2f2cli.cli.flags import command
 from m2f2cli.cli.output import EXIT_SOME_FAILED, Output
 from m2f2cli.errors import UsageError
+from m2f2cli.options.explain import ExplainCommand
 
 if TYPE_CHECKING:
     from m2f2cli.inference.explain import TextChunk
     from m2f2cli.inference.explain_dataset import DatasetJob
     from m2f2cli.inference.recordfile import Job
-    from m2f2cli.options.explain import ExplainOptions
     from m2f2cli.records import Explanation, FaceExplanation
 
 EXAMPLES = {
@@ -38,7 +34,8 @@ _SMALL = (
 )
 
 
-def explain(**values: Any) -> None:
+@command(ExplainCommand)
+def explain(options: ExplainCommand, printer: Output) -> int:
     """Say why: the detector's verdict, the language model's own judgement, and its reasons.
 
     Every judged face of a picture is explained; of a video, its most suspicious frame. The verdict
@@ -47,65 +44,25 @@ def explain(**values: Any) -> None:
 
     Exit codes: 0 done, 3 some items have no verdict, 4 a --fail-on gate tripped.
     """
-    _check(values)
-    from m2f2cli.inference.explain import explain_job
-    from m2f2cli.inference.explain_dataset import DatasetJob
-
-    printer = Output(as_json=values["as_json"], quiet=values["quiet"])
-    kept = {name: values[name] for name in ("model", "output", "overwrite")}
-    options = _options(values)
-    if values["dataset"] is not None:
-        answers = DatasetJob(values["dataset"], values["images"], options=options, **kept)
-        code = _answer(answers, printer)
-    else:
-        tripping, paths = gates(values["fail_on"]), values["paths"] or []
-        job = explain_job(paths, options=options, recursive=values["recursive"], **kept)
-        _explain(job, printer, shown=values["output"] is None)
-        code = exit_code(job.tally, tripping)
-    if values["model"] == "lite":
-        printer.note(_SMALL)
-    raise typer.Exit(code)
-
-
-def _check(values: Mapping[str, Any]) -> None:
-    """Refuse what cannot be meant, before anything heavy is imported."""
-    if (values["dataset"] is None) != (values["images"] is None):
-        raise UsageError("--dataset and --images belong together.", "Give both, or neither.")
-    if values["dataset"] is None:
-        return
-    if values["paths"] or values["fail_on"]:
-        raise UsageError("--dataset takes no PATH and no --fail-on.", "Leave them out.")
-    if values["output"] is None and not values["as_json"]:
+    items, asked = options.items, options.asked
+    if asked.dataset is not None and items.output is None and not printer.as_json:
         raise UsageError(
             "The answers to a data set need a place to go.", "Add --output FILE.jsonl, or --json."
         )
+    from m2f2cli.inference.explain import explain_job
+    from m2f2cli.inference.explain_dataset import DatasetJob
 
-
-def _options(values: Mapping[str, Any]) -> ExplainOptions:
-    from m2f2cli.options.detect import DetectOptions
-    from m2f2cli.options.explain import ExplainOptions
-
-    judging = ("faces", "threshold", "batch_size", "frames", "device", "dtype")
-    asking = (
-        "judge",
-        "template",
-        "max_new_tokens",
-        "sample",
-        "temperature",
-        "top_p",
-        "seed",
-        "quantize",
-    )
-    condition = "truth" if values["dataset"] is not None else "detector"
-    return ExplainOptions(
-        detect=DetectOptions(
-            uncertain=band(values["uncertain"]), **{name: values[name] for name in judging}
-        ),
-        questions=tuple(values["question"] or ()),
-        regions=tuple(values["region"] or ()),
-        condition=values["condition"] or condition,
-        **{name: values[name] for name in asking},
-    )
+    kept: dict[str, Any] = {name: getattr(items, name) for name in ("model", "output", "overwrite")}
+    if asked.dataset is not None and asked.images is not None:
+        answers = DatasetJob(asked.dataset, asked.images, options=options.explain, **kept)
+        code = _answer(answers, printer)
+    else:
+        job = explain_job(items.paths, options=options.explain, recursive=items.recursive, **kept)
+        _explain(job, printer, shown=items.output is None)
+        code = exit_code(job.tally, items.fail_on)
+    if items.model == "lite":
+        printer.note(_SMALL)
+    return code
 
 
 def _explain(job: Job[Explanation], printer: Output, *, shown: bool) -> None:
@@ -193,50 +150,3 @@ def _answer(job: DatasetJob, printer: Output) -> int:
         printer.json({"items": rows, "summary": vars(job.count)})
     printer.note(job.count.sentence())
     return EXIT_SOME_FAILED if job.count.missing else 0
-
-
-_FLAGS: dict[str, tuple[Any, Any]] = {
-    "paths": (flags.Paths, None),
-    "config": (flags.Config, None),
-    "recursive": (flags.Recursive, False),
-    "faces": (flags.Faces, "auto"),
-    "frames": (flags.Frames, 16),
-    "model": (own.Explainer, "lite"),
-    "device": (flags.Device, "auto"),
-    "dtype": (flags.Dtype, "auto"),
-    "quantize": (own.Quantise, None),
-    "batch_size": (own.AnswersAtOnce, 16),
-    "threshold": (flags.Threshold, None),
-    "uncertain": (flags.Uncertain, None),
-    "fail_on": (flags.FailOn, None),
-    "question": (own.Question, None),
-    "region": (own.Region, None),
-    "judge": (own.Judge, False),
-    "condition": (own.Condition, None),
-    "template": (own.Template, None),
-    "dataset": (own.QuestionFile, None),
-    "images": (own.Images, None),
-    "max_new_tokens": (own.MaxNewTokens, 512),
-    "sample": (own.Sample, False),
-    "temperature": (own.Temperature, None),
-    "top_p": (own.TopP, None),
-    "seed": (own.DrawSeed, 0),
-    "output": (own.RecordsFile, None),
-    "overwrite": (flags.Overwrite, False),
-    "as_json": (flags.Json, False),
-    "quiet": (flags.Quiet, False),
-}
-
-
-def _as_command(body: Callable[..., None]) -> None:
-    """Give the command its flags: Typer reads them from the signature."""
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter(name, keyword, default=default, annotation=flag)
-        for name, (flag, default) in _FLAGS.items()
-    ]
-    body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    body.__annotations__ = {name: flag for name, (flag, _) in _FLAGS.items()}
-
-
-_as_command(explain)

@@ -66,7 +66,8 @@ def command(
             if code := body(kind.from_flat(given), printer):
                 raise typer.Exit(code)
 
-        own = signature_of(kind).parameters.values()
+        types = kind.types()
+        own = [_parameter(group, item, types[item.name]) for group, item in kind.walk()]
         parameters = [*_general(kind, json=json, quiet=quiet), *own]
         run.__doc__ = body.__doc__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -74,14 +75,6 @@ def command(
         return run
 
     return decorate
-
-
-def signature_of(kind: type[Options]) -> inspect.Signature:
-    """The flags of a command's options."""
-    types = kind.types()
-    return inspect.Signature(
-        [_parameter(group, item, types[item.name]) for group, item in kind.walk()]
-    )
 
 
 def _general(kind: type[Options], *, json: bool, quiet: bool) -> Iterator[inspect.Parameter]:

@@ -44,9 +44,7 @@ def import_checkpoint(options: ImportOptions, out: Output) -> None:
         out.table(("file", "key", "action", "to or why"), made.listing())
     else:
         out.table(("file", "keys>", "action", "to or why"), made.summary())
-    out.text(
-        f"{output}: {made.conversion.kind}, {made.parameters:,} parameters, {made.fingerprint}"
-    )
+    out.text(f"{output}: {made.kind}, {made.parameters:,} parameters, {made.fingerprint}")
     if made.verified is not None:
         out.text(made.verified.sentence() + ".")
     out.note(f"See what it is: m2f2 info {output}")

@@ -23,16 +23,15 @@ from m2f2cli.checkpoints import io
 from m2f2cli.errors import CheckpointError, InputError, UsageError
 from m2f2cli.evaluation.evaluate import (
     Evaluation,
-    Progress,
     is_test_set,
     measure,
     read_subject,
-    silent,
 )
 from m2f2cli.evaluation.truth import Joined
 from m2f2cli.files import MARK, atomic_folder, json_bytes, refuse_existing
 from m2f2cli.metrics import Groups, Ranking, calibration_error
 from m2f2cli.options.evaluate import CalibrateOptions
+from m2f2cli.runtime import Progress, no_progress
 
 TARGET_FPR, BAND_LEVEL = 0.05, 0.95
 FEWEST = 20  # pictures of each class below which nothing is fitted
@@ -43,12 +42,12 @@ _SATURATED = 0.5 * 10**-_DIGITS  # what a score of 0 or 1 in a record stands for
 _STEPS = 80  # halvings of the interval that holds the temperature
 
 
-def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Evaluation:
+def calibrate(options: CalibrateOptions, progress: Progress = no_progress) -> Evaluation:
     """Calibrate a detector on a set that it judges, and measure and report that set.
 
     Args:
         options: The set, the detector, and where the result is stored.
-        progress: Told of every picture that is judged.
+        progress: Shows how many pictures are judged.
 
     Returns:
         What ``evaluate`` gives, with the ``calibration``.
@@ -63,7 +62,7 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ev
         check_calibration(
             options.model, split, output=options.calibrated, overwrite=options.overwrite
         )
-    with (progress or silent)(subject.steps) as advance:
+    with progress("Judging", subject.steps) as advance:
         found = measure(subject, advance)
     calibration = calibrate_checkpoint(
         options.model,
@@ -78,37 +77,22 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ev
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was learned, and from how much.
+    """What was learned, and from how much."""
 
-    Attributes:
-        temperature: What the logits are to be divided by, in all.
-        temperature_before: What they were divided by when the scores were made.
-        threshold: Calibrated probability from which the verdict is fake.
-        uncertain: (low, high) of the uncertain band, ends included; None for no band.
-        target_fpr: Share of real pictures that may be called fake.
-        band_level: Level of the band's bootstrap interval; 0 for no band.
-        real: Real pictures that it was learned from.
-        fake: Forged pictures.
-        false_positives: Real ones at or above the threshold.
-        detected: Forged ones at or above the threshold.
-        nll: Mean negative log-likelihood in nats, before and after.
-        calibration_error: Expected calibration error, before and after.
-        notes: What to know about it.
-    """
-
-    temperature: float
-    temperature_before: float
-    threshold: float
+    temperature: float  # what the logits are to be divided by, in all
+    temperature_before: float  # what they were divided by when the scores were made
+    threshold: float  # calibrated probability from which the verdict is fake
+    # (low, high) of the uncertain band, ends included; None for no band
     uncertain: tuple[float, float] | None
-    target_fpr: float
-    band_level: float
-    real: int
-    fake: int
-    false_positives: int
-    detected: int
-    nll: tuple[float, float]
-    calibration_error: tuple[float, float]
-    notes: tuple[str, ...] = ()
+    target_fpr: float  # share of real pictures that may be called fake
+    band_level: float  # level of the band's bootstrap interval; 0 for no band
+    real: int  # real pictures that it was learned from
+    fake: int  # forged pictures
+    false_positives: int  # real ones at or above the threshold
+    detected: int  # forged ones at or above the threshold
+    nll: tuple[float, float]  # mean negative log-likelihood in nats, before and after
+    calibration_error: tuple[float, float]  # expected calibration error, before and after
+    notes: tuple[str, ...] = ()  # what to know about it
 
     def sentences(self) -> tuple[str, ...]:
         """What was learned, in words for the user."""

@@ -8,8 +8,8 @@ exist are measured without torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -44,6 +44,7 @@ from m2f2cli.options.evaluate import (
     ImagesData,
     MeasureOptions,
 )
+from m2f2cli.runtime import Advance, Progress, no_progress
 
 if TYPE_CHECKING:
     from m2f2cli.evaluation.calibrate import Calibration
@@ -54,27 +55,15 @@ RECORDS = "predictions.jsonl"
 SPLITS = ("all", "train", "validation", "test")
 _COMPARED = 64  # records of a resumed file whose pictures are looked at again
 
-Advance = Callable[[], object]
-# Called with the number of pictures that are to be judged; gives what is called after each.
-Progress = Callable[[int], AbstractContextManager[Advance]]
-
 
 class Evaluation(NamedTuple):
-    """What came of an evaluation.
+    """What came of an evaluation."""
 
-    Attributes:
-        report: Of ``report.build_report``.
-        scored: The joined items.
-        tripped: The gates that tripped, a sentence each.
-        calibration: What ``calibrate`` stored.
-        sweep: What ``robustness`` measured.
-    """
-
-    report: dict[str, Any]
-    scored: Joined
-    tripped: tuple[str, ...] = ()
-    calibration: Calibration | None = None
-    sweep: Sweep | None = None
+    report: dict[str, Any]  # of report.build_report
+    scored: Joined  # the joined items
+    tripped: tuple[str, ...] = ()  # the gates that tripped, a sentence each
+    calibration: Calibration | None = None  # what calibrate stored
+    sweep: Sweep | None = None  # what robustness measured
 
     @property
     def unanswered(self) -> int:
@@ -82,44 +71,30 @@ class Evaluation(NamedTuple):
         return len(self.scored.missing) + int(self.report["counts"].get("failed", 0))
 
 
-def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Evaluation:
+def evaluate(options: EvaluateOptions, progress: Progress = no_progress) -> Evaluation:
     """Judge a data set if need be, measure the answers, and write the report.
 
     Args:
         options: What is measured, and how.
-        progress: Told of every picture that is judged.
+        progress: Shows how many pictures are judged.
 
     Raises:
         M2F2Error: Something named is missing or broken, predictions and truth do not fit, a file
             cannot be written, or the report's extra is not installed.
     """
     subject = read_subject(options)
-    with (progress or silent)(subject.steps) as advance:
+    with progress("Judging", subject.steps) as advance:
         return measure(subject, advance)
 
 
-@contextmanager
-def silent(steps: int) -> Iterator[Advance]:
-    """The progress that nobody watches."""
-    yield lambda: None
-
-
 class Subject(NamedTuple):
-    """What is measured; all that is named is there and fits, before any work.
+    """What is measured; all that is named is there and fits, before any work."""
 
-    Attributes:
-        options: How.
-        detect: How a model judges.
-        expectation: What the figures should be.
-        samples: What the model is to judge; None with predictions.
-        truth: None where only the predictions tell.
-    """
-
-    options: MeasureOptions
-    detect: DetectOptions
-    expectation: reports.Expectation | None
-    samples: SampleSet | None
-    truth: Truth | None
+    options: MeasureOptions  # how
+    detect: DetectOptions  # how a model judges
+    expectation: reports.Expectation | None  # what the figures should be
+    samples: SampleSet | None  # what the model is to judge; None with predictions
+    truth: Truth | None  # none where only the predictions tell
 
     @property
     def steps(self) -> int:

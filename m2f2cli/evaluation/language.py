@@ -48,17 +48,13 @@ JAVA_PROGRAMS = {
 
 @dataclass(frozen=True)
 class TextScores:
-    """What each answer adds to the figures.
+    """What each answer adds to the figures."""
 
-    Attributes:
-        bleu: float (N, 2 + 2 * ORDER): words in the answer; words in the reference of the closest
-            length; n-grams in the answer for n = 1..ORDER; those of them that a reference has.
-        rouge_l: float (N,) in [0, 1].
-        cider: float (N,) in [0, 10]; how rare an n-gram is, is counted over all N references.
-    """
-
+    # Float (N, 2 + 2 * ORDER): words in the answer; words in the reference of the closest length;
+    # n-grams in the answer for n = 1..ORDER; those of them that a reference has
     bleu: np.ndarray
-    rouge_l: np.ndarray
+    rouge_l: np.ndarray  # float (N,) in [0, 1]
+    # Float (N,) in [0, 10]; how rare an n-gram is, is counted over all N references
     cider: np.ndarray
 
     def measure(self, weights: np.ndarray) -> dict[str, np.ndarray]:

@@ -172,6 +172,7 @@ def _mistake(mistake: Mistake) -> dict[str, Any]:
 
 REAL_COLOR, FAKE_COLOR, INK = "#2563a8", "#c2410c", "#444444"
 SCORE_BINS = 25
+_DIAGONAL: dict[str, Any] = {"color": "#bbbbbb", "linewidth": 1, "linestyle": ":"}
 _STYLE: dict[str, Any] = {
     "font.size": 9.0,
     "font.family": "DejaVu Sans",
@@ -195,12 +196,11 @@ def roc(labels: np.ndarray, scores: np.ndarray, threshold: float | None) -> Figu
     """
     figure, axes = _canvas()
     curve = metrics.Ranking(labels, scores).curve()
-    axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, linestyle=":")
-    axes.plot(
-        *curve.rates(), color=FAKE_COLOR, linewidth=1.8, label=f"AUC {metrics.area(curve):.3f}"
-    )
+    words = f"AUC {metrics.area(curve):.3f}"
+    axes.plot([0, 1], [0, 1], **_DIAGONAL)
+    axes.plot(*curve.rates(), color=FAKE_COLOR, linewidth=1.8, label=words)
     if threshold is not None:
-        at = (scores[labels == 0] >= threshold).mean(), (scores[labels == 1] >= threshold).mean()
+        at = [(scores[labels == label] >= threshold).mean() for label in (REAL, FAKE)]
         axes.plot(*at, "o", color=INK, label=f"threshold {threshold:.3g}")
     axes.set(
         xlabel="false-positive rate: real called fake",
@@ -209,7 +209,7 @@ def roc(labels: np.ndarray, scores: np.ndarray, threshold: float | None) -> Figu
         ylim=(-0.02, 1.02),
         aspect="equal",
     )
-    _legend(axes, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 
@@ -223,18 +223,17 @@ def histograms(labels: np.ndarray, scores: np.ndarray, threshold: float | None) 
     """
     figure, axes = _canvas()
     edges = np.linspace(0.0, 1.0, SCORE_BINS + 1)
-    for label, word, color in ((0, "real", REAL_COLOR), (1, "fake", FAKE_COLOR)):
+    for label, word, color in ((REAL, "real", REAL_COLOR), (FAKE, "fake", FAKE_COLOR)):
         own = scores[labels == label]
         if len(own):
             shares = np.histogram(own, edges)[0] / len(own)
             axes.stairs(shares, edges, fill=True, color=color, alpha=0.35)
             axes.stairs(shares, edges, color=color, label=f"{word} ({len(own):,})")
     if threshold is not None:
-        axes.axvline(
-            threshold, color=INK, linewidth=1, linestyle="--", label=f"threshold {threshold:.3g}"
-        )
+        words = f"threshold {threshold:.3g}"
+        axes.axvline(threshold, color=INK, linewidth=1, linestyle="--", label=words)
     axes.set(xlabel="fake probability", ylabel="share of the class", xlim=(0, 1))
-    _legend(axes, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    _legend_above(axes, columns=3)
     return figure
 
 
@@ -246,24 +245,14 @@ def reliability(labels: np.ndarray, scores: np.ndarray) -> Figure:
         scores: float (N,) in [0, 1].
     """
     figure, axes = _canvas()
-    axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, linestyle=":")
+    axes.plot([0, 1], [0, 1], **_DIAGONAL)
     found = metrics.reliability(labels, scores)
-    used = found.counts > 0
-    counts, means, shares = found.counts[used], found.probability[used], found.frequency[used]
+    counts, means, shares = (values[found.counts > 0] for values in found)
     axes.plot(means, shares, color=FAKE_COLOR, linewidth=1.2)
     axes.scatter(means, shares, s=12 + 160 * counts / counts.max(), color=FAKE_COLOR, alpha=0.6)
     for x, y, count in zip(means, shares, counts, strict=True):
-        above = y < 0.9
-        axes.annotate(
-            f"{count:,}",
-            (x, y),
-            xytext=(0, 9 if above else -9),
-            textcoords="offset points",
-            ha="center",
-            va="bottom" if above else "top",
-            fontsize=7,
-            color=INK,
-        )
+        offset, side = ((0, 9), "bottom") if y < 0.9 else ((0, -9), "top")
+        _annotate(axes, f"{count:,}", (x, y), offset, ha="center", va=side)
     axes.set(
         xlabel="mean fake probability of the bin",
         ylabel="share that is forged",
@@ -275,7 +264,7 @@ def reliability(labels: np.ndarray, scores: np.ndarray) -> Figure:
 
 
 def bars(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Figure:
-    """Figures of each manipulation as bars with their metrics.
+    """Figures of each manipulation as bars with their intervals.
 
     Args:
         rows: Manipulation to figures as JSON values (``value``, ``low``, ``high``), in [0, 1].
@@ -283,42 +272,37 @@ def bars(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Figure:
     """
     figure, axes = _canvas(height=1.1 + 0.42 * len(rows))
     thickness = 0.8 / len(names)
-    places = np.arange(len(rows))
     for number, (name, color) in enumerate(zip(names, (FAKE_COLOR, REAL_COLOR), strict=False)):
         shift = (number - (len(names) - 1) / 2) * thickness
-        for place, found in zip(places, rows.values(), strict=True):
-            _bar(axes, found.get(name) or {}, place + shift, thickness=thickness, color=color)
+        for place, figures in enumerate(rows.values()):
+            value, low, high = ((figures.get(name) or {}).get(k) for k in ("value", "low", "high"))
+            if value is None:
+                continue
+            at = place + shift
+            axes.barh([at], [value], height=thickness * 0.9, color=color, alpha=0.75)
+            if low is not None and high is not None:
+                axes.plot([low, high], [at, at], color="#111111", linewidth=1.2, marker="|")
+            _annotate(axes, f"{value:.3f}", (max(value, high or 0.0), at), (4, 0), va="center")
         axes.barh([np.nan], [np.nan], color=color, alpha=0.75, label=name.replace("_", " "))
-    axes.set_yticks(places, [_short(kind) for kind in rows])
+    # Names of bearable length, and no mathematics of matplotlib's.
+    kinds = [kind if len(kind) <= 28 else kind[:27] + "…" for kind in rows]
+    axes.set_yticks(range(len(rows)), [kind.replace("$", r"\$") for kind in kinds])
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.14), xticks=np.linspace(0, 1, 6), ylim=(len(rows) - 0.5, -0.5))
-    _legend(axes, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    _legend_above(axes, columns=2)
     return figure
 
 
-def _bar(
-    axes: Axes, found: Mapping[str, Any], place: float, *, thickness: float, color: str
-) -> None:
-    value, low, high = (found.get(key) for key in ("value", "low", "high"))
-    if value is None:
-        return
-    axes.barh([place], [value], height=thickness * 0.9, color=color, alpha=0.75)
-    if low is not None and high is not None:
-        axes.plot([low, high], [place, place], color="#111111", linewidth=1.2, marker="|")
+def _annotate(axes: Axes, text: str, at: Any, offset: tuple[int, int], **align: Any) -> None:
     axes.annotate(
-        f"{value:.3f}", (max(value, high or 0.0), place), xytext=(4, 0),
-        textcoords="offset points", va="center", fontsize=7, color=INK,
-    )  # fmt: skip
+        text, at, xytext=offset, textcoords="offset points", fontsize=7, color=INK, **align
+    )
 
 
-def _short(text: str) -> str:
-    """A manipulation's name as a label: of bearable length, and no mathematics of matplotlib's."""
-    plain = text if len(text) <= 28 else text[:27] + "…"
-    return plain.replace("$", r"\$")
-
-
-def _legend(axes: Axes, **place: Any) -> None:
-    axes.legend(frameon=False, fontsize=8, **place)
+def _legend_above(axes: Axes, *, columns: int) -> None:
+    axes.legend(
+        frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns
+    )
 
 
 def _canvas(height: float = 3.6) -> tuple[Figure, Axes]:
@@ -336,9 +320,6 @@ def drawn(figure: Figure, form: str = "svg") -> bytes:
     return data.getvalue()
 
 
-_COLUMNS = 4  # panels side by side
-
-
 def sweep_curves(rows: Sequence[Row], form: str = "svg") -> bytes:
     """Draw AUC with its interval, and the share in the domain, against severity.
 
@@ -348,7 +329,7 @@ def sweep_curves(rows: Sequence[Row], form: str = "svg") -> bytes:
     """
     clean, corrupted = rows[0], rows[1:]
     names = list(dict.fromkeys(row.corruption for row in corrupted))
-    across = max(1, min(_COLUMNS, len(names)))
+    across = max(1, min(4, len(names)))
     down = max(1, -(-len(names) // across))
     figure = Figure(figsize=(2.5 * across, 2.1 * down + 0.5), layout="constrained")
     panels = list(figure.subplots(down, across, sharey=True, squeeze=False).flat)
@@ -362,25 +343,24 @@ def sweep_curves(rows: Sequence[Row], form: str = "svg") -> bytes:
     return drawn(figure, form)
 
 
-def _panel(panel: Axes, name: str, rows: Sequence[Row]) -> None:
-    panel.axhline(0.5, color="#bbbbbb", linewidth=1, linestyle=":")
-    known = [(r.severity, r.auc.value, r.auc) for r in rows if r.auc.value is not None]
-    bounds = [(s, a.low, a.high) for s, _, a in known if a.low is not None and a.high is not None]
+def _panel(panel: Any, name: str, rows: Sequence[Row]) -> None:
+    panel.axhline(0.5, **_DIAGONAL)
+    known = [(row.severity, row.auc) for row in rows if row.auc.value is not None]
+    bounds = [(step, auc.low, auc.high) for step, auc in known if auc.low is not None]
     if bounds:
-        steps, low, high = zip(*bounds, strict=True)
         panel.fill_between(
-            steps, low, high, color=FAKE_COLOR, alpha=0.18, linewidth=0, label="its interval"
-        )
+            *zip(*bounds, strict=True),
+            color=FAKE_COLOR, alpha=0.18, linewidth=0, label="its interval",
+        )  # fmt: skip
     panel.plot(
-        [step for step, _, _ in known],
-        [value for _, value, _ in known],
+        [step for step, _ in known],
+        [auc.value for _, auc in known],
         color=FAKE_COLOR, marker="o", markersize=3, label="AUC",
     )  # fmt: skip
     inside = [(row.severity, row.in_domain) for row in rows if row.in_domain is not None]
     if inside:
         panel.plot(
-            [step for step, _ in inside],
-            [share for _, share in inside],
+            *zip(*inside, strict=True),
             color=INK, linewidth=1, linestyle="--", label="share in domain",
         )  # fmt: skip
     values = CORRUPTIONS[name].values

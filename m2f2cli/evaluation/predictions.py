@@ -20,32 +20,22 @@ from typing import Any
 
 from m2f2cli.data.conversations import plain
 from m2f2cli.errors import InputError
-from m2f2cli.records import SCHEMA_VERSION, STATUSES, VERDICTS
+from m2f2cli.records import SCHEMA_VERSION, STATUSES, VERDICTS, read_text
 
 CSV_HEADER = ["image_id", "ground_truth", "prediction"]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One row of a file of answers.
+    """One row of a file of answers."""
 
-    Attributes:
-        name: The picture, or the key of the question, as the file spells it.
-        fake_probability: In [0, 1], or None.
-        verdict: ``real``, ``fake``, ``uncertain`` or None.
-        answer: The text, as the file has it.
-        question: The prompt.
-        status: A key of ``records.STATUSES``.
-        in_domain: As in ``records.Detection``.
-    """
-
-    name: str
-    fake_probability: float | None = None
-    verdict: str | None = None
-    answer: str | None = None
-    question: str | None = None
-    status: str = "ok"
-    in_domain: bool | None = None
+    name: str  # the picture, or the key of the question, as the file spells it
+    fake_probability: float | None = None  # in [0, 1], or None
+    verdict: str | None = None  # real, fake, uncertain or None
+    answer: str | None = None  # the text, as the file has it
+    question: str | None = None  # the prompt
+    status: str = "ok"  # a key of records.STATUSES
+    in_domain: bool | None = None  # as in records.Detection
 
     def same_answer(self, other: Prediction) -> bool:
         """Whether two rows say the same; marks of the tokeniser do not count."""
@@ -56,27 +46,17 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions:
-    """A file of answers.
+    """A file of answers."""
 
-    Attributes:
-        path: The file.
-        layout: ``detections``, ``judgements``, ``explanations`` or ``frames``.
-        rows: Every row in the file's order, repeated ones too.
-        threshold: Of the model that made them; None when the file does not say.
-        model: Its name; None as above.
-        model_fingerprint: ``sha256:…``; None as above.
-        labels: Layout ``frames``: the file's own truth, name to 0 real or 1 fake.
-        notes: What to know about how the file was read.
-    """
-
-    path: Path
-    layout: str
-    rows: tuple[Prediction, ...]
-    threshold: float | None = None
-    model: str | None = None
-    model_fingerprint: str | None = None
+    path: Path  # the file
+    layout: str  # detections, judgements, explanations or frames
+    rows: tuple[Prediction, ...]  # every row in the file's order, repeated ones too
+    threshold: float | None = None  # of the model that made them; None when the file does not say
+    model: str | None = None  # its name; None as above
+    model_fingerprint: str | None = None  # sha256:…; None as above
+    # Layout frames: the file's own truth, name to 0 real or 1 fake
     labels: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what to know about how the file was read
 
     @property
     def task(self) -> str:
@@ -106,25 +86,6 @@ def read_predictions(path: Path) -> Predictions:
         hint="It reads the .jsonl records of 'm2f2 detect --output', the published .jsonl answers "
         f"and the published CSV with the header '{','.join(CSV_HEADER)}'.",
     )
-
-
-def read_text(path: Path) -> str:
-    """The whole of a UTF-8 file.
-
-    Raises:
-        InputError: It is missing, empty or no text.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise InputError(f"There is no file '{path}'.", "missing", "Check the path.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"'{path}' is not a text file (UTF-8).") from error
-    except OSError as error:
-        raise InputError(f"'{path}' cannot be read: {error.strerror}.") from error
-    if not text.strip():
-        raise InputError(f"'{path}' is empty.", "empty")
-    return text
 
 
 def json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -260,14 +221,6 @@ def _detection(row: Mapping[str, Any]) -> Prediction:
     )
 
 
-def _judgement(row: Mapping[str, Any]) -> Prediction:
-    return _text(row, "image")
-
-
-def _explanation(row: Mapping[str, Any]) -> Prediction:
-    return _text(row, "key")
-
-
 def _text(row: Mapping[str, Any], key: str) -> Prediction:
     return Prediction(
         name=value_of(row, key, str, required=True),
@@ -278,8 +231,8 @@ def _text(row: Mapping[str, Any], key: str) -> Prediction:
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], Prediction]] = {
     "detections": _detection,
-    "judgements": _judgement,
-    "explanations": _explanation,
+    "judgements": lambda row: _text(row, "image"),
+    "explanations": lambda row: _text(row, "key"),
 }
 
 
@@ -301,18 +254,13 @@ def _read_frames(path: Path, text: str) -> Predictions:
         if labels.setdefault(name, label) != label:
             raise bad_line(path, reader.line_num, f"gives '{name}' another label than before")
         try:
-            real = probability(_number(score), "prediction")
-        except BadRow as error:
-            raise bad_line(path, reader.line_num, str(error)) from error
+            real = float(score)
+        except ValueError:
+            real = math.nan
+        if not 0 <= real <= 1:
+            fault = f"has {score!r} for 'prediction', which is no probability in [0, 1]"
+            raise bad_line(path, reader.line_num, fault)
         rows.append(Prediction(name, fake_probability=1 - real))
     if not rows:
         raise InputError(f"'{path}' holds no rows.", "empty")
     return Predictions(path, "frames", tuple(rows), labels=labels)
-
-
-def _number(word: str) -> float | str:
-    try:
-        value = float(word)
-    except ValueError:
-        return word
-    return value if math.isfinite(value) else word

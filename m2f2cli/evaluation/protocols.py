@@ -29,19 +29,12 @@ from m2f2cli.metrics import BINS, LEVEL, METRICS, RESAMPLES, SEED, Confusion, Gr
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number.
+    """One measured number."""
 
-    Attributes:
-        value: None when it is undefined; never NaN.
-        low: Lower end of its interval; None without one.
-        high: Upper end.
-        note: Why it is undefined, or what to know about it.
-    """
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    note: str | None = None
+    value: float | None  # none when it is undefined; never NaN
+    low: float | None = None  # lower end of its interval; None without one
+    high: float | None = None  # upper end
+    note: str | None = None  # why it is undefined, or what to know about it
 
     def __post_init__(self) -> None:
         for number in (self.value, self.low, self.high):
@@ -58,23 +51,14 @@ def _figure(value: Any, undefined: str | None, ends: tuple[float, float] | None 
 
 @dataclass(frozen=True)
 class Measures:
-    """All figures of one set under one protocol.
+    """All figures of one set under one protocol."""
 
-    Attributes:
-        protocol: ``standard`` or ``paper``.
-        figures: Name to figure.
-        per_kind: Manipulation to its figures.
-        counts: How many items of which sort.
-        definition: Everything the figures depend on besides the data.
-        notes: What to know about them.
-    """
-
-    protocol: str
-    figures: Mapping[str, Figure]
-    per_kind: Mapping[str, Mapping[str, Figure]]
-    counts: Mapping[str, int]
-    definition: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
+    protocol: str  # standard or paper
+    figures: Mapping[str, Figure]  # name to figure
+    per_kind: Mapping[str, Mapping[str, Figure]]  # manipulation to its figures
+    counts: Mapping[str, int]  # how many items of which sort
+    definition: Mapping[str, Any]  # everything the figures depend on besides the data
+    notes: tuple[str, ...] = ()  # what to know about them
 
     @property
     def protocol_hash(self) -> str:
@@ -379,15 +363,10 @@ References = Mapping[str, Sequence[str]]
 
 
 class Video(NamedTuple):
-    """A run of frames.
+    """A run of frames."""
 
-    Attributes:
-        scores: Probability of real, each frame.
-        real: Whether it is real.
-    """
-
-    scores: tuple[float, ...]
-    real: bool
+    scores: tuple[float, ...]  # probability of real, each frame
+    real: bool  # whether it is real
 
 
 def paper(found: Predictions | Joined, *, references: References | None = None) -> Measures:

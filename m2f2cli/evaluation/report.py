@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.evaluation.predictions import read_text, refuse_constant
+from m2f2cli.evaluation.predictions import refuse_constant
 from m2f2cli.evaluation.protocols import Measures
 from m2f2cli.evaluation.truth import FAKE, REAL, UNKNOWN, Item, Joined
 from m2f2cli.files import atomic_write
-from m2f2cli.records import STATUSES, VERDICTS, to_line
+from m2f2cli.records import STATUSES, VERDICTS, read_text, to_line
 
 SCHEMA_VERSION, KIND = 1, "evaluation"
 REPORT, ITEMS, PAGE = "report.json", "scored.jsonl", "index.html"
@@ -128,17 +128,11 @@ def write_report(folder: Path, report: Mapping[str, Any], scored: Joined, page: 
 
 
 class SavedReport(NamedTuple):
-    """A report as read back from its folder.
+    """A report as read back from its folder."""
 
-    Attributes:
-        path: Its ``report.json``.
-        report: The object in it.
-        scored: The joined items beside it.
-    """
-
-    path: Path
-    report: dict[str, Any]
-    scored: Joined
+    path: Path  # its report.json
+    report: dict[str, Any]  # the object in it
+    scored: Joined  # the joined items beside it
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -241,17 +235,12 @@ def _read_items(report: Mapping[str, Any], data: bytes) -> Joined:
 
 
 class Mistake(NamedTuple):
-    """An item that was answered wrongly, or not at all.
+    """An item that was answered wrongly, or not at all."""
 
-    Attributes:
-        item: The item.
-        confidence: Probability given to the wrong class, in [0, 1]; 1 where there is only a word.
-        words: What was said.
-    """
-
-    item: Item
+    item: Item  # the item
+    # Probability given to the wrong class, in [0, 1]; 1 where there is only a word
     confidence: float
-    words: str
+    words: str  # what was said
 
 
 def call_of(item: Item, scored: Joined) -> str | None:
@@ -302,29 +291,19 @@ ACCURACY = ("accuracy",)
 
 
 class Expected(NamedTuple):
-    """What one figure should be.
+    """What one figure should be."""
 
-    Attributes:
-        key: A figure, ``KIND.figure`` of one manipulation, or ``counts.NAME``.
-        value: None where the figure should be undefined.
-        tolerance: Largest accepted difference.
-    """
-
-    key: str
-    value: float | None
-    tolerance: float
+    key: str  # a figure, KIND.figure of one manipulation, or counts.NAME
+    value: float | None  # none where the figure should be undefined
+    tolerance: float  # largest accepted difference
 
 
 class Expectation(NamedTuple):
-    """What ``--check`` holds a report against.
+    """What ``--check`` holds a report against."""
 
-    Attributes:
-        figures: The expected figures.
-        identity: Dotted paths into the report to what must stand there, such as
-            ``protocol.sha256``; only an earlier report asks for any.
-    """
-
-    figures: tuple[Expected, ...]
+    figures: tuple[Expected, ...]  # the expected figures
+    # Dotted paths into the report to what must stand there, such as protocol.sha256; only an
+    # earlier report asks for any
     identity: Mapping[str, str]
 
 

@@ -22,12 +22,10 @@ from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, MissingExtraError, UsageError
 from m2f2cli.evaluation.evaluate import (
     Evaluation,
-    Progress,
     check_same_data,
     list_sources,
     measure,
     read_subject,
-    silent,
     truth_of,
 )
 from m2f2cli.evaluation.predictions import read_predictions
@@ -41,6 +39,7 @@ from m2f2cli.inference.sources import Source
 from m2f2cli.metrics import LEVEL, RESAMPLES, SEED
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.evaluate import RobustnessOptions
+from m2f2cli.runtime import Progress, no_progress
 
 if TYPE_CHECKING:
     from m2f2cli.models.detector import Detector
@@ -53,12 +52,12 @@ _CHUNK = 16  # pictures that are decoded and then taken through all conditions
 Condition = tuple[str, int]
 
 
-def robustness(options: RobustnessOptions, progress: Progress | None = None) -> Evaluation:
+def robustness(options: RobustnessOptions, progress: Progress = no_progress) -> Evaluation:
     """Measure and report a set as ``evaluate`` does, and under every corruption.
 
     Args:
         options: The set, the detector, and where the results go.
-        progress: Told of every picture that is judged.
+        progress: Shows how many pictures are judged.
 
     Returns:
         What ``evaluate`` gives, with the ``sweep``.
@@ -70,7 +69,7 @@ def robustness(options: RobustnessOptions, progress: Progress | None = None) -> 
     if subject.samples is None or subject.truth is None:
         raise UsageError("Corrupted pictures are judged by a model, not measured by predictions.")
     whole = subject.steps * (1 + len(conditions(tuple(CORRUPTIONS))))
-    with (progress or silent)(whole) as advance:
+    with progress("Judging", whole) as advance:
         found = measure(subject, advance)
         swept = sweep(
             subject.samples,
@@ -97,41 +96,26 @@ def conditions(corruptions: Sequence[str]) -> list[Condition]:
 
 @dataclass(frozen=True)
 class Row:
-    """One condition's figures.
+    """One condition's figures."""
 
-    Attributes:
-        corruption: Its name; ``none`` for untouched pictures.
-        severity: 1 to 5; 0 for untouched pictures.
-        value: The corruption's number at that severity; None as above.
-        auc: Area under the ROC curve over pictures or frames.
-        accuracy: At the stored threshold; a picture without an answer counts as wrong.
-        uncertain: Share of the judged whose verdict is uncertain; None if none was judged.
-        in_domain: Share that resembles the training pictures; None without a domain check.
-        judged: How many have a probability.
-        failed: How many have none.
-    """
-
-    corruption: str
-    severity: int
-    value: float | None
-    auc: Figure
-    accuracy: Figure
+    corruption: str  # its name; none for untouched pictures
+    severity: int  # 1 to 5; 0 for untouched pictures
+    value: float | None  # the corruption's number at that severity; None as above
+    auc: Figure  # area under the ROC curve over pictures or frames
+    accuracy: Figure  # at the stored threshold; a picture without an answer counts as wrong
+    # Share of the judged whose verdict is uncertain; None if none was judged
     uncertain: float | None
+    # Share that resembles the training pictures; None without a domain check
     in_domain: float | None
-    judged: int
-    failed: int
+    judged: int  # how many have a probability
+    failed: int  # how many have none
 
 
 class Sweep(NamedTuple):
-    """A finished sweep.
+    """A finished sweep."""
 
-    Attributes:
-        rows: One a condition, untouched pictures first.
-        notes: What to know about it.
-    """
-
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = ()
+    rows: tuple[Row, ...]  # one a condition, untouched pictures first
+    notes: tuple[str, ...] = ()  # what to know about it
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headings and rows for people; a heading that ends in ``>`` is aligned to the right."""

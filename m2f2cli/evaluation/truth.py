@@ -1,7 +1,7 @@
 """What is true of each picture or question, and the answers joined to it.
 
-Truth is read from files, from file names only when asked. NumPy is not needed here, torch is never
-imported. The labels of a folder of pictures and of HDF5 files come from ``runs.truth_of``.
+Truth is read from files, from file names only when asked. The labels of a folder of pictures and of
+HDF5 files come from ``evaluate.truth_of``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from m2f2cli.evaluation.predictions import (
     Predictions,
     bad_line,
     json_lines,
-    read_text,
     value_of,
 )
+from m2f2cli.records import read_text
 
 TASKS = ("scores", "judgement", "explanation")
 REAL, FAKE, UNKNOWN = 0, 1, -1
@@ -34,90 +34,59 @@ REAL, FAKE, UNKNOWN = 0, 1, -1
 
 @dataclass(frozen=True)
 class Item:
-    """One picture, video frame or question, with its truth and what the model said.
+    """One picture, video frame or question, with its truth and what the model said."""
 
-    Attributes:
-        name: Its key, unique in the set: the path inside the data set, ``<video>/<frame>``, or the
-            key of a question.
-        label: 0 real, 1 fake; -1 only where an explanation's truth does not say it.
-        kind: ``real`` or the manipulation (``fake`` when it is not known).
-        group: What the bootstrap resamples: the video, or the picture itself.
-        fake_probability: In [0, 1]; None when the model gave none.
-        verdict: ``real``, ``fake``, ``uncertain``, or None without one.
-        answer: Free text of an explainer.
-        question: What was asked.
-        file: The picture.
-        status: A key of ``records.STATUSES``.
-        in_domain: Whether the picture resembles the training pictures; None without a check.
-    """
-
+    # Its key, unique in the set: the path inside the data set, <video>/<frame>, or the key of a
+    # question
     name: str
-    label: int
-    kind: str
-    group: str
-    fake_probability: float | None = None
-    verdict: str | None = None
-    answer: str | None = None
-    question: str | None = None
-    file: Path | None = None
-    status: str = "ok"
+    label: int  # 0 real, 1 fake; -1 only where an explanation's truth does not say it
+    kind: str  # real or the manipulation (fake when it is not known)
+    group: str  # what the bootstrap resamples: the video, or the picture itself
+    fake_probability: float | None = None  # in [0, 1]; None when the model gave none
+    verdict: str | None = None  # real, fake, uncertain, or None without one
+    answer: str | None = None  # free text of an explainer
+    question: str | None = None  # what was asked
+    file: Path | None = None  # the picture
+    status: str = "ok"  # a key of records.STATUSES
+    # Whether the picture resembles the training pictures; None without a check
     in_domain: bool | None = None
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is true, before any answer.
+    """What is true, before any answer."""
 
-    Attributes:
-        dataset: ``ffpp``, ``ddvqa`` or ``images``.
-        items: Without answers.
-        split: ``train``, ``validation``, ``test`` or ``all``.
-        references: Reference answers of questions.
-        notes: What a report should say about it.
-    """
-
-    dataset: str
-    items: tuple[Item, ...]
-    split: str = "all"
+    dataset: str  # ffpp, ddvqa or images
+    items: tuple[Item, ...]  # without answers
+    split: str = "all"  # train, validation, test or all
+    # Reference answers of questions
     references: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what a report should say about it
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Every item of a truth, in its order, with the answers that were found for it.
+    """Every item of a truth, in its order, with the answers that were found for it."""
 
-    Attributes:
-        dataset: ``ffpp``, ``ddvqa`` or ``images``.
-        task: ``scores`` (probabilities), ``judgement`` (texts that say real or fake) or
-            ``explanation`` (texts against references).
-        items: Every item; those without an answer have no probability, verdict nor answer.
-        threshold: The stored one of the predictions' model; None if unknown (0.5 is then used).
-        model: As the predictions name it.
-        model_fingerprint: ``sha256:…``, or None.
-        data_fingerprint: ``sha256:…`` over (name, label, kind, group) of every item.
-        split: ``train``, ``validation``, ``test`` or ``all``.
-        missing: Names without a prediction.
-        duplicates: Names predicted more than once.
-        unknown: Predictions that the truth does not know.
-        references: Explanation task: name to reference answers.
-        notes: What a report should say.
-        predictions: The file of answers as it was read; the paper protocol counts its rows.
-    """
-
-    dataset: str
+    dataset: str  # ffpp, ddvqa or images
+    # scores (probabilities), judgement (texts that say real or fake) or explanation (texts against
+    # references)
     task: str
+    # Every item; those without an answer have no probability, verdict nor answer
     items: tuple[Item, ...]
+    # The stored one of the predictions' model; None if unknown (0.5 is then used)
     threshold: float | None
-    model: str | None
-    model_fingerprint: str | None
-    data_fingerprint: str
-    split: str = "all"
-    missing: tuple[str, ...] = ()
-    duplicates: tuple[str, ...] = ()
-    unknown: tuple[str, ...] = ()
+    model: str | None  # as the predictions name it
+    model_fingerprint: str | None  # sha256:…, or None
+    data_fingerprint: str  # sha256:… over (name, label, kind, group) of every item
+    split: str = "all"  # train, validation, test or all
+    missing: tuple[str, ...] = ()  # names without a prediction
+    duplicates: tuple[str, ...] = ()  # names predicted more than once
+    unknown: tuple[str, ...] = ()  # predictions that the truth does not know
+    # Explanation task: name to reference answers
     references: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what a report should say
+    # The file of answers as it was read; the paper protocol counts its rows
     predictions: Predictions | None = None
 
     def __post_init__(self) -> None:
@@ -145,10 +114,6 @@ def join(truth: Truth, predictions: Predictions) -> Joined:
     item with the same file name, if only one item and only one predicted name have it. Of several
     answers for one item the last one counts.
 
-    Args:
-        truth: What is true.
-        predictions: A file of answers.
-
     Raises:
         InputError: Not one prediction is about an item of the truth.
         UsageError: The predictions are explanations and the truth has no references.
@@ -172,11 +137,16 @@ def join(truth: Truth, predictions: Predictions) -> Joined:
             hint="Check that both speak of the same data set and name pictures alike.",
         )
     joined = tuple(_answered(item, answers.get(item.name, ()), task) for item in truth.items)
-    duplicates = tuple(name for name, rows in answers.items() if len(rows) > 1)
+    repeated = {name: rows for name, rows in answers.items() if len(rows) > 1}
     notes = [*truth.notes, *predictions.notes]
     if by_file_name:
         notes.append(f"Predictions matched by file name alone: {by_file_name:,}.")
-    notes += _said_of_duplicates(duplicates, answers)
+    if repeated:
+        differ = sum(not all(map(rows[0].same_answer, rows)) for rows in repeated.values())
+        notes.append(
+            f"Items predicted more than once: {len(repeated):,}, {differ:,} of them with different "
+            "answers; the last one counts."
+        )
     if task == "explanation":
         told = sum(stated_label(item.question or "") is not None for item in joined)
         notes.append(f"{told:,} of {len(joined):,} questions contain the label.")
@@ -190,7 +160,7 @@ def join(truth: Truth, predictions: Predictions) -> Joined:
         data_fingerprint=fingerprint(truth.items),
         split=truth.split,
         missing=tuple(name for name in items if name not in answers),
-        duplicates=duplicates,
+        duplicates=tuple(repeated),
         unknown=tuple(dict.fromkeys(r.name for r in predictions.rows if r.name not in owners)),
         references=truth.references,
         notes=tuple(notes),
@@ -209,18 +179,18 @@ def _owners(items: Mapping[str, Item], names: list[str], task: str) -> tuple[dic
             owners[name] = owner
     if task == "explanation":  # keys of questions are no paths
         return owners, 0
-    in_truth, in_predictions = (Counter(map(file_name, group)) for group in (items, predicted))
-    of_file = {file_name(name): name for name in items}
+    in_truth, in_predictions = (Counter(map(_file_name, group)) for group in (items, predicted))
+    of_file = {_file_name(name): name for name in items}
     by_file_name = 0
     for name in predicted:
-        short = file_name(name)
+        short = _file_name(name)
         if name not in owners and in_truth[short] == in_predictions[short] == 1:
             owners[name] = of_file[short]
             by_file_name += 1
     return owners, by_file_name
 
 
-def file_name(name: str) -> str:
+def _file_name(name: str) -> str:
     """The last part of a path, whichever system's slashes it has."""
     return name.replace("\\", "/").rpartition("/")[2]
 
@@ -229,36 +199,15 @@ def _answered(item: Item, rows: Sequence[Prediction], task: str) -> Item:
     if not rows:
         return item
     row = rows[-1]
-    verdict = parse_verdict(row.answer or "") if task == "judgement" else row.verdict
     return replace(
         item,
         fake_probability=row.fake_probability,
-        verdict=verdict,
+        verdict=parse_verdict(row.answer or "") if task == "judgement" else row.verdict,
         answer=row.answer,
         question=row.question or item.question,
         status=row.status,
         in_domain=row.in_domain,
     )
-
-
-def _said_of_duplicates(
-    duplicates: Sequence[str], answers: Mapping[str, Sequence[Prediction]]
-) -> list[str]:
-    if not duplicates:
-        return []
-    differ = sum(
-        any(not row.same_answer(answers[name][0]) for row in answers[name]) for name in duplicates
-    )
-    return [
-        f"Items predicted more than once: {len(duplicates):,}, {differ:,} of them with different "
-        "answers; the last one counts."
-    ]
-
-
-_LABELS: Mapping[object, int] = {"real": REAL, "fake": FAKE}
-_NAMES = ("image", "path", "name")
-# Folders of DD-VQA's annotations whose names differ from the manipulation's usual one.
-_DDVQA_KINDS = {"Original": "real", "Neuraltexture": "NeuralTextures"}
 
 
 def file_truth(path: Path, *, dataset: str = "images", split: str = "all") -> Truth:
@@ -272,12 +221,12 @@ def file_truth(path: Path, *, dataset: str = "images", split: str = "all") -> Tr
     Raises:
         InputError: The file is missing or empty, or a row is broken; the line is named.
     """
-    text = read_text(path)
     items: dict[str, Item] = {}
     references: dict[str, tuple[str, ...]] = {}
-    for number, row in json_lines(path, text):
+    for number, row in json_lines(path, read_text(path)):
+        questions = len(row) == 1 and isinstance(next(iter(row.values())), dict)
         try:
-            item = _question(row, references) if _is_question(row) else _label_row(row)
+            item = _question(row, references) if questions else _label_row(row)
         except BadRow as error:
             raise bad_line(path, number, str(error)) from error
         if items.setdefault(item.name, item) != item:
@@ -287,12 +236,8 @@ def file_truth(path: Path, *, dataset: str = "images", split: str = "all") -> Tr
     return Truth(dataset, tuple(items.values()), split, references)
 
 
-def _is_question(row: Mapping[str, Any]) -> bool:
-    return len(row) == 1 and isinstance(next(iter(row.values())), dict)
-
-
 def _question(row: Mapping[str, Any], references: dict[str, tuple[str, ...]]) -> Item:
-    key, entry = next(iter(row.items()))
+    ((key, entry),) = row.items()
     question = value_of(entry, "question", str) or ""
     answers = value_of(entry, "answer", list, required=True)
     if not answers or not all(isinstance(answer, str) for answer in answers):
@@ -306,43 +251,19 @@ def _question(row: Mapping[str, Any], references: dict[str, tuple[str, ...]]) ->
 
 
 def _label_row(row: Mapping[str, Any]) -> Item:
-    name = next((value for key in _NAMES if (value := value_of(row, key, str))), None)
+    names = (value_of(row, key, str) for key in ("image", "path", "name"))
+    name = next(filter(None, names), None)
     if name is None:
         raise BadRow("names no picture: it lacks 'image', 'path' and 'name'")
     label = row.get("label")
     if isinstance(label, str):
-        label = _LABELS.get(label.lower())
+        label = {"real": REAL, "fake": FAKE}.get(label.lower())
     if isinstance(label, bool) or label not in (REAL, FAKE):
         raise BadRow(f"has {row.get('label')!r} for 'label', which is not 0, 1, real or fake")
     kind = value_of(row, "kind", str) or ("fake" if label == FAKE else "real")
     if (kind == "real") != (label == REAL):
         raise BadRow(f"has the kind '{kind}' and the label {row['label']!r}")
     return Item(name, int(label), kind, value_of(row, "video", str) or name)
-
-
-def pictures_of(questions: Truth) -> Truth:
-    """The labels of pictures, as a file of questions gives them away.
-
-    Args:
-        questions: Of a questions file.
-
-    Raises:
-        InputError: A picture's questions do not say what it is, or disagree.
-    """
-    labels: dict[str, int] = {}
-    for item in questions.items:
-        if item.label == UNKNOWN or labels.setdefault(item.group, item.label) != item.label:
-            raise InputError(
-                f"The questions about '{item.group}' do not say whether it is real or forged.",
-                hint="Give a file of labels: rows like "
-                '{"image": "5_012.jpg", "label": "real", "kind": "real"}.',
-            )
-    items = tuple(
-        Item(f"{picture}.jpg", label, "fake" if label else "real", f"{picture}.jpg")
-        for picture, label in labels.items()
-    )
-    note = "The labels of the pictures are those that the questions in the truth file name."
-    return Truth(questions.dataset, items, questions.split, notes=(note,))
 
 
 def ddvqa_truth(
@@ -357,7 +278,7 @@ def ddvqa_truth(
     """The truth of DD-VQA: from a file, else from the data set's annotations, else from names.
 
     Args:
-        task: One of ``scored.TASKS``; explanations need the file of questions.
+        task: One of ``TASKS``; explanations need the file of questions.
         file: Labels, or the published questions.
         data: The data set's folder.
         predictions: Whose file names are read when ``from_names`` is set and ``data`` is not.
@@ -370,12 +291,13 @@ def ddvqa_truth(
     """
     if file is not None:
         found = file_truth(file, dataset="ddvqa", split=split)
-        asks_questions = task == "explanation"
-        if asks_questions and not found.references:
+        if task != "explanation":
+            return _labels_of_questions(found) if found.references else found
+        if not found.references:
             raise InputError(
                 f"'{file}' holds no reference answers.", hint="Give the file of test questions."
             )
-        return found if asks_questions or not found.references else pictures_of(found)
+        return found
     if task == "explanation":
         raise UsageError(
             "Explanations are measured against reference answers, and none were named.",
@@ -392,6 +314,21 @@ def ddvqa_truth(
     return _annotated(data, split)
 
 
+def _labels_of_questions(questions: Truth) -> Truth:
+    """The labels of pictures, as the questions about them give them away."""
+    labels: dict[str, int] = {}
+    for item in questions.items:
+        if item.label == UNKNOWN or labels.setdefault(item.group, item.label) != item.label:
+            raise InputError(
+                f"The questions about '{item.group}' do not say whether it is real or forged.",
+                hint="Give a file of labels: rows like "
+                '{"image": "5_012.jpg", "label": "real", "kind": "real"}.',
+            )
+    items = [_picture(f"{n}.jpg", "fake" if label else "real") for n, label in labels.items()]
+    note = "The labels of the pictures are those that the questions in the truth file name."
+    return Truth(questions.dataset, tuple(items), questions.split, notes=(note,))
+
+
 def _annotated(data: Path, split: str) -> Truth:
     folder = data / "annotations" / split
     if not folder.is_dir():
@@ -400,10 +337,11 @@ def _annotated(data: Path, split: str) -> Truth:
             "missing",
             "Add --truth FILE.jsonl, or read the labels from file names with --truth-from-names.",
         )
-    crops = data / "images" / "c40" / split
+    # Folders of annotations whose names differ from the manipulation's usual one.
+    renamed = {"Original": "real", "Neuraltexture": "NeuralTextures"}
     kinds: dict[str, str] = {}
     for file in sorted(folder.rglob("*.json")):
-        kind = _DDVQA_KINDS.get(file.parent.name, file.parent.name)
+        kind = renamed.get(file.parent.name, file.parent.name)
         try:
             annotated = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -413,19 +351,20 @@ def _annotated(data: Path, split: str) -> Truth:
         for stem in annotated:
             if kinds.setdefault(stem, kind) != kind:
                 raise InputError(f"'{stem}' is annotated both as {kinds[stem]} and as {kind}.")
-    items = []
-    for stem, kind in sorted(kinds.items()):
-        picture = crops / f"{stem}.jpg"
-        if picture.is_file() or not crops.is_dir():
-            file_or_none = picture if crops.is_dir() else None
-            items.append(_picture(picture.name, kind, file_or_none))
+    crops = data / "images" / "c40" / split
+    files = {stem: crops / f"{stem}.jpg" if crops.is_dir() else None for stem in sorted(kinds)}
+    items = [
+        _picture(f"{stem}.jpg", kinds[stem], file)
+        for stem, file in files.items()
+        if file is None or file.is_file()
+    ]
     if not items:
         raise InputError(f"No annotated picture of '{folder}' is in '{crops}'.", "empty")
     return Truth("ddvqa", tuple(items), split)
 
 
-def _picture(name: str, kind: str, file: Path | None) -> Item:
-    return Item(name, FAKE if kind != "real" else REAL, kind, name, file=file)
+def _picture(name: str, kind: str, file: Path | None = None) -> Item:
+    return Item(name, REAL if kind == "real" else FAKE, kind, name, file=file)
 
 
 def _truth_from_names(data: Path | None, predictions: Predictions | None, split: str) -> Truth:
@@ -439,24 +378,20 @@ def _truth_from_names(data: Path | None, predictions: Predictions | None, split:
         items = [_picture(s.name, s.kind, s.path) for s in found.samples]
         return Truth("ddvqa", tuple(items), split, notes=tuple(notes))
     items, rows = [], predictions.rows if predictions else ()
-    for name in dict.fromkeys(file_name(row.name) for row in rows):
+    for name in dict.fromkeys(_file_name(row.name) for row in rows):
         kind = kind_of(name)
         if kind is None:
             raise InputError(
                 f"'{name}' is not named like a DD-VQA crop (0_005_010.jpg, 5_012.jpg).",
                 hint="Give the labels with --truth FILE.jsonl.",
             )
-        items.append(_picture(name, kind, None))
+        items.append(_picture(name, kind))
     notes.append("Whether answers are missing cannot be told without --data or --truth.")
     return Truth("ddvqa", tuple(items), split, notes=tuple(notes))
 
 
 def frames_truth(predictions: Predictions) -> Truth:
-    """The truth that a published CSV of frames holds itself; the video is the name before ``_N``.
-
-    Args:
-        predictions: Of the layout ``frames``.
-    """
+    """The truth that a published CSV of frames holds; the video is the name before ``_N``."""
     items = [
         Item(name, label, "fake" if label else "real", name.rpartition("_")[0] or name)
         for name, label in predictions.labels.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from m2f2cli.data.conversations import stated_label
 from m2f2cli.data.images import IMAGE_SUFFIXES
 from m2f2cli.errors import InputError, UsageError
+from m2f2cli.files import sha256_of
 from m2f2cli.inference.explain import Answers, ExplainPipeline, Loaded, Request
 from m2f2cli.inference.questions import JUDGEMENT, Question, untold
 from m2f2cli.inference.recordfile import Layout, RecordFile, open_records
 from m2f2cli.inference.sources import Decoder, Source
 from m2f2cli.options.explain import ExplainOptions
-from m2f2cli.records import SCHEMA_VERSION, Detection, ExplainSettings, plain
+from m2f2cli.records import SCHEMA_VERSION, Detection, ExplainSettings, plain, read_text
 
 if TYPE_CHECKING:
     from m2f2cli.inference.pipeline import Judged
@@ -256,17 +256,8 @@ def read_questions(file: Path) -> tuple[list[Row], str]:
     Raises:
         InputError: It is missing, empty or no text, or a row is broken; the line is named.
     """
-    try:
-        data = file.read_bytes()
-        lines = data.decode("utf-8-sig").split("\n")
-    except FileNotFoundError as error:
-        raise InputError(f"There is no file '{file}'.", "missing", "Check --dataset.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"'{file}' is not a text file (UTF-8).") from error
-    except OSError as error:
-        raise InputError(f"'{file}' cannot be read: {error.strerror}.") from error
     rows: dict[str, Row] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         row = _row(line)
@@ -276,9 +267,7 @@ def read_questions(file: Path) -> tuple[list[Row], str]:
                 f"Line {number} of '{file}' {fault}.",
                 hint='A line is like {"5_012_0": {"question": "…", "answer": ["…"]}}.',
             )
-    if not rows:
-        raise InputError(f"'{file}' is empty.", "empty")
-    return list(rows.values()), f"sha256:{hashlib.sha256(data).hexdigest()}"
+    return list(rows.values()), f"sha256:{sha256_of(file)}"
 
 
 def _row(line: str) -> Row | None:

@@ -242,7 +242,9 @@ class DetectPipeline:
             chances = self.detector.fake_probability(seen.logits).tolist()
             maps: Iterable[np.ndarray | None] = [None] * len(some)
             if self._maps and seen.forgery_map is not None:
-                maps = seen.forgery_map.float().cpu().numpy()
+                found = seen.forgery_map.float().cpu().numpy()
+                # As the picture is, where the crop was turned.
+                maps = [np.rot90(m, -crop.turn) for m, crop in zip(found, some, strict=True)]
             for crop, chance, where in zip(some, chances, maps, strict=True):
                 if not 0 <= chance <= 1:
                     raise M2F2Error(

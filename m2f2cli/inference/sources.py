@@ -245,6 +245,7 @@ class Crop:
         domain_distance: From the training crops; None where the model has no check.
         padded: uint8 as ``pixels``: the whole of a picture that is not square, on a square; None
             where the model does not look at it.
+        turn: Quarter turns, counter-clockwise, that made the face in it upright.
     """
 
     pixels: np.ndarray
@@ -254,6 +255,7 @@ class Crop:
     finder_score: float | None = None
     domain_distance: float | None = None
     padded: np.ndarray | None = None
+    turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -309,9 +311,11 @@ def prepare(
         if source.kind == "image":
             picture = source.picture()
             view = _view(picture.pixels, options.faces, rule, keep)
-            found = Prepared(
-                source, "ok", None, picture.sha256, picture.size, (view,), picture.note
-            )
+            notes = [picture.note] if picture.note else []
+            if turn := max((crop.turn for crop in view.crops), default=0):
+                notes.append(f"faces were found with the picture turned by {90 * turn} degrees")
+            note = "; ".join(notes) or None
+            found = Prepared(source, "ok", None, picture.sha256, picture.size, (view,), note)
             where = "the picture"
         else:
             views = []
@@ -343,8 +347,12 @@ def _view(pixels: np.ndarray, faces: str, rule: Future[CropRule], keep: Keep) ->
         crops = []
         for face in found[:1] if faces == "largest" else found:
             square = face.crop(wanted.margin)
-            cut = resize_and_crop(crop_face(pixels, square), wanted.size)
-            crops.append(wanted.crop(cut, square, face.box, round(face.score, 4)))
+            cut = resize_and_crop(crop_face(pixels, square, face.turn), wanted.size)
+            crop = wanted.crop(cut, square, face.box, round(face.score, 4))
+            if face.turn:  # its map is turned, too: another score than of the same pixels upright
+                digest = hashlib.sha256(crop.digest + bytes([face.turn])).digest()
+                crop = replace(crop, digest=digest, turn=face.turn)
+            crops.append(crop)
     view = View(tuple(crops), len(found))
     if keep == "nothing" or (keep == "judged" and not crops):
         return view

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from m2f2cli.errors import UsageError
-from m2f2cli.options.fields import Options, flag_name, group, option
+from m2f2cli.options.fields import Options, flag_name, group, option, required
 
 Kind = TypeVar("Kind", bound="MeasureOptions")
 
@@ -91,9 +91,13 @@ class MeasureOptions(Options):
         group="Protocol",
     )
     resamples: int = option(
-        2000, "Bootstrap resamples behind the intervals; 0 for none.", low=0, group="Protocol"
+        2000,
+        "Bootstrap resamples behind the intervals; 0 for none.",
+        low=0,
+        group="Protocol",
+        key=True,
     )
-    seed: int = option(0, "Seed of the bootstrap.", low=0, group="Protocol")
+    seed: int = option(0, "Seed of the bootstrap.", low=0, group="Protocol", key=True)
     model: str = option(
         "lite",
         "The detector: 'lite' (bundled), a checkpoint folder, or a hub id.",
@@ -124,6 +128,7 @@ class MeasureOptions(Options):
         "bfloat16",
         "float16",
         group="Model",
+        key=True,
     )
     batch_size: int = option(16, "Crops judged at a time.", low=1, group="Model")
     report: Path | None = option(
@@ -237,6 +242,19 @@ class RobustnessOptions(MeasureOptions):
                 "m2f2 robustness needs a folder for its records.",
                 "Add --robustness-dir DIR or --report DIR.",
             )
+
+
+@dataclass(frozen=True)
+class CompareOptions(Options):
+    """How two reports are compared."""
+
+    first: Path = required(
+        "A folder that --report made, or the report.json in it.", argument=True, metavar="REPORT"
+    )
+    second: Path = required("The other one.", argument=True, metavar="REPORT")
+    common_items: bool = option(False, "Compare what both have although their data differ.")
+    resamples: int = option(2000, "Bootstrap resamples behind the intervals.", low=1)
+    seed: int = option(0, "Seed of the bootstrap.", low=0)
 
 
 def about(options: type[Kind], data: type[Options]) -> type[Kind]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from m2f2cli.errors import UsageError
 from m2f2cli.options.detect import DetectOptions, ItemOptions
@@ -148,9 +150,36 @@ class DatasetOptions(Options):
 
 
 @dataclass(frozen=True)
+class ExplainItems(ItemOptions):
+    """What is explained, by which model, and where the records go."""
+
+    output: Path | None = option(
+        None,
+        "Write one record an item; run again to resume.",
+        short="-o",
+        group="Output",
+        metavar="FILE.jsonl",
+    )
+
+
+@dataclass(frozen=True)
 class ExplainCommand(Options):
     """Every option of ``m2f2 explain``."""
 
-    items: ItemOptions = group(ItemOptions)
+    items: ExplainItems = group(ExplainItems)
     explain: ExplainOptions = group(ExplainOptions)
     asked: DatasetOptions = group(DatasetOptions)
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> ExplainCommand:
+        """As ``Options.from_flat``; questions of a data set name the truth, unless told not to."""
+        if values.get("dataset") is not None:
+            values = {"condition": "truth", **values}
+        return super().from_flat(values)
+
+    def check(self) -> None:
+        """Pictures, or the questions of a data set with its pictures."""
+        if (self.asked.dataset is None) != (self.asked.images is None):
+            raise UsageError("--dataset and --images belong together.", "Give both, or neither.")
+        if self.asked.dataset is not None and (self.items.paths or self.items.fail_on):
+            raise UsageError("--dataset takes no PATH and no --fail-on.", "Leave them out.")

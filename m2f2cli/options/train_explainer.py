@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from m2f2cli.errors import ConfigError
 from m2f2cli.options.fields import Options, option, required
@@ -241,9 +241,3 @@ class LoraOptions(Options):
 
 
 StageOptions = AlignOptions | LoraOptions
-
-
-def adapter_of(options: StageOptions) -> AdapterOptions | None:
-    """The low-rank updates of a stage that has them."""
-    found: Any = getattr(options, "adapter", None)
-    return found

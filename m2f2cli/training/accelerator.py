@@ -93,12 +93,8 @@ def read_deepspeed(name: str | None) -> dict[str, Any] | None:
 def fill_deepspeed(settings: dict[str, Any], *, steps: StepOptions, width: int) -> dict[str, Any]:
     """DeepSpeed's settings with what the options decide where they say ``auto`` or nothing.
 
-    accelerate fills in the precision and the batch of all processes itself.
-
-    Args:
-        settings: As ``read_deepspeed`` gives them.
-        steps: Batch size, accumulation and the limit of the gradient's norm.
-        width: Hidden size of the language model.
+    accelerate fills in the precision and the batch of all processes itself. ``width`` is the
+    hidden size of the language model.
     """
     values = {
         "train_micro_batch_size_per_gpu": steps.batch_size,
@@ -123,10 +119,7 @@ def make_accelerator(
 ) -> Accelerator:
     """The Accelerator of a run; a second one in a process may differ from the first.
 
-    Args:
-        run: Device, seed, determinism and curves, which go beside the output.
-        precision: ``float32``, ``bfloat16`` or ``float16``.
-        deepspeed: As ``fill_deepspeed`` gives it.
+    ``precision`` is as ``pick_precision`` gives it, ``deepspeed`` as ``fill_deepspeed`` does.
     """
     device = pick_device(run.device)
     if device.index is not None:

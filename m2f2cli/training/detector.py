@@ -7,7 +7,6 @@ training starts from.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transf
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
@@ -40,7 +39,7 @@ from m2f2cli.models.detector import CLIP_MEAN, CLIP_STD, Detector, DetectorConfi
 from m2f2cli.options.train_detector import ModelOptions, TrainDetectorOptions
 from m2f2cli.runtime import seed_everything
 from m2f2cli.training.accelerator import make_accelerator, pick_precision, pick_tracker
-from m2f2cli.training.objective import Objective, optimizer_groups, trained_values
+from m2f2cli.training.objective import Objective
 from m2f2cli.training.pictures import (
     PictureCollator,
     PictureStore,
@@ -69,15 +68,10 @@ _BRIDGE = {"width": 64, "heads": 4, "size": 128}
 def train_detector(
     options: TrainDetectorOptions, *, advance: Advance | None = None, notify: Notify | None = None
 ) -> Path:
-    """Train a detector and write it as a checkpoint folder.
+    """Train a detector; write and return its folder, of the epoch that did best when measured.
 
-    Args:
-        options: Everything about the run.
-        advance: Called after each step with the steps done and words for beside a progress bar.
-        notify: Called with lines for people.
-
-    Returns:
-        The folder, holding the epoch that did best on the held-out pictures.
+    ``advance`` is called after each step with the steps done and words for beside a progress bar,
+    ``notify`` with lines for people.
 
     Raises:
         ConfigError: Options do not go together, or not with those of the state to resume.
@@ -112,9 +106,7 @@ def prepare(
     seed_everything(run.seed)
     detector = build_detector(options.model, data.crop_margin)
     targets = read_targets(options, detector, parts[0])
-    objective = Objective(
-        detector, options, kinds=len(targets.kinds), judgements=len(REGIONS) + len(FLAWS)
-    )
+    objective = Objective(detector, options, len(targets.kinds), len(REGIONS) + len(FLAWS))
     pictures = TrainingPictures(train, options, detector.config, targets)
     measured = ValidationPictures(held, data.validation_frames, detector.config)
     counts: dict[str, Any] = {
@@ -133,13 +125,13 @@ def prepare(
         options,
         parent=detector.fingerprint,
         data=counts | {"unreadable": left_out},
-        trained_values=trained_values(objective.named_weights()),
+        trained_values=objective.trained_values(),
     )
     notify(_summary(record))
     return DetectorTrainer(
         objective,
-        pictures,
-        measured,
+        dataset=pictures,
+        measured=measured,
         domain=_fit_domain(train, held, detector.config.image_size, data.domain_quantile),
         options=options,
         accelerator=make_accelerator(run, precision),
@@ -156,18 +148,14 @@ def _fit_domain(
     The share ``quantile`` of the held-out ones lies inside; None for 0. Up to 2,048 pictures of
     each set are described, evenly spread; of a video the middle frame.
     """
+
+    def described(store: PictureStore) -> np.ndarray:
+        chosen = evenly(len(store.samples), _DOMAIN_PICTURES)
+        return np.stack([describe_texture(resize_and_crop(store.read(i), size)) for i in chosen])
+
     if not quantile:
         return None
-    training, held_out = (
-        np.stack(
-            [
-                describe_texture(resize_and_crop(store.read(number), size))
-                for number in evenly(len(store.samples), _DOMAIN_PICTURES)
-            ]
-        )
-        for store in (train, held)
-    )
-    return Domain.fit(training, held_out, quantile=quantile).to_config()
+    return Domain.fit(described(train), described(held), quantile=quantile).to_config()
 
 
 def _summary(record: Mapping[str, Any]) -> str:
@@ -186,41 +174,29 @@ def _summary(record: Mapping[str, Any]) -> str:
 
 
 class DetectorTrainer(Trainer):
-    """Trains an ``Objective`` and writes the detector of its best epoch.
-
-    Args:
-        objective: What is trained.
-        pictures: What to train on.
-        measured: What to measure on after each epoch.
-        domain: The domain check to store with the detector.
-        **shared: What else ``Trainer`` takes.
-    """
+    """Trains an ``Objective`` and writes the detector of its best epoch, with a domain check."""
 
     def __init__(
         self,
         objective: Objective,
-        pictures: TrainingPictures,
-        measured: ValidationPictures,
         *,
+        measured: ValidationPictures,
         domain: dict[str, Any] | None,
         **shared: Any,
     ) -> None:
         self.measured = measured
         self.domain = domain
-        super().__init__(objective, dataset=pictures, **shared)
+        super().__init__(objective, **shared)
         options = self.options
         self.collate = PictureCollator(options.objective.mixup, options.run.seed, self.sampler)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """Adam or AdamW over the stage's groups; every trainable parameter exactly once."""
-        named, backbone = self.model.named_weights(), self.model.detector.backbone
-        groups = optimizer_groups(named, backbone, self.optim)
+        groups = self.model.optimizer_groups()
         covered = sum(len(group["params"]) for group in groups)
         trainable = sum(p.requires_grad for p in self.model.parameters())
         if covered != trainable:
             raise LookupError(f"{covered} of {trainable} trainable parameters are in a group.")
-        for group in groups:
-            del group["names"]  # they would be saved with the state and compared by torch
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optim.optimizer]
         return kind(groups, betas=(0.9, self.optim.beta2))
 
@@ -228,12 +204,10 @@ class DetectorTrainer(Trainer):
         """The published plateau rule on the validation loss, or as in the base."""
         if self.optim.schedule != "plateau":
             return super().build_scheduler()
+        factor, patience = self.optim.plateau_factor, self.optim.plateau_patience
+        cooldown = self.optim.plateau_cooldown
         return ReduceLROnPlateau(
-            self.optimizer,
-            mode="min",
-            factor=self.optim.plateau_factor,
-            patience=self.optim.plateau_patience,
-            cooldown=self.optim.plateau_cooldown,
+            self.optimizer, factor=factor, patience=patience, cooldown=cooldown
         )
 
     def loss(self, batch: Batch, total: int) -> torch.Tensor:
@@ -248,14 +222,7 @@ class DetectorTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Measure on the held-out pictures, in all processes together.
-
-        Returns:
-            ``loss`` in nats a picture, ``auc``, ``ap``, and ``accuracy`` at 0.5.
-
-        Raises:
-            M2F2Error: The training has diverged.
-        """
+        """Measure on the held-out pictures, in all processes together; see ``measure``."""
         count = self.accelerator.num_processes
         if count > 1:  # each process has its own BatchNorm statistics; one is saved
             for buffer in self.model.buffers():
@@ -301,12 +268,6 @@ class DetectorTrainer(Trainer):
             return
         run, best = self.options.run, self.best[0] if self.best else self.step
         self.restore(load_file(state_folder(run.output) / f"checkpoint-{best}" / WEIGHTS))
-        config = self.model.detector.config
-        written = config.to_dict() | {
-            "architectures": ["Detector"],
-            "dtype": run.save_dtype,
-            "domain": self.domain,
-        }
         epochs = self.epoch_records()
         chosen = next(record for record in epochs if record["step"] == best)
         metrics: dict[str, Any] = {"selected": chosen, "epochs": epochs}
@@ -316,11 +277,12 @@ class DetectorTrainer(Trainer):
                 f"Stopped after epoch {epochs[-1]['epoch']}: no better "
                 f"{self.optim.select} for {self.optim.early_stopping_patience} epochs."
             )
+        config, kind = self.model.detector.config, getattr(torch, run.save_dtype)
         processor = io.preprocessor_config(config.image_size, config.image_mean, config.image_std)
-        kind = getattr(torch, run.save_dtype)
+        written = {"architectures": ["Detector"], "dtype": run.save_dtype, "domain": self.domain}
         io.write_checkpoint(
             run.output,
-            config=json.loads(json.dumps(written)),
+            config=config.to_dict() | written,
             tensors={
                 name: tensor.to(kind) if tensor.is_floating_point() else tensor
                 for name, tensor in self.model.result().items()
@@ -358,12 +320,8 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def build_detector(options: ModelOptions, crop_margin: float) -> Detector:
     """Build the detector that training starts from, in float32 on the CPU.
 
-    Args:
-        options: What it is made of.
-        crop_margin: Margin of the face crops it will see, stored in its configuration.
-
-    Returns:
-        A detector without a domain check (it describes the pictures of another training).
+    It stores the margin of the face crops it will see, and has no domain check: that describes the
+    pictures of another training.
 
     Raises:
         CheckpointError: A weights file, CLIP folder or starting detector is missing or does not
@@ -385,6 +343,10 @@ def build_detector(options: ModelOptions, crop_margin: float) -> Detector:
     mean, std = NORMALIZATIONS[options.normalization]
     vision = spec["vision"]
     total = vision["num_hidden_layers" if spec["library"] == "transformers" else "layers"]
+    bridge: dict[str, Any] | None = None
+    if options.bridge:
+        blocks = blocks_needed(total, options.vision_layer)
+        bridge = _BRIDGE | {"clip_layers": [max(1, round(d * blocks)) for d in _BRIDGE_DEPTHS]}
     config = DetectorConfig(
         backbone=None if options.backbone == "none" else options.backbone,
         clip=spec,
@@ -392,14 +354,17 @@ def build_detector(options: ModelOptions, crop_margin: float) -> Detector:
         prompt_tokens=options.prompt_tokens,
         vision_layer=options.vision_layer,
         forgery_map=options.forgery_map,
-        bridge=_bridge(blocks_needed(total, options.vision_layer)) if options.bridge else None,
+        bridge=bridge,
         image_size=vision["image_size"],
         image_mean=list(mean),
         image_std=list(std),
         crop={"detector": "dlib", "margin": crop_margin},
     )
     detector = Detector(config)
-    _load_part(detector.clip, clip_tensors, f"The CLIP tower '{options.clip}'")
+    wanted = detector.clip.state_dict()
+    kept = {key: clip_tensors[key] for key in wanted if key in clip_tensors}  # blocks that run
+    check_names_and_shapes(kept, wanted, what=f"The CLIP tower '{options.clip}'")
+    detector.clip.load_state_dict(kept)
     if detector.backbone is not None:
         load_backbone(detector.backbone, options.backbone, options.backbone_weights)
     return detector
@@ -407,39 +372,17 @@ def build_detector(options: ModelOptions, crop_margin: float) -> Detector:
 
 def _from_detector(name: str, crop_margin: float) -> Detector:
     parent = load_detector(name, device="cpu", dtype="float32")
-    config = DetectorConfig.from_dict(
-        {
-            **parent.config.to_dict(),
-            "domain": None,
-            "crop": {**parent.config.crop, "margin": crop_margin},
-        }
-    )
-    detector = Detector(config)
+    changed = {"domain": None, "crop": {**parent.config.crop, "margin": crop_margin}}
+    detector = Detector(DetectorConfig.from_dict(parent.config.to_dict() | changed))
     detector.load_state_dict(parent.state_dict())
     detector.fingerprint = parent.fingerprint
     return detector
 
 
-def _bridge(blocks: int) -> dict[str, Any]:
-    layers = [max(1, round(depth * blocks)) for depth in _BRIDGE_DEPTHS]
-    return {**_BRIDGE, "clip_layers": layers}
-
-
-def _load_part(part: nn.Module, tensors: dict[str, torch.Tensor], what: str) -> None:
-    """Load the tensors a part has; blocks above those it runs are left over, nothing else."""
-    wanted = part.state_dict()
-    kept = {key: tensors[key] for key in wanted if key in tensors}
-    check_names_and_shapes(kept, wanted, what=what)
-    part.load_state_dict(kept)
-
-
 def load_backbone(backbone: Backbone, name: str, source: str) -> None:
-    """Give a backbone its starting weights, all but the classifier, strictly.
+    """Give a backbone, by its timm name, its starting weights, all but the classifier, strictly.
 
-    Args:
-        backbone: Filled in place.
-        name: Its timm name.
-        source: ``none``, ``pretrained`` (timm's own) or a weights file.
+    ``source`` is ``none``, ``pretrained`` (timm's own) or a weights file.
 
     Raises:
         CheckpointError: The file is missing or does not fit, or timm's weights cannot be loaded.
@@ -479,10 +422,7 @@ def resize_clip(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Fit a CLIP vision part to another picture size by resampling its position embeddings.
 
-    Args:
-        spec: As ``models.clip.load_clip`` gives it.
-        tensors: Its tensors.
-        image_size: Wanted edge in pixels, a multiple of the patch size.
+    ``spec`` and ``tensors`` are as ``models.clip.load_clip`` gives them.
 
     Raises:
         ConfigError: The size is no multiple of the patch size.
@@ -501,12 +441,6 @@ def resize_clip(
         if spec["library"] == "transformers"
         else "vision.visual.positional_embedding"
     )
-    table = tensors[key]
     old, new = vision["image_size"] // patch, image_size // patch
-    grid = table[1:].float().unflatten(0, (old, old)).permute(2, 0, 1)[None]
-    grid = nn.functional.interpolate(grid, (new, new), mode="bicubic", antialias=True)
-    resized = torch.cat([table[:1], grid[0].flatten(1).T.to(table.dtype)])
-    return (
-        {**spec, "vision": {**vision, "image_size": image_size}},
-        {**tensors, key: resized},
-    )
+    resized = resample_abs_pos_embed(tensors[key][None], [new, new], [old, old])[0]
+    return {**spec, "vision": {**vision, "image_size": image_size}}, {**tensors, key: resized}

@@ -69,15 +69,10 @@ _IN_MEMORY = (".modules_to_save.default", ".default")
 def align(
     options: AlignOptions, *, advance: Advance | None = None, notify: Notify | None = None
 ) -> Path:
-    """Train an explainer's forgery projector (stage 2) and write it as a delta folder.
+    """Train an explainer's forgery projector (stage 2); write and return its delta folder.
 
-    Args:
-        options: Everything about the run.
-        advance: Called after each step with the steps done and words for beside a progress bar.
-        notify: Called with lines for people.
-
-    Returns:
-        The folder.
+    ``advance`` is called after each step with the steps done and words for beside a progress bar,
+    ``notify`` with lines for people.
 
     Raises:
         ConfigError: Options do not go together, or not with those of the state to resume.
@@ -248,16 +243,10 @@ def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 class ExplainerTrainer(Trainer):
-    """Trains an explainer with most of it frozen.
+    """Trains an explainer with most of it frozen; ``held`` is what it is measured on.
 
     A step's loss is the mean over all answer tokens of the step, whatever the number of processes
-    and batches it is dealt out to.
-
-    Args:
-        model: What trains; see ``choose_trained``.
-        adapter: ``adapter_config.json`` of stage 3.
-        held: What to measure on after each epoch.
-        **shared: What else ``Trainer`` takes.
+    and batches it is dealt out to. ``model`` and ``adapter`` are as ``choose_trained`` gives them.
     """
 
     dataset: ConversationDataset

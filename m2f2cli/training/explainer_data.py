@@ -109,17 +109,9 @@ def _length(
 class ConversationDataset(Dataset[dict[str, Any]]):
     """Training items by ``epoch * len + position``, in a new order in each epoch.
 
-    With ``group`` the items of a step are of like length: some dozens of steps' items are sorted
-    together, cut into steps, and these shuffled. The order hangs on the seed and the items of a
-    step alone, not on how many processes share it.
-
-    Args:
-        usable: What to learn from.
-        processor: Makes tensors.
-        pictures: Reads pictures.
-        max_length: None is longer.
-        seed: Of every order.
-        group: Items of a step of like length, or 0 for any.
+    With ``group``, how many items a step has, these are of like length: some dozens of steps'
+    items are sorted together, cut into steps, and these shuffled. The order hangs on the seed and
+    the items of a step alone, not on how many processes share it.
     """
 
     def __init__(

@@ -6,7 +6,6 @@ Names of parameters are those of ``Detector.named_parameters()``; what only exis
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional
 
 from m2f2cli.models.backbone import Backbone
 from m2f2cli.models.detector import Detector
-from m2f2cli.options.train_detector import ModelOptions, OptimizerOptions, TrainDetectorOptions
+from m2f2cli.options.train_detector import TrainDetectorOptions
 
 # Group of parameters -> how their names begin. Every parameter is in exactly one group.
 PARAMETER_GROUPS: dict[str, tuple[str, ...]] = {
@@ -71,74 +70,6 @@ def backbone_layers(backbone: Backbone | None) -> dict[str, int]:
     }
 
 
-def freeze(
-    named: Mapping[str, nn.Parameter], backbone: Backbone | None, options: ModelOptions
-) -> None:
-    """Let exactly the parameters of a stage train.
-
-    Args:
-        named: Every parameter of the model in training, by name.
-        backbone: The detector's backbone.
-        options: ``train`` and ``freeze_stages``.
-    """
-    moving = STAGES[options.train]
-    layers = backbone_layers(backbone) if options.freeze_stages else {}
-    for name, parameter in named.items():
-        frozen_stage = layers.get(name, options.freeze_stages + 1) <= options.freeze_stages
-        parameter.requires_grad_(group_of(name) in moving and not frozen_stage)
-
-
-def optimizer_groups(
-    named: Mapping[str, nn.Parameter], backbone: Backbone | None, options: OptimizerOptions
-) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups: every trainable parameter exactly once.
-
-    Args:
-        named: Every parameter of the model in training, by name.
-        backbone: The detector's backbone.
-        options: Learning rates and weight decay.
-
-    Returns:
-        Dictionaries with ``params``, ``names``, ``group``, ``lr`` and ``weight_decay``.
-    """
-    head_lr = options.learning_rate if options.head_lr is None else options.head_lr
-    rates = {
-        "backbone": options.learning_rate,
-        "projections": head_lr,
-        "prompt_tokens": options.prompt_lr,
-        "alpha_vision": options.vision_alpha_lr,
-        "alpha_text": options.text_alpha_lr,
-        "clip": options.clip_lr,
-        "auxiliary": head_lr,
-    }
-    layers = backbone_layers(backbone) if options.layer_decay < 1 else {}
-    last = max(layers.values(), default=0)
-    found: dict[tuple[str, float, float], dict[str, Any]] = {}
-    for name, parameter in named.items():
-        if not parameter.requires_grad:
-            continue
-        group = group_of(name)
-        rate = rates[group] * options.layer_decay ** (last - layers.get(name, last))
-        decay = options.weight_decay if options.decay_all or parameter.ndim > 1 else 0.0
-        entry = found.setdefault(
-            (group, rate, decay),
-            {"params": [], "names": [], "group": group, "lr": rate, "weight_decay": decay},
-        )
-        entry["params"].append(parameter)
-        entry["names"].append(name)
-    return list(found.values())
-
-
-def trained_values(named: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    """How many values train in each group of parameters."""
-    counts: dict[str, int] = {}
-    for name, parameter in named.items():
-        if parameter.requires_grad:
-            group = group_of(name)
-            counts[group] = counts.get(group, 0) + parameter.numel()
-    return counts
-
-
 class Objective(nn.Module):
     """A detector in training: loss terms, heads of auxiliary tasks, running average of the weights.
 
@@ -150,12 +81,7 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self,
-        detector: Detector,
-        options: TrainDetectorOptions,
-        *,
-        kinds: int = 0,
-        judgements: int = 0,
+        self, detector: Detector, options: TrainDetectorOptions, kinds: int, judgements: int
     ) -> None:
         super().__init__()
         self.detector = detector
@@ -170,17 +96,58 @@ class Objective(nn.Module):
             self.heads["kind"] = nn.Linear(channels, 1 + kinds)
         if options.objective.judgement_weight:
             self.heads["judgement"] = nn.Linear(channels, judgements)
-        freeze(self.named_weights(), backbone, options.model)
-        self.average = (
-            RunningAverage(detector, options.optimizer.ema_decay)
-            if options.optimizer.ema_decay
-            else None
-        )
+        moving, frozen = STAGES[options.model.train], options.model.freeze_stages
+        layers = backbone_layers(backbone) if frozen else {}
+        for name, parameter in self.named_weights().items():
+            in_frozen_stage = layers.get(name, frozen + 1) <= frozen
+            parameter.requires_grad_(group_of(name) in moving and not in_frozen_stage)
+        decay = options.optimizer.ema_decay
+        self.average = RunningAverage(detector, decay) if decay else None
 
     def named_weights(self) -> dict[str, nn.Parameter]:
         """Every parameter by its detector name, training-only heads under ``heads.``."""
         own = dict(self.detector.named_parameters())
         return own | {f"heads.{name}": p for name, p in self.heads.named_parameters()}
+
+    def trained_values(self) -> dict[str, int]:
+        """How many values train in each group of parameters."""
+        counts: dict[str, int] = {}
+        for name, parameter in self.named_weights().items():
+            if parameter.requires_grad:
+                group = group_of(name)
+                counts[group] = counts.get(group, 0) + parameter.numel()
+        return counts
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups: every trainable parameter exactly once.
+
+        Returns:
+            Dictionaries with ``params``, ``group``, ``lr`` and ``weight_decay``.
+        """
+        options = self.options.optimizer
+        head_lr = options.learning_rate if options.head_lr is None else options.head_lr
+        rates = {
+            "backbone": options.learning_rate,
+            "projections": head_lr,
+            "prompt_tokens": options.prompt_lr,
+            "alpha_vision": options.vision_alpha_lr,
+            "alpha_text": options.text_alpha_lr,
+            "clip": options.clip_lr,
+            "auxiliary": head_lr,
+        }
+        layers = backbone_layers(self.detector.backbone) if options.layer_decay < 1 else {}
+        last = max(layers.values(), default=0)
+        found: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_weights().items():
+            if parameter.requires_grad:
+                group = group_of(name)
+                rate = rates[group] * options.layer_decay ** (last - layers.get(name, last))
+                decay = options.weight_decay if options.decay_all or parameter.ndim > 1 else 0.0
+                found.setdefault((group, rate, decay), []).append(parameter)
+        return [
+            {"params": params, "group": group, "lr": rate, "weight_decay": decay}
+            for (group, rate, decay), params in found.items()
+        ]
 
     def train(self, mode: bool = True) -> Objective:
         """Set the mode; whatever is frozen keeps its BatchNorm statistics."""
@@ -228,18 +195,16 @@ class Objective(nn.Module):
         target = target * (1 - aims.label_smoothing) + aims.label_smoothing / 2
         loss = _soft_cross_entropy(logits, torch.stack([1 - target, target], dim=1))
         if "kind" in more:
-            told = self.heads["kind"](pooled)
-            loss = loss + aims.kind_weight * _soft_cross_entropy(told, more["kind"])
+            kind = _soft_cross_entropy(self.heads["kind"](pooled), more["kind"])
+            loss = loss + aims.kind_weight * kind
         if "judgement" in more:
             told = self.heads["judgement"](pooled)
-            loss = loss + aims.judgement_weight * _known_binary(
-                told, more["judgement"], more["judgement_known"]
-            )
+            judged = _known_binary(told, more["judgement"], more["judgement_known"])
+            loss = loss + aims.judgement_weight * judged
         if "map" in more:
             told = _MAP_SHARPNESS * output.forgery_map.flatten(1)
-            loss = loss + aims.map_weight * _known_binary(
-                told, more["map"].flatten(1), more["map_known"]
-            )
+            mapped = _known_binary(told, more["map"].flatten(1), more["map_known"])
+            loss = loss + aims.map_weight * mapped
         if weight is not None:
             loss = loss * weight
         return {"loss": loss, "logits": logits.float()}
@@ -295,13 +260,13 @@ class RunningAverage(nn.Module):
         super().__init__()
         self.decay = decay
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.names = list(_moving(detector))
+        self._buffer_of = {name: name.replace(".", "|") for name in _moving(detector)}
         for name, tensor in _moving(detector).items():
-            self.register_buffer(_buffer(name), tensor.detach().clone())
+            self.register_buffer(self._buffer_of[name], tensor.detach().clone())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The averages by the detector's names."""
-        return {name: getattr(self, _buffer(name)) for name in self.names}
+        return {name: getattr(self, buffer) for name, buffer in self._buffer_of.items()}
 
     @torch.no_grad()
     def update(self, detector: Detector) -> None:
@@ -314,11 +279,7 @@ class RunningAverage(nn.Module):
             average.lerp_(current[name].to(average.dtype), 1 - decay)
 
 
-def _buffer(name: str) -> str:
-    return name.replace(".", "|")
-
-
-def _moving(detector: Detector) -> Mapping[str, torch.Tensor]:
+def _moving(detector: Detector) -> dict[str, torch.Tensor]:
     """Trainable parameters, and the statistics of BatchNorm layers that have such parameters."""
     moving: dict[str, Any] = {n: p for n, p in detector.named_parameters() if p.requires_grad}
     for prefix, module in detector.named_modules():

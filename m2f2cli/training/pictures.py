@@ -99,11 +99,7 @@ class PictureStore:
         check_classes(self.samples, f"'{samples.root}' that can be read")
 
     def read(self, index: int, frame: int | None = None) -> np.ndarray:
-        """Pixels uint8 (H, W, 3) RGB of a picture, or of a frame of a video.
-
-        Args:
-            index: Which sample.
-            frame: Of a video; None for the middle one.
+        """Pixels uint8 (H, W, 3) RGB of a picture, or of a frame of a video: by default the middle.
 
         Raises:
             InputError: It cannot be read.
@@ -159,11 +155,9 @@ def read_targets(options: TrainDetectorOptions, detector: Detector, train: Sampl
     judgements = {}
     if aims.judgement_weight and annotations is not None:
         judged = read_judgements(annotations, [s.path.stem for s in train.samples])
-        judgements = {
-            s.name: judged[s.path.stem] * s.label  # nothing is wrong with a real picture
-            for s in train.samples
-            if s.path.stem in judged
-        }
+        known = [s for s in train.samples if s.path.stem in judged]
+        # Nothing is wrong with a real picture.
+        judgements = {s.name: judged[s.path.stem] * s.label for s in known}
         if not judgements:
             raise InputError(f"'{annotations}' speaks of no picture in '{train.root}'.")
     if aims.map_weight and not detector.config.forgery_map:
@@ -191,24 +185,17 @@ def _soft_labels(path: Path, train: SampleSet) -> dict[str, float]:
         ) from error
     if any(not 0 <= p <= 1 for values in found.values() for p in values):
         raise InputError(f"A fake_probability in '{path}' is not between 0 and 1.")
-    names = {sample.name for sample in train.samples}
-    soft = {name: sum(values) / len(values) for name, values in found.items() if name in names}
-    if not soft:
+    names = found.keys() & {sample.name for sample in train.samples}
+    if not names:
         raise InputError(f"'{path}' speaks of no picture to train on in '{train.root}'.")
-    return soft
+    return {name: sum(found[name]) / len(found[name]) for name in names}
 
 
 class TrainingPictures(Dataset[Item]):
     """An epoch after another of changed pictures; item ``epoch * len + position``.
 
-    Args:
-        store: The pictures.
-        options: Their order, augmentations and pseudo-fakes.
-        config: Size, mean and deviation of the network's input.
-        targets: What is learnt from them.
-
-    Attributes:
-        order: Which picture stands where.
+    The options say how they are ordered and changed, ``config`` size, mean and deviation of the
+    network's input.
     """
 
     def __init__(
@@ -326,12 +313,7 @@ def _pool(mask: np.ndarray | None, grid: int) -> np.ndarray:
 
 
 class ValidationPictures(Dataset[Item]):
-    """Pictures, and evenly spaced frames of videos, as the detector will see them.
-
-    Args:
-        store: The pictures.
-        frames: Frames of a video; 0 for all.
-        config: Size, mean and deviation of the network's input.
+    """Pictures, and evenly spaced frames of videos (0 for all), as the detector will see them.
 
     Attributes:
         labels: 0 real, 1 fake of every item: int64 (N,).
@@ -362,7 +344,7 @@ class PictureCollator:
     Args:
         alpha: Of mixup's Beta distribution; 0 mixes nothing.
         seed: Of the share and the partners, with the first item's number.
-        sampler: How items are dealt out to batches, which decides what a batch counts.
+        sampler: Decides what a batch counts in its step.
     """
 
     def __init__(self, alpha: float, seed: int, sampler: BatchSampler) -> None:

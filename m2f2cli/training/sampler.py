@@ -35,11 +35,7 @@ class EpochOrder:
     each epoch without repeating one. With ``balance`` real and forged ones take turns, and the
     rarer class goes round until the other is through; a video shows other frames in each round.
 
-    Args:
-        samples: The pictures and videos.
-        seed: Of every choice.
-        balance: Whether the classes take turns.
-        frames_per_video: Frames of a video in a round; 0 for all it has.
+    ``frames_per_video`` of 0 takes all frames.
     """
 
     def __init__(
@@ -152,11 +148,9 @@ class BatchSampler(Sampler[list[int]]):
         return [range(cuts[part], cuts[part + 1]) for part in mine]
 
     def weight(self, position: int, count: int) -> float:
-        """What a batch's mean loss counts, so that a step's gradient is the mean over its items.
+        """What the mean loss of a batch counts, by the position of its first item and their number.
 
-        Args:
-            position: Of its first item.
-            count: Its items.
+        With it a step's gradient is the mean over its items.
         """
         low, high, parts = self._deal(min(position // self._size, self.steps - 1))
         return count * parts / (high - low)

@@ -34,10 +34,8 @@ def read_sources(
 ) -> tuple[SampleSet, SampleSet]:
     """The pictures and videos to train on and those to measure on, with no identity in both.
 
-    Args:
-        data: The sources, how they are cut, and how many of each class are used.
-        seed: Draws those that ``data.limit`` leaves.
-        tell: Called with the name of each video that is passed over.
+    ``seed`` draws those that ``data.limit`` leaves; ``tell`` is called with the name of each video
+    that is passed over.
 
     Raises:
         InputError: A source cannot be read or cut, or one identity is on both sides.
@@ -58,15 +56,19 @@ def read_sources(
         sources = _prefixes(data.validation).items()
         train = _joined([*official, *free])
         held = _joined([_read(s, prefix, data, "validation", tell) for s, prefix in sources])
-        _refuse_shared(train, held)
-    elif not official:
-        train, held = split_by_identity(_joined(free), data.validation_share, data.split_seed)
-    else:
+    elif official:
         train, held = _joined(official), _joined(official_held)
-        _refuse_shared(train, held)
-        for part in free:
-            more, rest = _cut_along(part, train.people(), held.people(), data)
-            train, held = _joined([train, more]), _joined([held, rest])
+    else:
+        train, held = split_by_identity(_joined(free), data.validation_share, data.split_seed)
+    if shared := sorted(train.people() & held.people()):
+        raise InputError(
+            f"{len(shared)} identities are in both --data and --validation, '{shared[0]}' first.",
+            hint="Validation must show people that training has not seen; if these are different "
+            "people of one name, rename their folders or files.",
+        )
+    for part in free if official and data.validation is None else ():
+        more, rest = _cut_along(part, train.people(), held.people(), data)
+        train, held = _joined([train, *more]), _joined([held, *rest])
     return _limited(train, data.limit, seed), _limited(held, data.limit, seed)
 
 
@@ -137,19 +139,9 @@ def _joined(parts: Sequence[SampleSet]) -> SampleSet:
     return SampleSet(Path(" + ".join(roots)), "mixed", tuple(samples))
 
 
-def _refuse_shared(train: SampleSet, held: SampleSet) -> None:
-    shared = sorted(train.people() & held.people())
-    if shared:
-        raise InputError(
-            f"{len(shared)} identities are in both --data and --validation, '{shared[0]}' first.",
-            hint="Validation must show people that training has not seen; if these are different "
-            "people of one name, rename their folders or files.",
-        )
-
-
 def _cut_along(
     part: SampleSet, trained: set[str], held_out: set[str], data: DataOptions
-) -> tuple[SampleSet, SampleSet]:
+) -> tuple[list[SampleSet], list[SampleSet]]:
     """Cut a set so that whoever is already on a side stays there; the others by share.
 
     Raises:
@@ -166,16 +158,12 @@ def _cut_along(
             )
         side = "train" if people & trained else "held" if people & held_out else "loose"
         sides[side] += group
+    train, held = [part.subset(sides["train"])], [part.subset(sides["held"])]
     if sides["loose"]:
         loose = part.subset(sides["loose"])
-        for side, cut in zip(
-            ("train", "held"),
-            split_by_identity(loose, data.validation_share, data.split_seed),
-            strict=True,
-        ):
-            names = {sample.name for sample in cut.samples}
-            sides[side] += [i for i, s in enumerate(part.samples) if s.name in names]
-    return part.subset(sides["train"]), part.subset(sides["held"])
+        more, rest = split_by_identity(loose, data.validation_share, data.split_seed)
+        train, held = [*train, more], [*held, rest]
+    return train, held
 
 
 def _limited(part: SampleSet, limit: int, seed: int) -> SampleSet:

@@ -121,13 +121,9 @@ class Trainer(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, total: Any) -> torch.Tensor:
-        """What a batch adds to the loss of its step.
+        """What a batch adds to the loss of its step; ``total`` is what ``step_total`` gave.
 
         Their sum, averaged over the processes, is the mean over the step's items.
-
-        Args:
-            batch: One of the step's.
-            total: What ``step_total`` gave for all of them.
         """
 
     def step_total(self, batches: Sequence[Batch]) -> Any:
@@ -177,9 +173,8 @@ class Trainer(ABC):
     def run(self, *, advance: Advance | None = None) -> Path:
         """Train, or go on training, and write the output folder.
 
-        Args:
-            advance: Called after each step with the steps done and words for beside a progress
-                bar; first with the steps that a resumed run has behind it.
+        ``advance`` is called after each step with the steps done and words for beside a progress
+        bar; first with the steps that a resumed run has behind it.
 
         Raises:
             InputError: A picture cannot be read any more.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import threading
 import time
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 from m2f2cli import files
 from m2f2cli.checkpoints import io
 
-PAGE, BUFFER = 4096, 1 << 20
-EDGES = (0, 1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 5, BUFFER - 1, BUFFER, 2 * BUFFER + 77)
+# Pieces around a page of the system, and around a megabyte.
+PAGE, LARGE = mmap.PAGESIZE, 1 << 20
+EDGES = (0, 1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 5, LARGE - 1, LARGE, 2 * LARGE + 77)
 
 
 def fill(path: Path, sizes: list[int], step: int = 300_001) -> bytes:
@@ -42,7 +44,7 @@ def fill(path: Path, sizes: list[int], step: int = 300_001) -> bytes:
 @settings(max_examples=30, deadline=None)
 @given(
     sizes=st.lists(st.one_of(st.sampled_from(EDGES), st.integers(0, 9000)), max_size=9),
-    step=st.sampled_from([997, PAGE, 300_001, 3 * BUFFER]),
+    step=st.sampled_from([997, PAGE, 300_001, 3 * LARGE]),
 )
 def test_pieces_of_any_size_fill_the_file(tmp_path_factory, sizes, step):
     path = tmp_path_factory.mktemp("fill") / "x"
@@ -75,7 +77,7 @@ def test_a_file_system_without_direct_writes(tmp_path, monkeypatch, refused):
         monkeypatch.setattr(os, "open", picky)
     else:
         monkeypatch.setattr(files, "FileIO", Refusing)
-    expected = fill(tmp_path / "x", [5, 3 * BUFFER + 7, 2 * PAGE])
+    expected = fill(tmp_path / "x", [5, 3 * LARGE + 7, 2 * PAGE])
     assert (tmp_path / "x").read_bytes() == expected
 
 
@@ -87,7 +89,7 @@ def test_a_disk_that_fails_says_so(tmp_path, monkeypatch, code):
 
     monkeypatch.setattr(files, "FileIO", Failing)
     with pytest.raises(OSError, match=os.strerror(code)):
-        fill(tmp_path / "x", [3 * BUFFER])
+        fill(tmp_path / "x", [3 * LARGE])
 
 
 def test_work_is_spread_over_threads_that_use_one_core_each():

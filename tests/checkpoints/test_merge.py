@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -335,7 +336,7 @@ def test_an_output_that_is_something_else(half, tmp_path, what):
 
 def test_a_full_disk(half, tmp_path, monkeypatch):
     job = Merge(half, [merges.stage_2(tmp_path / "d", half)], tmp_path / "out")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
     with pytest.raises(CheckpointError, match=r"needs 0\.00 GB, and") as caught:
         job.write()
     assert "disk space" in str(caught.value.hint)

@@ -120,6 +120,12 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
+        "detect a.jpg b/ -r --uncertain none --fail-on fake",
+        "detect a.jpg --uncertain 0.25:0.75 --threshold 0.4 --heatmap out",
+        "explain a.jpg --question Why? --region nose --region eyes --sample --top-p 0.5",
+        "evaluate ffpp crops/ --manipulations FaceSwap --min-auc 0.5",
+        "evaluate compare a b --seed 2",
+        "demo --port 8000 --uncertain 0.2:0.3",
         "merge --base a --delta b --delta c --output d --dry-run",
         "import a.pth b.pth --output d --verify",
         "init-llava --llava a --detector b --output c --seed 3",
@@ -131,7 +137,7 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
 def test_printed_settings_are_a_file_that_says_the_same(
     line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verb = line.split()[: 2 if line.startswith("prepare") else 1]
+    verb = line.split()[: 2 if line.startswith(("prepare", "evaluate")) else 1]
     assert app.run([*line.split(), "--print-config"]) == 0
     first = capsys.readouterr().out
     (tmp_path / "printed.yaml").write_text(first)

@@ -246,6 +246,30 @@ def test_missing_parts(do, tmp_path):
     assert "deepfake_projector.5.bias" in err
 
 
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_placeholders_of_sharded_weights_are_named(do, tmp_path, all_of_them):
+    """DeepSpeed ZeRO-3 leaves an empty tensor where each process has its own part."""
+    tensors = projector("deepfake_projector", 2)
+    for key in list(tensors)[: None if all_of_them else 1]:
+        tensors[key] = torch.zeros(0, dtype=tensors[key].dtype)
+    source = stage_2(tmp_path / "in", tensors)
+    code, out, err = do(source)
+    assert (code, out) == (1, "")
+    assert "placeholders that DeepSpeed ZeRO-3 or FSDP leaves" in err
+    assert "zero_to_fp32.py" in err
+    assert not (tmp_path / "out").exists()
+    assert run(["info", str(source)]) == 0
+
+
+def test_a_folder_of_a_sharded_run_says_how_to_gather_it(do, tmp_path):
+    (tmp_path / "in" / "global_step9").mkdir(parents=True)
+    (tmp_path / "in" / "zero_to_fp32.py").write_text("")
+    code, _, err = do(tmp_path / "in")
+    assert code == 1
+    assert "holds no weights" in err
+    assert "zero_to_fp32.py" in err
+
+
 def test_a_delta_of_ours_is_no_import(do, tmp_path):
     assert do(stage_3(tmp_path / "in"))[0] == 0
     (tmp_path / "out").rename(tmp_path / "ours")

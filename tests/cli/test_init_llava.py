@@ -228,6 +228,25 @@ def test_a_faulty_base_is_one_sentence(do, tmp_path, name):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad"]
 
 
+@pytest.mark.parametrize(
+    ("part", "bits"), [("quant_state.bitsandbytes__nf4", "4"), ("absmax", "4"), ("SCB", "8")]
+)
+def test_a_base_that_bitsandbytes_has_quantized_is_named(do, tmp_path, part, bits):
+    name = "model.layers.0.mlp.up_proj.weight"
+    packed = {name: torch.zeros(8, 1, dtype=torch.uint8), f"{name}.{part}": torch.ones(4)}
+    code, out, err = do(changed(tmp_path, **packed))
+    assert (code, out) == (1, "")
+    assert f"bitsandbytes has quantized to {bits} bits" in err
+    assert "in floating point" in err
+
+
+def test_a_base_of_placeholders_is_named(do, tmp_path):
+    code, _, err = do(changed(tmp_path, **{"model.norm.weight": torch.zeros(0)}))
+    assert code == 1
+    assert "1 empty tensors (model.norm.weight)" in err
+    assert "zero_to_fp32.py" in err
+
+
 def test_a_tied_head_becomes_one_of_its_own(do, tmp_path):
     config = llavas.ORIGINAL_CONFIG | {"tie_word_embeddings": True}
     code, _, err = do(changed(tmp_path, config=config, **{"lm_head.weight": None}))

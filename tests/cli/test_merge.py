@@ -86,7 +86,7 @@ def test_verify_says_what_it_loaded(do, monkeypatch):
     assert code == 0
     assert "12 changed tensors read back" in out
     assert "Loaded: the whole model in float32, twice." in out
-    monkeypatch.setattr(verify, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(verify, "free_memory", lambda: 1000)
     code, out, _ = do("adapter", extra=("--verify",))
     assert code == 0
     assert "Loaded: one tensor at a time; running the whole model takes 0.0 GB" in out

@@ -36,7 +36,7 @@ def test_help_shows_the_flags_people_set_with_type_default_and_words(capsys, mon
     assert "--no-balance" in text
 
 
-@pytest.mark.parametrize("command", ["train-detector", "align", "lora"])
+@pytest.mark.parametrize("command", ["detect", "explain", "train-detector", "align", "lora"])
 def test_a_help_page_shows_about_two_dozen_flags(command):
     root = typer.main.get_command(app.build())
     shown = [p for p in root.commands[command].params if not p.hidden]

@@ -9,14 +9,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from m2f2cli.data.faces import MARGIN, Face, _without_overlaps, crop_face, find_faces
+from m2f2cli.data.faces import (
+    MARGIN,
+    Face,
+    crop_face,
+    find_faces,
+    find_landmarks,
+    without_overlaps,
+)
 from m2f2cli.data.images import read_picture
 from m2f2cli.errors import ConfigError
+from tests.data.test_mtcnn import POINTS
 from tests.parity.recipe import image_for
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-# Where the faces are: their boxes' centres and sides, by eye.
+# Where the faces are: their boxes' centers and sides, by eye.
 FOUND = {"astronaut.jpg": ((227, 126), 100), "grace_hopper.jpg": ((270, 235), 200)}
 
 
@@ -25,15 +34,15 @@ def photos() -> dict[str, np.ndarray]:
     return {name: read_picture(EXAMPLES / name).pixels for name in FOUND}
 
 
-def _centre(box: tuple[int, int, int, int]) -> tuple[float, float]:
+def _center(box: tuple[int, int, int, int]) -> tuple[float, float]:
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_each_example_shows_exactly_one_face(photos, name):
     (face,) = find_faces(photos[name])
-    centre, side = FOUND[name]
-    assert np.abs(np.subtract(_centre(face.box), centre)).max() < 0.15 * side
+    center, side = FOUND[name]
+    assert np.abs(np.subtract(_center(face.box), center)).max() < 0.15 * side
     assert face.box[2] - face.box[0] == pytest.approx(side, rel=0.2)
     assert face.score > 0.25
     assert find_faces(photos[name]) == [face]
@@ -46,13 +55,13 @@ def test_several_faces_come_largest_first_and_small_ones_too(photos):
     faces = find_faces(scene)
     assert len(faces) == 2
     assert faces[0].area > faces[1].area
-    assert _centre(faces[0].box)[0] < 532 < _centre(faces[1].box)[0]
+    assert _center(faces[0].box)[0] < 532 < _center(faces[1].box)[0]
 
 
 def test_a_large_picture_gives_boxes_in_its_own_pixels(photos):
     (small,) = find_faces(photos["astronaut.jpg"])
     (large,) = find_faces(photos["astronaut.jpg"].repeat(4, 0).repeat(4, 1))
-    assert np.abs(np.subtract(_centre(large.box), np.multiply(_centre(small.box), 4))).max() < 60
+    assert np.abs(np.subtract(_center(large.box), np.multiply(_center(small.box), 4))).max() < 60
     assert large.box[2] - large.box[0] == pytest.approx(4 * (small.box[2] - small.box[0]), rel=0.25)
 
 
@@ -65,6 +74,55 @@ def test_a_tight_crop_still_shows_its_face(photos):
 def test_nothing_is_found_where_there_is_nothing():
     assert find_faces(np.full((300, 400, 3), 128, np.uint8)) == []
     assert find_faces(image_for("no face", 300, 200).numpy()) == []
+
+
+@pytest.mark.parametrize("turn", [1, 2, 3])
+@pytest.mark.parametrize("name", FOUND)
+def test_turned_faces_are_found_and_cut_upright(photos, name, turn):
+    (upright,) = find_faces(photos[name])
+    turned = np.rot90(photos[name], turn)
+    assert find_faces(turned, dlib_only=True) == []
+    (face,) = find_faces(turned)
+    assert face.turn == 4 - turn
+    assert face.picture == (turned.shape[1], turned.shape[0])
+    side = upright.box[2] - upright.box[0]
+    center = np.subtract(_center(upright.box), np.divide(photos[name].shape[1::-1], 2))
+    for _ in range(turn):
+        center = np.array([center[1], -center[0]])
+    center = center + np.divide(face.picture, 2)
+    assert np.abs(center - _center(face.box)).max() < 0.1 * side
+    cut = crop_face(turned, face.crop(), face.turn)
+    expected = crop_face(photos[name], upright.crop())
+    assert cut.shape == pytest.approx(expected.shape, abs=3)
+    size = min(len(cut), len(expected)) - 8
+    middle = expected[4 : 4 + size, 4 : 4 + size].astype(float)
+    moves = [(y, x) for y in range(9) for x in range(9)]
+    apart = [np.abs(cut[y : y + size, x : x + size] - middle).mean() for y, x in moves]
+    assert min(apart) < 6
+
+
+def test_what_dlib_misses_the_second_finder_finds_in_its_geometry(photos):
+    tilted = Image.fromarray(photos["grace_hopper.jpg"]).rotate(40, Image.Resampling.BICUBIC)
+    assert find_faces(np.asarray(tilted), dlib_only=True) == []
+    (face,) = find_faces(np.asarray(tilted))
+    assert (face.turn, face.finder) == (0, "mtcnn")
+    assert 0.9 < face.score <= 1
+    (upright,) = find_faces(photos["grace_hopper.jpg"])
+    sides = [one.box[2] - one.box[0] for one in (face, upright)]
+    assert sides[0] == pytest.approx(sides[1], rel=0.25)
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("name", FOUND)
+def test_every_face_has_landmarks(photos, name, turn):
+    pixels = np.rot90(photos[name], turn)
+    (face,) = find_faces(pixels)
+    found = find_landmarks(pixels, face)
+    assert found.shape == (5, 2)
+    points = np.array(POINTS[name])
+    if turn:
+        points = np.stack([points[:, 1], photos[name].shape[1] - points[:, 0]], 1)
+    assert np.abs(found - points).max() < 0.1 * (face.box[2] - face.box[0])
 
 
 def test_threads_agree(photos):
@@ -126,7 +184,7 @@ def test_of_overlapping_finds_the_surest_stays():
     sure = Face((0, 0, 100, 100), 2.0, (300, 300))
     inside = Face((20, 20, 60, 60), 1.0, (300, 300))
     beside = Face((80, 0, 180, 100), 0.5, (300, 300))
-    assert _without_overlaps([inside, beside, sure]) == [sure, beside]
+    assert without_overlaps([inside, beside, sure]) == [sure, beside]
 
 
 def test_dlib_is_imported_only_when_a_face_is_sought():

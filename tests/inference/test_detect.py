@@ -122,6 +122,29 @@ def test_a_photo_has_its_face_found_and_cropped(judge: MeanJudge) -> None:
     assert (x1 - x0) / (face.box[2] - face.box[0]) == pytest.approx(1.3, abs=0.05)
 
 
+@pytest.mark.parametrize("turn", [1, 2, 3])
+def test_a_turned_photo_is_judged_as_the_upright_one(
+    tmp_path: Path, judge: MeanJudge, turn: int
+) -> None:
+    pixels = np.asarray(Image.open(EXAMPLES / "astronaut.jpg").convert("RGB"))
+    for name, picture in (("upright", pixels), ("turned", np.rot90(pixels, turn))):
+        Image.fromarray(picture).save(tmp_path / f"{name}.png")
+    upright, turned = judged(
+        [tmp_path / "upright.png", tmp_path / "turned.png"], judge, DetectOptions()
+    )
+    assert upright.note is None
+    assert f"turned by {90 * (4 - turn)} degrees" in str(turned.note)
+    assert turned.fake_probability == pytest.approx(upright.fake_probability, abs=0.01)
+    assert (turned.width, turned.height) == np.rot90(pixels, turn).shape[1::-1]
+    left, top, right, bottom = turned.crop or (0, 0, 0, 0)
+    assert right - left == bottom - top
+    x, y = 227 - 256, 126 - 256  # of the face, from the center of the upright picture
+    for _ in range(turn):
+        x, y = y, -x
+    assert left < x + 256 < right
+    assert top < y + 256 < bottom
+
+
 def side_by_side(path: Path) -> Path:
     """Two pictures with one face each, in one."""
     photos = [Image.open(EXAMPLES / name) for name in ("astronaut.jpg", "grace_hopper.jpg")]

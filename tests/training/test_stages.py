@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from m2f2cli.training.detector import prepare
-from m2f2cli.training.objective import PARAMETER_GROUPS, STAGES, group_of, optimizer_groups
+from m2f2cli.training.objective import PARAMETER_GROUPS, STAGES, group_of
 
 
 def one_step(options):
@@ -68,12 +68,13 @@ def test_frozen_batch_norm_keeps_statistics_but_trains(options):
 def test_groups_cover_every_trainable_parameter_once(options):
     objective = prepare(options(layer_decay=0.8, decay_all=False, weight_decay=0.1)).model
     named = objective.named_weights()
-    groups = optimizer_groups(named, objective.detector.backbone, objective.options.optimizer)
-    names = [name for group in groups for name in group["names"]]
+    groups = objective.optimizer_groups()
+    name_of = {id(parameter): name for name, parameter in named.items()}
+    names = [name_of[id(parameter)] for group in groups for parameter in group["params"]]
     assert len(names) == len(set(names))
     assert set(names) == {name for name, p in named.items() if p.requires_grad}
     assert {group["group"] for group in groups} == set(STAGES["published"]) - {"auxiliary"}
-    by_name = {name: group for group in groups for name in group["names"]}
+    by_name = {name_of[id(p)]: group for group in groups for p in group["params"]}
     assert by_name["alpha_text"]["lr"] == 3e-3
     assert by_name["alpha_vision"]["weight_decay"] == 0
     assert by_name["head.weight"]["weight_decay"] == 0.1

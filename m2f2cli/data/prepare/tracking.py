@@ -141,7 +141,7 @@ def cut_faces(
             looked_at += 1
             picture = frame.pixels.shape[1], frame.pixels.shape[0]
             if boxes is None:
-                settled = track.follow(frame, find_faces(frame.pixels))
+                settled = track.follow(frame, find_faces(frame.pixels, dlib_only=True))
             else:
                 _check_size(video, picture, boxes)
                 settled = [Placed(frame, given[frame.index])] if frame.index in given else []

@@ -1,16 +1,14 @@
-"""Commands that judge pictures: ``detect``."""
+"""``m2f2 detect``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from m2f2cli.cli import options as flags
+from m2f2cli.cli.flags import command
 from m2f2cli.cli.output import EXIT_GATE, EXIT_SOME_FAILED, Output
-from m2f2cli.errors import UsageError
+from m2f2cli.options.detect import DetectCommand
 
 if TYPE_CHECKING:
     from m2f2cli.inference.recordfile import Tally
@@ -24,29 +22,10 @@ EXAMPLES = {
         "m2f2 detect crops/ --faces none --json",
     )
 }
-GATES = ("fake", "uncertain", "error")
 
 
-def detect(
-    paths: flags.Paths = None,
-    config: flags.Config = None,
-    recursive: flags.Recursive = False,
-    faces: flags.Faces = "auto",
-    frames: flags.Frames = 16,
-    model: flags.Model = "lite",
-    device: flags.Device = "auto",
-    dtype: flags.Dtype = "auto",
-    batch_size: flags.BatchSize = 16,
-    threshold: flags.Threshold = None,
-    uncertain: flags.Uncertain = None,
-    fail_on: flags.FailOn = None,
-    heatmap: flags.Heatmap = None,
-    annotate: flags.Annotate = None,
-    output: flags.OutputFile = None,
-    overwrite: flags.Overwrite = False,
-    as_json: flags.Json = False,
-    quiet: flags.Quiet = False,
-) -> None:
+@command(DetectCommand)
+def detect(options: DetectCommand, printer: Output) -> int:
     """Judge pictures and videos: real, fake or uncertain.
 
     Faces are found and cropped the way the model was trained. A bad file becomes a line with its
@@ -55,36 +34,24 @@ def detect(
     Exit codes: 0 done, 3 some items have no verdict, 4 a --fail-on gate tripped.
     """
     from m2f2cli.inference.pipeline import detect_job
-    from m2f2cli.options.detect import DetectOptions
 
-    tripping = gates(fail_on)
+    items = options.items
     job = detect_job(
-        paths or [],
-        options=DetectOptions(
-            faces=faces,
-            threshold=threshold,
-            uncertain=band(uncertain),
-            batch_size=batch_size,
-            frames=frames,
-            heatmap=heatmap,
-            annotate=annotate,
-            device=device,
-            dtype=dtype,
-        ),
-        model=model,
-        recursive=recursive,
-        output=output,
-        overwrite=overwrite,
+        items.paths,
+        options=options.detect,
+        model=items.model,
+        recursive=items.recursive,
+        output=items.output,
+        overwrite=items.overwrite,
     )
-    printer = Output(as_json=as_json, quiet=quiet)
     records = []
     with printer.progress("Judging", len(job.sources)) as advance:
         for record in job.run():
             advance()
-            if as_json or output is None:
+            if printer.as_json or items.output is None:
                 records.append(record)
-    _show(printer, records, job.tally, output)
-    raise typer.Exit(exit_code(job.tally, tripping))
+    _show(printer, records, job.tally, items.output)
+    return exit_code(job.tally, items.fail_on)
 
 
 def _show(printer: Output, records: Sequence[Detection], tally: Tally, output: Path | None) -> None:
@@ -123,32 +90,7 @@ def _row(record: Detection) -> tuple[str, str, str, str]:
     )
 
 
-def band(text: str | None) -> tuple[float, float] | Literal["checkpoint"] | None:
-    """The value of ``--uncertain``."""
-    if text is None:
-        return "checkpoint"
-    if text.lower() == "none":
-        return None
-    low, colon, high = text.partition(":")
-    try:
-        if colon:
-            return float(low), float(high)
-    except ValueError:
-        pass
-    raise UsageError(
-        f"--uncertain takes LOW:HIGH or none, not '{text}'.", "For example: --uncertain 0.4:0.6"
-    )
-
-
-def gates(words: Sequence[str] | None) -> set[str]:
-    """The values of ``--fail-on``."""
-    for word in words or ():
-        if word not in GATES:
-            raise UsageError(f"--fail-on takes {', '.join(GATES)}, not '{word}'.")
-    return set(words or ())
-
-
-def exit_code(tally: Tally, tripping: set[str]) -> int:
+def exit_code(tally: Tally, tripping: Collection[str]) -> int:
     """How a run over items leaves."""
     tripped: dict[str, Any] = {
         "fake": tally.fake,
