@@ -19,13 +19,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from m2f2cli.checkpoints.load import is_explainer, load_explainer
 from m2f2cli.data.conversations import parse_verdict
+from m2f2cli.data.faces import Crop
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.optimize_cpu import optimize_for_cpu
-from m2f2cli.inference.pipeline import DetectPipeline, Judged, Score, in_batches
+from m2f2cli.inference.pipeline import Decoder, DetectPipeline, Judged, Score, in_batches
 from m2f2cli.inference.questions import Question, choose
 from m2f2cli.inference.recordfile import EXPLANATIONS, Job
-from m2f2cli.inference.sources import Crop, Decoder, Source, expand
+from m2f2cli.inference.sources import Source, expand
 from m2f2cli.inference.verdict import faces_of
 from m2f2cli.models.conversation import template
 from m2f2cli.models.detector import Detector

@@ -24,14 +24,15 @@ import pytest
 import torch
 
 from m2f2cli.data.conversations import parse_verdict
+from m2f2cli.data.faces import CropRule
 from m2f2cli.data.prepare import explanations
 from m2f2cli.data.prepare.ddvqa import QUESTIONS_FILE, TRUTH_FILE, prepare_ddvqa
 from m2f2cli.data.readers.ddvqa import read_annotations
 from m2f2cli.data.samples import REAL, kind_of
 from m2f2cli.inference.explain import ExplainPipeline, Prompt
-from m2f2cli.inference.pipeline import detect
+from m2f2cli.inference.pipeline import detect, prepare
 from m2f2cli.inference.questions import JUDGEMENT, of_region
-from m2f2cli.inference.sources import CropRule, expand, prepare
+from m2f2cli.inference.sources import expand
 from m2f2cli.models.explainer import PictureFeatures
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.explain import REGIONS, ExplainOptions

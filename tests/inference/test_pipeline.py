@@ -15,7 +15,7 @@ import torch
 
 from m2f2cli.data.images import Picture, read_picture
 from m2f2cli.data.video import read_frames
-from m2f2cli.inference import sources as reading
+from m2f2cli.inference import pipeline as module
 from m2f2cli.inference.explain import ExplainPipeline, explain_sources, load_pipeline
 from m2f2cli.inference.pipeline import judge_sources
 from m2f2cli.inference.sources import Source, expand
@@ -106,7 +106,7 @@ def test_a_video_is_read_once_for_its_verdict_and_its_drawing(
         opened[str(path)] += 1
         return read_frames(path, **how)
 
-    monkeypatch.setattr(reading, "read_frames", counted)
+    monkeypatch.setattr(module, "read_frames", counted)
     options = DetectOptions(faces="none", frames=4, heatmap=tmp_path / "out")
     records = list(judge_sources(expand(clips), model=MeanJudge(), options=options))
     assert all(Path(str(record.heatmap)).exists() for record in records)
