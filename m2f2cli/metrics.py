@@ -55,11 +55,7 @@ class Ranking:
         self._fake, self._real = (labels[order] == label for label in (1, 0))
 
     def curve(self, weights: np.ndarray | None = None) -> Curve:
-        """The operating points.
-
-        Args:
-            weights: (..., columns), how often each picture counts; None for once each.
-        """
+        """The operating points, for weights (..., columns): how often each picture counts."""
         if weights is None:
             weights = np.ones(self._columns.max(initial=-1) + 1)
         if not len(self._scores):  # no pictures: a point where nothing was counted
@@ -158,12 +154,7 @@ class Confusion(NamedTuple):
 
 
 def confusion(labels: np.ndarray, called_fake: np.ndarray) -> Confusion:
-    """Count calls.
-
-    Args:
-        labels: (N,), 0 or 1.
-        called_fake: (N,) bool.
-    """
+    """Count calls: labels (N,), 0 or 1, and whether each was called fake, (N,) bool."""
     fake, called = np.asarray(labels) == 1, np.asarray(called_fake, dtype=bool)
     counts = [np.asarray((a & b).sum()) for a in (called, ~called) for b in (fake, ~fake)]
     return Confusion(*counts)
@@ -212,35 +203,25 @@ def binned_error(bins: np.ndarray) -> np.ndarray:
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Expected calibration error of the fake probability; arguments as for ``binned``.
 
-    Returns:
-        In [0, 1]: over the pictures, how far the mean probability of a picture's bin lies from the
-        share of forged ones in it. NaN without pictures.
+    In [0, 1]: over the pictures, how far the mean probability of a picture's bin lies from the
+    share of forged ones in it. NaN without pictures.
     """
     return float(binned_error(binned(labels, probabilities).sum(axis=0)))
 
 
 def roc_auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve: how often a forged picture scores above a real one.
+    """Area under the ROC curve: how often a forged picture scores above a real one, in [0, 1].
 
-    Args:
-        labels: (N,), 0 or 1.
-        scores: (N,), any monotone scale; a tie counts half.
-
-    Returns:
-        In [0, 1], higher is better; NaN if one class is empty.
+    Labels (N,) are 0 or 1, scores (N,) on any monotone scale; a tie counts half. NaN if one class
+    is empty.
     """
     return float(area(Ranking(labels, scores).curve()))
 
 
 def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the precision-recall curve for finding forged pictures, without interpolation.
+    """Area under the precision-recall curve for finding forged pictures, in [0, 1].
 
-    Args:
-        labels: (N,), 0 or 1.
-        scores: (N,); pictures of one score enter together.
-
-    Returns:
-        In [0, 1], higher is better; NaN without forged pictures.
+    Pictures of one score enter together, nothing is interpolated. NaN without forged pictures.
     """
     return float(precision_area(Ranking(labels, scores).curve()))
 
@@ -337,11 +318,9 @@ class Groups:
         return added
 
     def weights(self, resamples: int, seed: int) -> Iterator[np.ndarray]:
-        """Draw resamples in batches.
+        """Draw resamples in batches (R, G): how often each group was drawn.
 
-        Yields:
-            (R, G), how often each group was drawn; equal seeds give equal rows, whatever the
-            batches.
+        Equal seeds give equal rows, whatever the batches.
         """
         kinds = np.unique(self.strata)
         streams = [np.random.default_rng([seed, number]) for number in range(len(kinds))]
@@ -359,17 +338,7 @@ class Groups:
 def resample(
     groups: Groups, measure: Measure, *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> dict[str, np.ndarray]:
-    """The figures of every resample.
-
-    Args:
-        groups: What is drawn.
-        measure: Gives the figures for rows of weights.
-        resamples: How many; 0 gives empty arrays.
-        seed: Decides which.
-
-    Returns:
-        For each figure, (resamples,); NaN where a resample left it undefined.
-    """
+    """Each figure of every resample, (resamples,); NaN where a resample left it undefined."""
     parts: dict[str, list[np.ndarray]] = {}
     for weights in groups.weights(resamples, seed):
         for name, values in measure(weights).items():
@@ -378,14 +347,9 @@ def resample(
 
 
 def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
-    """The percentile interval of resampled values.
+    """The ends between which a share ``level`` of the resampled values (R,) lies.
 
-    Args:
-        values: (R,).
-        level: Share of the resamples inside, in (0, 1).
-
-    Returns:
-        Its ends; None when more than half the resamples are undefined, or there are none.
+    None when more than half the resamples are undefined, or there are none.
     """
     defined = values[~np.isnan(values)]
     if 2 * len(defined) <= len(values):

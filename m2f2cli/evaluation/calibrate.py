@@ -43,14 +43,7 @@ _STEPS = 80  # halvings of the interval that holds the temperature
 
 
 def calibrate(options: CalibrateOptions, progress: Progress = no_progress) -> Evaluation:
-    """Calibrate a detector on a set that it judges, and measure and report that set.
-
-    Args:
-        options: The set, the detector, and where the result is stored.
-        progress: Shows how many pictures are judged.
-
-    Returns:
-        What ``evaluate`` gives, with the ``calibration``.
+    """Calibrate a detector on a set that it judges; measure and report that set as ``evaluate``.
 
     Raises:
         UsageError: The set is a test set or the training's own pictures.
@@ -223,11 +216,7 @@ def _band(
 ) -> tuple[float, float]:
     """Where the threshold lies in ``level`` of the bootstrap resamples of the real pictures.
 
-    Args:
-        scores: (N,), of the real pictures.
-        groups: (N,), what is drawn together.
-        rule: The threshold, its target and the level.
-        seed: Decides the draws.
+    ``rule`` is the threshold, its target and the level.
     """
     threshold, target_fpr, level = rule
     drawn = Groups(groups, [0] * len(groups))
@@ -378,16 +367,9 @@ def calibrate_checkpoint(
 def check_calibration(
     model: str, split: str, *, output: Path | None = None, overwrite: bool = False
 ) -> Path:
-    """Say whether a calibration may be made and stored, before pictures are judged for it.
+    """The folder that a calibration will be stored in; arguments as for ``calibrate_checkpoint``.
 
-    Args:
-        model: As for ``calibrate_checkpoint``.
-        split: Of the set; ``is_test_set`` tells whether it is ``test``.
-        output: As there.
-        overwrite: As there.
-
-    Returns:
-        The folder that will be written: never in the package, a download cache, or kept otherwise.
+    It is known before pictures are judged, and never in the package or a download cache.
 
     Raises:
         UsageError: The split is a test's or the training's, or ``output`` is missing.

@@ -68,12 +68,7 @@ def compare_reports(
         mine, theirs = _by_verdict(mine, one), _by_verdict(theirs, other)
         notes.append("Probabilities against texts: compared by their verdicts alone.")
     changes = protocols.difference(mine, theirs, resamples=resamples, seed=seed)
-    values = _values(mine), _values(theirs)
-    rows = {
-        name: _row(values[0].get(name), values[1].get(name), changes.get(name))
-        for name in values[0]
-        if name in values[1]
-    }
+    (figures, kinds), (others, other_kinds) = (_measured(scored) for scored in (mine, theirs))
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
@@ -81,8 +76,12 @@ def compare_reports(
         "second": _described(other),
         "items": sizes,
         "definition": {"resamples": resamples, "seed": seed, "level": LEVEL},
-        "figures": {name: row for name, row in rows.items() if "." not in name},
-        "per_kind": _nested({name: row for name, row in rows.items() if "." in name}),
+        "figures": _rows(figures, others, changes),
+        "per_kind": {
+            kind: _rows(own, other_kinds[kind], changes, f"{kind}.")
+            for kind, own in kinds.items()
+            if kind in other_kinds
+        },
         "answers": _flips(mine, theirs),
         "notes": notes,
     }
@@ -123,35 +122,34 @@ def _by_verdict(scored: Joined, saved: SavedReport) -> Joined:
     return replace(scored, task="judgement", items=items)
 
 
-def _values(scored: Joined) -> dict[str, float | None]:
-    """The standard figures without intervals, ``KIND.figure`` for those of one manipulation."""
+Figures = Mapping[str, protocols.Figure]
+
+
+def _measured(scored: Joined) -> tuple[Figures, Mapping[str, Figures]]:
+    """The standard figures without intervals, and those of each manipulation."""
     measures = protocols.standard(scored, resamples=0, java=False)
-    found = {name: figure.value for name, figure in measures.figures.items()}
-    for kind, figures in measures.per_kind.items():
-        found |= {f"{kind}.{n}": f.value for n, f in figures.items() if n != "count"}
-    return found
+    return measures.figures, measures.per_kind
 
 
-def _row(
-    first: float | None, second: float | None, change: tuple[float, float, float] | None
-) -> dict[str, Any]:
-    difference = None if first is None or second is None else second - first
-    low, high = change[1:] if change else (None, None)
-    return {
-        "first": first,
-        "second": second,
-        "difference": difference,
-        "low": low,
-        "high": high,
-    }
-
-
-def _nested(rows: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for name, row in rows.items():
-        kind, _, figure = name.rpartition(".")
-        found.setdefault(kind, {})[figure] = row
-    return found
+def _rows(
+    first: Figures, second: Figures, changes: Mapping[str, Any], prefix: str = ""
+) -> dict[str, dict[str, float | None]]:
+    """Each figure of both, with its difference and the interval of that."""
+    rows = {}
+    for name in first:
+        if name not in second or name == "count":
+            continue
+        one, other = first[name].value, second[name].value
+        _, low, high = changes.get(prefix + name) or (None, None, None)
+        difference = None if one is None or other is None else other - one
+        rows[name] = {
+            "first": one,
+            "second": other,
+            "difference": difference,
+            "low": low,
+            "high": high,
+        }
+    return rows
 
 
 def _described(saved: SavedReport) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from m2f2cli.evaluation.truth import (
     file_truth,
     frames_truth,
     join,
+    read_crops,
 )
 from m2f2cli.inference.pipeline import DetectPipeline, judge_sources
 from m2f2cli.inference.recordfile import RecordFile, Tally, record_new
@@ -73,10 +74,6 @@ class Evaluation(NamedTuple):
 
 def evaluate(options: EvaluateOptions, progress: Progress = no_progress) -> Evaluation:
     """Judge a data set if need be, measure the answers, and write the report.
-
-    Args:
-        options: What is measured, and how.
-        progress: Shows how many pictures are judged.
 
     Raises:
         M2F2Error: Something named is missing or broken, predictions and truth do not fit, a file
@@ -131,11 +128,7 @@ def read_set(options: MeasureOptions) -> SampleSet:
     """The pictures or videos of a data set's split."""
     data = options.data
     if isinstance(data, DdvqaData):
-        from m2f2cli.data.readers.ddvqa import read_ddvqa
-
-        folder = data.data or Path()
-        crops = folder / "images" / "c40" / data.split
-        return read_ddvqa(crops if crops.is_dir() else folder)
+        return read_crops(data.data or Path(), data.split)
     folder = data.folder or Path()
     if isinstance(data, ImagesData):
         if data.split not in ("train", "validation"):
@@ -162,11 +155,7 @@ def read_truth(
 ) -> Truth:
     """What is true: from ``--truth``, else from the data, else from the answers themselves.
 
-    Args:
-        options: What is measured.
-        detect: Says how many frames of a video.
-        samples: The set, where it was read.
-        predictions: None before a model has judged.
+    ``predictions`` are None before a model has judged.
 
     Raises:
         UsageError: Nothing was named that tells.
@@ -199,10 +188,6 @@ def read_truth(
 
 def measure(subject: Subject, advance: Advance) -> Evaluation:
     """Judge if need be, measure, and write the report.
-
-    Args:
-        subject: What is measured.
-        advance: Called after each picture that was judged.
 
     Raises:
         M2F2Error: Predictions and truth do not fit, or a file cannot be written.
@@ -266,9 +251,6 @@ def score_set(
         overwrite: Replace ``output`` instead of resuming it.
         advance: Called after each new record.
 
-    Returns:
-        How many items came out how, those of an earlier run included.
-
     Raises:
         UsageError: ``output`` holds records of another model, other settings or other data.
         M2F2Error: The model cannot be loaded, or the disk refuses.
@@ -297,13 +279,7 @@ def count_items(samples: SampleSet, options: DetectOptions) -> int:
 
 
 def list_sources(samples: SampleSet, reader: FrameReader, *, frames: int) -> list[Source]:
-    """The items of a set for the detecting pipeline.
-
-    Args:
-        samples: Pictures, or videos in HDF5 files.
-        reader: Reads the frames; it must stay open while the sources are used.
-        frames: Of each video, evenly spaced.
-    """
+    """The items of a set, ``frames`` of each video; ``reader`` must outlive their use."""
     reads: dict[str, Callable[[], Picture]] = {}
     for item in samples.samples:
         if item.clip is None:
@@ -416,10 +392,7 @@ def _options_of_cut(stage: Mapping[str, Any], model: Path, split: str) -> Mappin
 def truth_of(samples: SampleSet, options: DetectOptions, split: str = "all") -> Truth:
     """What is true of the items that ``score_set`` writes for a set, by the same names.
 
-    Args:
-        samples: Pictures, or videos in HDF5 files.
-        options: Says how many frames of a video.
-        split: As the report shall call it; a test set is called ``test`` whatever is said here.
+    Reports call the split as said here, but a test set ``test`` whatever is said.
     """
     marked = "test" if is_test_set(samples, split) else split
     if samples.layout == "ffpp":

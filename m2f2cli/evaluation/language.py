@@ -58,15 +58,7 @@ class TextScores:
     cider: np.ndarray
 
     def measure(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """The figures of weighted answers.
-
-        Args:
-            weights: (R, N), how often each answer counts.
-
-        Returns:
-            ``bleu_1`` to ``bleu_4``, their mean ``bleu``, ``rouge_l`` and ``cider``, (R,) each;
-            NaN where nothing is counted.
-        """
+        """``FIGURES``, (R,) each, of answers that count ``weights`` (R, N) times; NaN for none."""
         total = weights.sum(axis=-1)
         bleus = corpus_bleu(weights @ self.bleu)
         found = {f"bleu_{n + 1}": np.where(total > 0, bleus[..., n], np.nan) for n in range(ORDER)}
@@ -80,14 +72,7 @@ class TextScores:
 
 
 def corpus_bleu(sums: np.ndarray) -> np.ndarray:
-    """BLEU of a corpus from its answers' added-up counts.
-
-    Args:
-        sums: (..., 2 + 2 * ORDER), columns as in ``TextScores.bleu``.
-
-    Returns:
-        (..., ORDER), BLEU-1 first, with the brevity penalty.
-    """
+    """BLEU-1 to BLEU-4 of a corpus, (..., ORDER), from added-up rows of ``TextScores.bleu``."""
     words, reference = sums[..., :1], sums[..., 1:2]
     guessed, right = sums[..., 2 : 2 + ORDER], sums[..., 2 + ORDER :]
     precision = np.cumprod((right + _TINY) / (guessed + _SMALL), axis=-1)
@@ -100,11 +85,8 @@ def score_texts(references: Mapping[str, Sequence[str]], answers: Mapping[str, s
     """Compare answers with references.
 
     Args:
-        references: Key to one or more texts.
-        answers: The same keys, in any order; marks of the tokeniser already removed.
-
-    Returns:
-        Rows in the order of ``references``.
+        references: Key to one or more texts; rows come in their order.
+        answers: The same keys; marks of the tokenizer already removed.
 
     Raises:
         MissingExtraError: pycocoevalcap is not installed.

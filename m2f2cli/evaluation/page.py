@@ -39,17 +39,9 @@ THUMBNAIL = 160  # pixels of the longer side
 
 
 def render_page(report: Mapping[str, Any], joined: Joined) -> str:
-    """Write the page.
+    """The page of a report and its items, as HTML without references to other files or hosts.
 
-    Args:
-        report: Of ``report.build_report``.
-        joined: The items it was made of; pictures of mistakes are read from their files.
-
-    Returns:
-        HTML without references to other files or hosts.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
+    Pictures of mistakes are read from their files.
     """
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader("m2f2cli", "assets"),
@@ -216,10 +208,7 @@ def roc(labels: np.ndarray, scores: np.ndarray, threshold: float | None) -> Figu
 def histograms(labels: np.ndarray, scores: np.ndarray, threshold: float | None) -> Figure:
     """How the fake probabilities of real and of forged pictures are spread.
 
-    Args:
-        labels: int (N,), 0 or 1; one class may be absent.
-        scores: float (N,) in [0, 1].
-        threshold: Drawn as a line; None for none.
+    Arguments as for ``roc``; one class may be absent.
     """
     figure, axes = _canvas()
     edges = np.linspace(0.0, 1.0, SCORE_BINS + 1)
@@ -238,12 +227,7 @@ def histograms(labels: np.ndarray, scores: np.ndarray, threshold: float | None) 
 
 
 def reliability(labels: np.ndarray, scores: np.ndarray) -> Figure:
-    """How often pictures of one fake probability are forged: on the diagonal when calibrated.
-
-    Args:
-        labels: int (N,), 0 or 1.
-        scores: float (N,) in [0, 1].
-    """
+    """How often pictures of one fake probability are forged: on the diagonal when calibrated."""
     figure, axes = _canvas()
     axes.plot([0, 1], [0, 1], **_DIAGONAL)
     found = metrics.reliability(labels, scores)
@@ -321,12 +305,7 @@ def drawn(figure: Figure, form: str = "svg") -> bytes:
 
 
 def sweep_curves(rows: Sequence[Row], form: str = "svg") -> bytes:
-    """Draw AUC with its interval, and the share in the domain, against severity.
-
-    Args:
-        rows: Of a sweep, untouched pictures first.
-        form: ``svg`` or ``png``.
-    """
+    """AUC with its interval, and the share in the domain, against severity, as SVG or PNG."""
     clean, corrupted = rows[0], rows[1:]
     names = list(dict.fromkeys(row.corruption for row in corrupted))
     across = max(1, min(4, len(names)))

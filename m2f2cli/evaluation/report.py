@@ -32,13 +32,8 @@ def build_report(
 ) -> dict[str, Any]:
     """Everything that is known about an evaluation, as JSON values.
 
-    Args:
-        scored: The joined items.
-        measures: Their figures.
-        predictions: The file the answers came from; its sha256 is taken.
-
     Raises:
-        InputError: The file of predictions is gone.
+        InputError: The file of predictions, whose sha256 is taken, is gone.
     """
     try:
         answers = sha256_of(predictions.read_bytes()) if predictions else None
@@ -112,11 +107,7 @@ def check_folder(folder: Path) -> None:
 def write_report(folder: Path, report: Mapping[str, Any], scored: Joined, page: str) -> None:
     """Write a report's three files, each in one step, ``report.json`` last.
 
-    Args:
-        folder: Made when missing; an earlier report in it is replaced.
-        report: Of ``build_report``.
-        scored: The items it was made of.
-        page: The HTML page.
+    The folder is made when missing; an earlier report in it is replaced.
 
     Raises:
         CheckpointError: A file cannot be written; what was there remains.
@@ -156,10 +147,7 @@ def _is_report(found: Mapping[str, Any]) -> bool:
 
 
 def read_report(path: Path) -> SavedReport:
-    """Read a report and its items back.
-
-    Args:
-        path: The folder, or the ``report.json`` in it.
+    """Read a report and its items back, from its folder or the ``report.json`` in it.
 
     Raises:
         InputError: A file is missing or broken, the schema is another one, or the items are not
@@ -290,18 +278,12 @@ AUC = ("frame_auc", "video_auc")
 ACCURACY = ("accuracy",)
 
 
-class Expected(NamedTuple):
-    """What one figure should be."""
-
-    key: str  # a figure, KIND.figure of one manipulation, or counts.NAME
-    value: float | None  # none where the figure should be undefined
-    tolerance: float  # largest accepted difference
-
-
 class Expectation(NamedTuple):
     """What ``--check`` holds a report against."""
 
-    figures: tuple[Expected, ...]  # the expected figures
+    # (value, largest accepted difference) of a figure, of KIND.figure of one manipulation, or of
+    # counts.NAME; None where it should be undefined
+    figures: Mapping[str, tuple[float | None, float]]
     # Dotted paths into the report to what must stand there, such as protocol.sha256; only an
     # earlier report asks for any
     identity: Mapping[str, str]
@@ -327,7 +309,7 @@ def read_expectation(path: Path) -> Expectation:
     if isinstance(found.get("figures"), dict):
         groups = (found.get("per_kind"), {"counts": found.get("counts")})
         rows = {**found["figures"], **_dotted(groups[0]), **_dotted(groups[1])}
-    figures = tuple(_expected(path, key, value, default) for key, value in rows.items())
+    figures = {key: _expected(path, key, value, default) for key, value in rows.items()}
     if not figures:
         raise InputError(f"'{path}' expects nothing.", "empty", 'For example: {"accuracy": 0.9444}')
     return Expectation(figures, identity)
@@ -343,14 +325,14 @@ def _dotted(groups: Any) -> dict[str, Any]:
     }
 
 
-def _expected(path: Path, key: str, row: Any, tolerance: float) -> Expected:
+def _expected(path: Path, key: str, row: Any, tolerance: float) -> tuple[float | None, float]:
     if isinstance(row, dict):
         if "value" not in row:
             raise InputError(f"'{path}' gives '{key}' no value.", hint='{"value": 0.9444}')
         if "tolerance" in row:
             tolerance = _number(path, f"{key}.tolerance", row["tolerance"], low=0.0)
         row = row["value"]
-    return Expected(key, None if row is None else _number(path, key, row), tolerance)
+    return None if row is None else _number(path, key, row), tolerance
 
 
 def _number(path: Path, key: str, value: Any, low: float = -math.inf) -> float:
@@ -371,14 +353,7 @@ def tripped(
     min_auc: float | None = None,
     min_accuracy: float | None = None,
 ) -> list[str]:
-    """Why a report does not pass, a sentence each; empty when it does.
-
-    Args:
-        report: Of ``build_report``.
-        expectation: What its figures should be; None for anything.
-        min_auc: Smallest accepted AUC; None for any.
-        min_accuracy: Smallest accepted accuracy; None for any.
-    """
+    """Why a report does not pass, a sentence each; empty when it does."""
     found = drifts(report, expectation) if expectation else []
     for names, floor in ((AUC, min_auc), (ACCURACY, min_accuracy)):
         if floor is not None and (sentence := below(report, names, floor)):
@@ -394,7 +369,7 @@ def drifts(report: Mapping[str, Any], expected: Expectation) -> list[str]:
         if _at(report, path) != text
     ]
     figures = _figures(report)
-    for key, wanted, tolerance in expected.figures:
+    for key, (wanted, tolerance) in expected.figures.items():
         have, note = figures.get(key, (None, None))
         if key not in figures:
             found.append(f"{key} is not in this report, expected {wanted}.")
@@ -411,13 +386,7 @@ def drifts(report: Mapping[str, Any], expected: Expectation) -> list[str]:
 
 
 def below(report: Mapping[str, Any], names: Sequence[str], floor: float) -> str | None:
-    """Why a floor is not reached, as a sentence; None when it is.
-
-    Args:
-        report: Of ``build_report``.
-        names: The first one that the report has is meant.
-        floor: The smallest accepted value.
-    """
+    """Why a floor is not reached by the first of the names that a report has; None when it is."""
     figures = _figures(report)
     name = next((name for name in names if name in figures), None)
     if name is None:

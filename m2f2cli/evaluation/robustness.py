@@ -55,13 +55,6 @@ Condition = tuple[str, int]
 def robustness(options: RobustnessOptions, progress: Progress = no_progress) -> Evaluation:
     """Measure and report a set as ``evaluate`` does, and under every corruption.
 
-    Args:
-        options: The set, the detector, and where the results go.
-        progress: Shows how many pictures are judged.
-
-    Returns:
-        What ``evaluate`` gives, with the ``sweep``.
-
     Raises:
         M2F2Error: As from ``evaluate`` and ``sweep``.
     """

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from m2f2cli.data.conversations import parse_verdict, stated_label
+from m2f2cli.data.samples import DDVQA_CROPS, SampleSet, kind_of
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.predictions import (
     BadRow,
@@ -351,7 +352,7 @@ def _annotated(data: Path, split: str) -> Truth:
         for stem in annotated:
             if kinds.setdefault(stem, kind) != kind:
                 raise InputError(f"'{stem}' is annotated both as {kinds[stem]} and as {kind}.")
-    crops = data / "images" / "c40" / split
+    crops = data / DDVQA_CROPS / split
     files = {stem: crops / f"{stem}.jpg" if crops.is_dir() else None for stem in sorted(kinds)}
     items = [
         _picture(f"{stem}.jpg", kinds[stem], file)
@@ -367,15 +368,18 @@ def _picture(name: str, kind: str, file: Path | None = None) -> Item:
     return Item(name, REAL if kind == "real" else FAKE, kind, name, file=file)
 
 
-def _truth_from_names(data: Path | None, predictions: Predictions | None, split: str) -> Truth:
+def read_crops(data: Path, split: str) -> SampleSet:
+    """DD-VQA's crops of a split, or those that lie in the folder itself."""
     from m2f2cli.data.readers.ddvqa import read_ddvqa
-    from m2f2cli.data.samples import kind_of
 
+    crops = data / DDVQA_CROPS / split
+    return read_ddvqa(crops if crops.is_dir() else data)
+
+
+def _truth_from_names(data: Path | None, predictions: Predictions | None, split: str) -> Truth:
     notes = ["The labels were read from file names, as asked."]
     if data is not None:
-        crops = data / "images" / "c40" / split
-        found = read_ddvqa(crops if crops.is_dir() else data)
-        items = [_picture(s.name, s.kind, s.path) for s in found.samples]
+        items = [_picture(s.name, s.kind, s.path) for s in read_crops(data, split).samples]
         return Truth("ddvqa", tuple(items), split, notes=tuple(notes))
     items, rows = [], predictions.rows if predictions else ()
     for name in dict.fromkeys(_file_name(row.name) for row in rows):

@@ -250,7 +250,8 @@ def load_clip(source: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read a pre-trained CLIP for a new detector.
 
     Args:
-        source: A folder (or Hub id) with transformers' ``CLIPModel``, or
+        source: A folder (or Hub id) with transformers' ``CLIPModel``, a folder with its
+            ``CLIPVisionModel`` (then there is no text part), or
             ``openclip:NAME[/PRETRAINED]`` with an open_clip architecture and, optionally, the tag
             or file of its weights.
 
@@ -263,15 +264,21 @@ def load_clip(source: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """
     if source.startswith("openclip:"):
         return _load_open_clip(source.removeprefix("openclip:"))
-    from transformers import CLIPModel
+    from transformers import CLIPModel, CLIPVisionModel
 
-    folder = Path(source)
+    folder, kind = Path(source), None
     if folder.exists() and not (folder / "config.json").is_file():
         raise CheckpointError(f"'{source}' has no config.json, so it is no CLIP folder.")
     if folder.exists():
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
-        if kind != "clip":
+        if kind not in ("clip", "clip_vision_model"):
             raise CheckpointError(f"'{source}' holds a model of type '{kind}', not CLIP.")
+    if kind == "clip_vision_model":
+        part = CLIPVisionModel.from_pretrained(source)
+        state = part.state_dict().items()
+        return {"library": "transformers", "vision": _plain(part.config)}, {
+            f"vision.{key.removeprefix('vision_model.')}": tensor for key, tensor in state
+        }
     model = CLIPModel.from_pretrained(source)
     spec = {
         "library": "transformers",
@@ -280,9 +287,9 @@ def load_clip(source: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     }
     tensors = {}
     for key, tensor in model.state_dict().items():
-        part, _, rest = key.partition("_model.")
-        if part in ("vision", "text") and rest:
-            tensors[f"{part}.{rest}"] = tensor
+        side, _, rest = key.partition("_model.")
+        if side in ("vision", "text") and rest:
+            tensors[f"{side}.{rest}"] = tensor
     return spec, tensors
 
 

@@ -15,12 +15,14 @@ from m2f2cli.registry import Registry
 _FOLDER = Path(__file__).parent.parent / "assets" / "recipes"
 PUBLISHED = _FOLDER / "published.yaml"
 PUBLISHED_EFFICIENTNET = _FOLDER / "published-efficientnet-b4.yaml"
+GENERALIZE = _FOLDER / "generalize.yaml"
 ROBUST = _FOLDER / "robust.yaml"
 SMALL_DATA = _FOLDER / "small-data.yaml"
 
 RECIPES = Registry(
     "recipe",
     {
+        "generalize": f"{__name__}:GENERALIZE",
         "published": f"{__name__}:PUBLISHED",
         "published-efficientnet-b4": f"{__name__}:PUBLISHED_EFFICIENTNET",
         "robust": f"{__name__}:ROBUST",

@@ -21,7 +21,8 @@ class ModelOptions(Options):
         None, "Start from this detector (folder or 'lite') instead of building a new one."
     )
     backbone: str = option(
-        "densenet121", "CNN backbone by its timm name (published: densenet121, efficientnet_b4)."
+        "densenet121",
+        "CNN backbone by its timm name (published: densenet121, efficientnet_b4), or none.",
     )
     backbone_weights: str = option(
         "pretrained",
@@ -31,8 +32,19 @@ class ModelOptions(Options):
     )
     clip: str = option(
         "openai/clip-vit-large-patch14-336",
-        "CLIP tower: a folder or Hub id with a transformers CLIPModel, or "
-        "openclip:NAME/PRETRAINED.",
+        "CLIP tower: a folder or Hub id with a transformers CLIPModel (or its vision part alone), "
+        "or openclip:NAME/PRETRAINED.",
+    )
+    clip_lora: int = option(
+        0,
+        "Rank of LoRA in the CLIP tower's query and value layers, folded into the result; 0 none.",
+        low=0,
+        key=True,
+    )
+    clip_blocks: tuple[int, ...] = option(
+        (),
+        "CLIP blocks, from 1, whose class token and patch mean the head reads; none as published.",
+        key=True,
     )
     hidden_size: int = option(
         1024,
@@ -45,6 +57,15 @@ class ModelOptions(Options):
         -2, "CLIP hidden state that is read; negative counts from the last.", key=True
     )
     forgery_map: bool = option(True, "Build the forgery prompt and its map.", key=True)
+    head_normalize: bool = option(
+        False, "Divide the head's input by its L2 norm (GenD: true).", key=True
+    )
+    kind_logits: bool = option(
+        False,
+        "Give each kind of forgery (manipulation, or sub-folder of fake/) a logit of its own; the "
+        "largest is the fake logit.",
+        key=True,
+    )
     bridge: bool = option(
         False, "Build the paper's bridge between backbone and CLIP layers.", key=True
     )
@@ -62,9 +83,11 @@ class ModelOptions(Options):
     train: str = option(
         "published",
         "What trains: published (all but CLIP), head (projections, bridge, prompt, alphas, head), "
-        "prompt (prompt tokens and alphas), everything (CLIP too).",
+        "norms (as head, and the LayerNorms of CLIP's vision part), prompt (prompt tokens and "
+        "alphas), everything (CLIP too).",
         "published",
         "head",
+        "norms",
         "prompt",
         "everything",
     )
@@ -82,7 +105,7 @@ class ModelOptions(Options):
 
     def check(self) -> None:
         """A start from a detector brings its own shape."""
-        own = ("model", "train", "freeze_stages", "freeze_batch_norm")
+        own = ("model", "train", "clip_lora", "freeze_stages", "freeze_batch_norm")
         for item in fields(ModelOptions):
             changed = getattr(self, item.name) != item.default
             if self.model and changed and item.name not in own:
@@ -91,6 +114,11 @@ class ModelOptions(Options):
                     "decides its own shape.",
                     f"Leave out {flag_name(item.name)} or --model.",
                 )
+        if self.clip_lora and self.train in ("head", "prompt", "everything"):
+            raise ConfigError(
+                f"--clip-lora does not go with --train {self.train}.",
+                "Use --train published or norms.",
+            )
 
 
 @dataclass(frozen=True)
@@ -122,7 +150,10 @@ class OptimizerOptions(Options):
     vision_alpha_lr: float = option(1e-3, "Of alpha_vision (published: 1e-3).", low=0.0, key=True)
     text_alpha_lr: float = option(3e-3, "Of alpha_text (published: 3e-3).", low=0.0, key=True)
     clip_lr: float = option(
-        1e-5, "Of CLIP, where --train everything unfreezes it.", low=0.0, key=True
+        1e-5,
+        "Of CLIP, where --train everything, --train norms or --clip-lora lets it move.",
+        low=0.0,
+        key=True,
     )
     weight_decay: float = option(1e-6, "Weight decay (published: 1e-6).", low=0.0, key=True)
     decay_all: bool = option(
@@ -216,6 +247,24 @@ class ObjectiveOptions(Options):
     balance: bool = option(
         False, "Let real and forged pictures take turns in every batch, repeating the rarer."
     )
+    pairs: bool = option(
+        False,
+        "Put each forged picture in a batch with a real one of the same identity, as far as there "
+        "is one.",
+        key=True,
+    )
+    alignment: float = option(
+        0.0,
+        "Weight of drawing features of one class together (GenD: 0.1).",
+        low=0.0,
+        key=True,
+    )
+    uniformity: float = option(
+        0.0,
+        "Weight of spreading features over the unit sphere (GenD: 0.5).",
+        low=0.0,
+        key=True,
+    )
     label_smoothing: float = option(
         0.0,
         "Share of each target spread over both classes.",
@@ -283,8 +332,8 @@ class RunOptions(Options):
     output: Path = required("Folder for the detector; it must not exist yet.")
     recipe: str | None = option(
         None,
-        "Settings to start from, by name: published, published-efficientnet-b4, robust or "
-        "small-data. Flags, environment and --config file go before them.",
+        "Settings to start from, by name: generalize, published, published-efficientnet-b4, "
+        "robust or small-data. Flags, environment and --config file go before them.",
         below=read_recipe,
     )
     seed: int = option(0, "Seed of every random choice but the split.", low=0)
@@ -350,6 +399,12 @@ class TrainDetectorOptions(Options):
 
     def check(self) -> None:
         """Objectives have what they learn from."""
+        if self.objective.pairs and self.objective.balance:
+            raise ConfigError("--pairs and --balance exclude each other.", "Give one of them.")
+        if self.objective.pairs and self.optimizer.batch_size % 2:
+            raise ConfigError(
+                f"--pairs needs an even --batch-size, not {self.optimizer.batch_size}."
+            )
         if self.objective.judgement_weight and self.data.annotations is None:
             raise ConfigError(
                 "--judgement-weight needs the judgements to learn.", "Give --annotations DIR."

@@ -67,6 +67,12 @@ class DataOptions(Options):
         low=0,
         key=True,
     )
+    hold_out_manipulation: str | None = option(
+        None,
+        "Measure on this manipulation (or sub-folder of fake/) alone, beside the real pictures, "
+        "and never train on it.",
+        key=True,
+    )
     identities: Path | None = option(
         None,
         "CSV file with lines 'picture,identity,...' (paths inside --data) that says who is in "

@@ -6,33 +6,40 @@ Names of parameters are those of ``Detector.named_parameters()``; what only exis
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from m2f2cli.errors import ConfigError
 from m2f2cli.models.backbone import Backbone
+from m2f2cli.models.clip import VisionPart
 from m2f2cli.models.detector import Detector
 from m2f2cli.options.train_detector import TrainDetectorOptions
 
 # Group of parameters -> how their names begin. Every parameter is in exactly one group.
-PARAMETER_GROUPS: dict[str, tuple[str, ...]] = {
-    "backbone": ("backbone.",),
-    "projections": ("backbone_proj.", "vision_proj.", "text_proj.", "bridge.", "head."),
-    "prompt_tokens": ("forgery_prompt.",),
-    "alpha_vision": ("alpha_vision",),
-    "alpha_text": ("alpha_text",),
-    "clip": ("clip.",),
-    "auxiliary": ("heads.",),
+PARAMETER_GROUPS: dict[str, str] = {
+    "backbone": r"backbone\.",
+    "projections": r"(backbone_proj|vision_proj|text_proj|block_norms|bridge|head)\.",
+    "prompt_tokens": r"forgery_prompt\.",
+    "alpha_vision": "alpha_vision",
+    "alpha_text": "alpha_text",
+    "clip_norms": r"clip\.vision\.(.*\.)?(ln_|layer_norm|pre_layrnorm)",
+    "clip_lora": r"clip\.vision\..*\.lora_",
+    "clip": r"clip\.(?!vision\.(.*\.)?(ln_|layer_norm|pre_layrnorm|lora_))",
+    "auxiliary": r"heads\.",
 }
 
 _LIGHT = ("prompt_tokens", "alpha_vision", "alpha_text")
 
 # --train -> the groups that move; all others stay as they are, BatchNorm statistics included.
 STAGES: dict[str, tuple[str, ...]] = {
-    "published": ("backbone", "projections", *_LIGHT, "auxiliary"),
+    "published": ("backbone", "projections", *_LIGHT, "clip_lora", "auxiliary"),
     "head": ("projections", *_LIGHT, "auxiliary"),
+    "norms": ("projections", *_LIGHT, "clip_norms", "clip_lora", "auxiliary"),
     "prompt": (*_LIGHT, "auxiliary"),
     "everything": tuple(PARAMETER_GROUPS),
 }
@@ -49,7 +56,7 @@ def group_of(name: str) -> str:
     Raises:
         LookupError: The table has no group for it, or two.
     """
-    homes = [group for group, starts in PARAMETER_GROUPS.items() if name.startswith(starts)]
+    homes = [group for group, begin in PARAMETER_GROUPS.items() if re.match(begin, name)]
     if len(homes) != 1:
         raise LookupError(f"Parameter '{name}' is in {len(homes)} groups of PARAMETER_GROUPS.")
     return homes[0]
@@ -90,6 +97,8 @@ class Objective(nn.Module):
         if backbone is not None:
             backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.options = options
+        if options.model.clip_lora:
+            _add_lora(detector, options.model.clip_lora)
         channels = detector.head.in_features if backbone is None else backbone.channels
         self.heads = nn.ModuleDict()
         if options.objective.kind_weight:
@@ -133,6 +142,8 @@ class Objective(nn.Module):
             "alpha_vision": options.vision_alpha_lr,
             "alpha_text": options.text_alpha_lr,
             "clip": options.clip_lr,
+            "clip_norms": options.clip_lr,
+            "clip_lora": options.clip_lr,
             "auxiliary": head_lr,
         }
         layers = backbone_layers(self.detector.backbone) if options.layer_decay < 1 else {}
@@ -188,22 +199,30 @@ class Objective(nn.Module):
             return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
         aims = self.options.objective
         output = self.detector(pixel_values=pixel_values)
-        logits = output.logits
+        logits, kind_logits, features = output.logits, output.kind_logits, output.features
         if aims.dropout:
-            logits, _ = self.detector.classify(functional.dropout(output.features, aims.dropout))
-        pooled = output.features if output.pooled is None else output.pooled
+            dropped = functional.dropout(features, aims.dropout)
+            logits, kind_logits = self.detector.classify(dropped)
+        pooled = features if output.pooled is None else output.pooled
         target = target * (1 - aims.label_smoothing) + aims.label_smoothing / 2
         loss = _soft_cross_entropy(logits, torch.stack([1 - target, target], dim=1))
-        if "kind" in more:
+        if aims.alignment:
+            loss = loss + aims.alignment * alignment(features, labels)
+        if aims.uniformity:
+            loss = loss + aims.uniformity * uniformity(features)
+        if kind_logits is not None and "kind" in more:
+            each = _known_binary(kind_logits, more["kind"][:, 1:], more["kind"].sum(1))
+            loss = loss + each
+        if "kind" in self.heads:
             kind = _soft_cross_entropy(self.heads["kind"](pooled), more["kind"])
             loss = loss + aims.kind_weight * kind
         if "judgement" in more:
-            told = self.heads["judgement"](pooled)
-            judged = _known_binary(told, more["judgement"], more["judgement_known"])
+            scores = self.heads["judgement"](pooled)
+            judged = _known_binary(scores, more["judgement"], more["judgement_known"])
             loss = loss + aims.judgement_weight * judged
         if "map" in more:
-            told = _MAP_SHARPNESS * output.forgery_map.flatten(1)
-            mapped = _known_binary(told, more["map"].flatten(1), more["map_known"])
+            scores = _MAP_SHARPNESS * output.forgery_map.flatten(1)
+            mapped = _known_binary(scores, more["map"].flatten(1), more["map_known"])
             loss = loss + aims.map_weight * mapped
         if weight is not None:
             loss = loss * weight
@@ -225,7 +244,67 @@ class Objective(nn.Module):
         tensors = {name: t.detach().cpu() for name, t in self.detector.state_dict().items()}
         if self.average is not None:
             tensors |= {name: t.cpu() for name, t in self.average.tensors().items()}
+        if self.options.model.clip_lora:
+            tensors = _folded_lora(tensors)
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _add_lora(detector: Detector, rank: int) -> None:
+    """Give the query and value layers of the CLIP tower's vision part LoRA factors.
+
+    Raises:
+        ConfigError: The tower is one of open_clip, whose layers are not separate.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if not isinstance(detector.clip.vision, VisionPart):
+        raise ConfigError("--clip-lora needs a CLIP tower of transformers, not of open_clip.")
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"])
+    inject_adapter_in_model(lora, detector.clip.vision)
+
+
+def alignment(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean squared distance on the unit sphere between pictures of one class (arXiv 2005.10242).
+
+    ``features`` (B, F), ``labels`` (B,) int64. Without two pictures of a class it is 0.
+    """
+    distances = _squared_distances(features)
+    pairs = (labels[:, None] == labels[None, :]).triu(1)
+    return (distances * pairs).sum() / pairs.sum().clamp_min(1)
+
+
+def uniformity(features: torch.Tensor) -> torch.Tensor:
+    """Log of the mean of exp(-2 d²) over the pairs of a batch (B, F), on the unit sphere; as above.
+
+    A single picture has no pair: 0.
+    """
+    count = len(features)
+    rows, columns = torch.triu_indices(count, count, 1, device=features.device)
+    if not len(rows):
+        return features.sum() * 0
+    return _squared_distances(features)[rows, columns].mul(-2).exp().mean().log()
+
+
+def _squared_distances(features: torch.Tensor) -> torch.Tensor:
+    unit = functional.normalize(features.float())
+    return (2 - 2 * unit @ unit.T).clamp_min(0)
+
+
+def _folded_lora(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LoRA's factors multiplied out into the layers they change, under the layers' own names.
+
+    LoRA's alpha equals its rank here, so the factors' product is the change.
+    """
+    found = {name: t for name, t in tensors.items() if ".lora_" not in name}
+    for name in list(found):
+        if name.endswith(".base_layer.weight"):
+            layer = name.removesuffix(".base_layer.weight")
+            down, up = (tensors[f"{layer}.lora_{x}.default.weight"].float() for x in "AB")
+            weight = found.pop(name)
+            found[f"{layer}.weight"] = (weight.float() + up @ down).to(weight.dtype)
+        elif name.endswith(".base_layer.bias"):
+            found[name.replace(".base_layer.", ".")] = found.pop(name)
+    return found
 
 
 def _soft_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -34,15 +34,24 @@ class EpochOrder:
     An epoch has every picture once, and ``frames_per_video`` frames of every video, drawn anew in
     each epoch without repeating one. With ``balance`` real and forged ones take turns, and the
     rarer class goes round until the other is through; a video shows other frames in each round.
+    With ``pairs`` every forged one comes once, behind a real one of the same identity (of any,
+    where there is none).
 
     ``frames_per_video`` of 0 takes all frames.
     """
 
     def __init__(
-        self, samples: SampleSet, *, seed: int, balance: bool = False, frames_per_video: int = 1
+        self,
+        samples: SampleSet,
+        *,
+        seed: int,
+        balance: bool = False,
+        pairs: bool = False,
+        frames_per_video: int = 1,
     ) -> None:
         self.seed = seed
         self.balance = balance
+        self._partners: list[np.ndarray] = []
         self._frames = np.array([sample.frames for sample in samples.samples])
         self._takes = np.minimum(self._frames, frames_per_video or self._frames)
         # One entry for each picture and each frame that is taken of a video.
@@ -53,6 +62,17 @@ class EpochOrder:
         self._by_class = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
         larger = max(len(members) for members in self._by_class)
         self._length = 2 * larger if balance else len(labels)
+        if pairs:
+            reals, fakes = self._by_class
+            self._length = 2 * len(fakes)
+            at_home: dict[str, list[int]] = {}
+            for entry in reals:
+                for person in samples.samples[self._owner[entry]].identities:
+                    at_home.setdefault(person, []).append(int(entry))
+            for entry in fakes:
+                people = samples.samples[self._owner[entry]].identities
+                own = next((at_home[person] for person in people if person in at_home), None)
+                self._partners.append(reals if own is None else np.array(own))
         self._current: tuple[int, np.ndarray, np.ndarray] = (-1, labels, labels)
 
     def __len__(self) -> int:
@@ -77,7 +97,13 @@ class EpochOrder:
         rng = np.random.default_rng((self.seed, ORDER, epoch))
         entries: np.ndarray = rng.permutation(len(self._owner))
         rounds = np.zeros(self._length, dtype=np.int64)
-        if self.balance:
+        if self._partners:
+            drawn = rng.permutation(len(self._partners))
+            fakes = self._by_class[1][drawn]
+            entries = np.empty(self._length, dtype=np.int64)
+            entries[0::2] = [rng.choice(self._partners[number]) for number in drawn]
+            entries[1::2] = fakes
+        elif self.balance:
             half = self._length // 2
             entries = np.empty(self._length, dtype=np.int64)
             for first, own in enumerate(self._by_class):
@@ -100,6 +126,8 @@ class BatchSampler(Sampler[list[int]]):
         accumulate: Batches whose gradients make one step together.
         processes: How many train together.
         process: Which of them this is, from 0.
+        together: Items in a row that one batch holds, 1 or 2; ``length`` and ``batch`` are
+            multiples of it.
 
     Attributes:
         steps: Optimizer steps an epoch.
@@ -109,9 +137,15 @@ class BatchSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, length: int, batch: int, accumulate: int = 1, processes: int = 1, process: int = 0
+        self,
+        length: int,
+        batch: int,
+        accumulate: int = 1,
+        processes: int = 1,
+        process: int = 0,
+        together: int = 1,
     ) -> None:
-        if length < processes:
+        if length < processes * together:
             raise InputError(
                 f"{length} pictures cannot be dealt out to {processes} processes.",
                 "empty",
@@ -122,8 +156,9 @@ class BatchSampler(Sampler[list[int]]):
         self.accumulate = accumulate
         self.processes = processes
         self.process = process
+        self.together = together
         full, rest = divmod(length, self._size)
-        self.steps = full + (rest >= processes or not full)
+        self.steps = full + (rest >= processes * together or not full)
         self.start(0)
 
     def start(self, epoch: int, step: int = 0) -> None:
@@ -143,7 +178,8 @@ class BatchSampler(Sampler[list[int]]):
     def batches(self, step: int) -> list[range]:
         """Positions of this process's batches of a step; none is empty."""
         low, high, parts = self._deal(step)
-        cuts = [low + (high - low) * part // parts for part in range(parts + 1)]
+        units = (high - low) // self.together
+        cuts = [low + units * part // parts * self.together for part in range(parts + 1)]
         mine = range(self.process, parts, self.processes)
         return [range(cuts[part], cuts[part + 1]) for part in mine]
 
@@ -164,5 +200,5 @@ class BatchSampler(Sampler[list[int]]):
         low = step * self._size
         high = self.length if step == self.steps - 1 else low + self._size
         each = min(-(-(high - low) // (self.batch * self.processes)), self.accumulate)
-        each = max(1, min(each, (high - low) // self.processes))
+        each = max(1, min(each, (high - low) // self.together // self.processes))
         return low, high, each * self.processes
