@@ -196,7 +196,8 @@ def test_judgements_count_unparsed_as_wrong():
     ]
     found = protocols.standard(scored(items, task="judgement", missing=("5.jpg",)), resamples=50)
     got = values(found)
-    assert set(got) == {"accuracy", "balanced_accuracy", "f1", "precision", "recall"}
+    assert set(got) == {name for name, metric in METRICS.items() if metric.needs == "calls"}
+    assert set(got) >= {"accuracy", "balanced_accuracy", "f1", "precision", "recall"}
     assert got["accuracy"] == pytest.approx(2 / 6)
     assert got["recall"] == pytest.approx(1 / 4)
     assert got["precision"] == pytest.approx(1 / 2)
