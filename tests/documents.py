@@ -176,6 +176,7 @@ def parse(arguments: list[str]) -> dict[Any, Any]:
     if left:
         raise LookupError(f"Nothing takes {left}.")
     values = {}
+    settled = given.get("config") or given.get("print_config") or given.get("set")
     for parameter in command.params:
         value = given.get(parameter.name)
         # The callback of --config would read the file; a script's variable may hold anything.
@@ -188,6 +189,8 @@ def parse(arguments: list[str]) -> dict[Any, Any]:
             for word in _several(values[parameter]):
                 if word not in choices:
                     raise LookupError(f"{parameter.opts[0]} takes {choices}, not '{word}'.")
+        if value is None and (parameter.help or "").endswith(" Required.") and not settled:
+            raise LookupError(f"Missing {parameter.opts[0]}.")
     return values
 
 

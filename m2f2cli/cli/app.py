@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from m2f2cli import __version__
+from m2f2cli.cli.flags import Command
 from m2f2cli.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Output
 from m2f2cli.compat import leave
 from m2f2cli.errors import ConfigError, M2F2Error
@@ -27,8 +28,8 @@ class Entry(NamedTuple):
 
     Attributes:
         name: What the user types; ``group command`` for one of a group.
-        target: ``module:function``; the function is plain, its docstring is the help text
-            (re-wrapped). The module may have ``EXAMPLES: dict[name, tuple of command lines]``.
+        target: ``module:command``, a ``flags.Command``. The module may have ``EXAMPLES: dict[name,
+            tuple of command lines]``.
         panel: The heading it stands under in ``m2f2 --help``.
     """
 
@@ -86,8 +87,15 @@ def _variable(option: str) -> str:
     return "M2F2_" + option.upper().replace("-", "_")
 
 
-def build() -> typer.Typer:
-    """Attach every command of the table to a new application. Imports no torch."""
+def build(name: str | None = None) -> typer.Typer:
+    """Attach the commands of the table to a new application. Imports no torch.
+
+    Args:
+        name: What stands after ``m2f2``: a command or group is attached alone, with its flags; for
+            any other word all are, without flags, as help and suggestions need them. None attaches
+            all with their flags.
+    """
+    named = [entry for entry in COMMANDS if entry.name.split()[0] == name]
     app = typer.Typer(
         name="m2f2",
         add_completion=False,
@@ -97,23 +105,23 @@ def build() -> typer.Typer:
     )
     app.callback(invoke_without_command=True, help=_paragraphs(_root.__doc__))(_root)
     homes = {"": app}
-    for entry in COMMANDS:
-        group, _, name = entry.name.rpartition(" ")
+    for entry in named or COMMANDS:
+        group, _, last = entry.name.rpartition(" ")
         if group not in homes:
             homes[group] = typer.Typer(rich_markup_mode="rich")
             homes[group].callback(invoke_without_command=True)(_group)
             app.add_typer(homes[group], name=group, rich_help_panel=entry.panel, help=GROUPS[group])
-        module_name, function = entry.target.split(":")
+        module_name, attribute = entry.target.split(":")
         module = import_module(module_name)
         examples = getattr(module, "EXAMPLES", {}).get(entry.name, ())
-        body = getattr(module, function)
+        command: Command = getattr(module, attribute)
         homes[group].command(
-            name,
+            last,
             cls=_Command,
             rich_help_panel=None if group else entry.panel,
-            help=_paragraphs(body.__doc__),
+            help=_paragraphs(command.body.__doc__),
             epilog=_epilog(examples),
-        )(body)
+        )(command.callback() if named or name is None else lambda: None)
     return app
 
 
@@ -171,7 +179,8 @@ def run(arguments: Sequence[str], *, app: typer.Typer | None = None) -> int:
         interrupted.
     """
     try:
-        code = (app or build())(list(arguments), prog_name="m2f2", standalone_mode=False)
+        chosen = app or build(arguments[0] if arguments else "")
+        code = chosen(list(arguments), prog_name="m2f2", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED

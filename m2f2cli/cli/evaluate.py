@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from m2f2cli.cli.flags import command
+from m2f2cli.cli.flags import Command, command
 from m2f2cli.cli.output import EXIT_GATE, EXIT_SOME_FAILED, Output
 from m2f2cli.options.evaluate import (
     CalibrateOptions,
@@ -109,7 +109,7 @@ def _robustness(options: Any, progress: Progress) -> Evaluation:
 
 def _command(
     verb: Callable[[Any, Progress], Evaluation], kind: type[MeasureOptions], help: str
-) -> Callable[..., None]:
+) -> Command:
     """A command: measure, print, and leave with the exit code of the gates."""
 
     def body(options: MeasureOptions, out: Output) -> int:

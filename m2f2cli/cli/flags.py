@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,6 @@ from m2f2cli.cli.output import Output
 from m2f2cli.errors import ConfigError
 from m2f2cli.options.fields import MOVED, Options, key_of, renamed
 
-Body = Callable[[Any, Output], int | None]
 _METAVARS: dict[Any, str] = {
     int: "N",
     int | None: "N",
@@ -41,41 +41,48 @@ _METAVARS: dict[Any, str] = {
 }
 
 
-def command(
-    kind: type[Options], *, json: bool = True, quiet: bool = True
-) -> Callable[[Body], Callable[..., None]]:
-    """Make a function of options and a printer a command with a flag for each option.
+@dataclass(frozen=True)
+class Command:
+    """A command: a function of options and a printer that returns the exit code.
 
-    Args:
-        kind: The command's options.
-        json: Whether it has ``--json``.
-        quiet: Whether it has ``--quiet``.
-
-    Returns:
-        A decorator; the function's docstring is the help text, and what it returns the exit code.
+    Attributes:
+        kind: Its options; each is a flag.
+        body: The function; its docstring is the help text.
+        json: Whether there is ``--json``.
+        quiet: Whether there is ``--quiet``.
     """
 
-    def decorate(body: Body) -> Callable[..., None]:
+    kind: type[Options]
+    body: Callable[[Any, Output], int | None]
+    json: bool = True
+    quiet: bool = True
+
+    def callback(self) -> Callable[..., None]:
+        """What Typer runs: a function with a parameter for each flag."""
+
         def run(**values: Any) -> None:
             printer = Output(values.pop("json", False), values.pop("quiet", False))
             show, settings = values.pop("print_config"), values.pop("set") or ()
             given = {n: v for n, v in values.items() if n != "config" and v not in (None, [], ())}
-            given |= _settings(kind, settings)
+            given |= _settings(self.kind, settings)
             if show:
-                printer.text(kind.from_flat(_blanks(kind) | given).to_yaml())
-                return
-            if code := body(kind.from_flat(given), printer):
+                printer.text(self.kind.from_flat(_blanks(self.kind) | given).to_yaml())
+            elif code := self.body(self.kind.from_flat(given), printer):
                 raise typer.Exit(code)
 
-        types = kind.types()
-        own = [_parameter(group, item, types[item.name]) for group, item in kind.walk()]
-        parameters = [*_general(kind, json=json, quiet=quiet), *own]
-        run.__doc__ = body.__doc__
+        types = self.kind.types()
+        own = [_parameter(group, item, types[item.name]) for group, item in self.kind.walk()]
+        parameters = [*_general(self.kind, json=self.json, quiet=self.quiet), *own]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
 
-    return decorate
+
+def command(
+    kind: type[Options], *, json: bool = True, quiet: bool = True
+) -> Callable[[Callable[[Any, Output], int | None]], Command]:
+    """Decorator that makes a function a ``Command``; arguments as there."""
+    return lambda body: Command(kind, body, json, quiet)
 
 
 def _general(kind: type[Options], *, json: bool, quiet: bool) -> Iterator[inspect.Parameter]:
@@ -131,7 +138,8 @@ def _parameter(group: str, item: dataclasses.Field[Any], kind: Any) -> inspect.P
     silent = item.default is dataclasses.MISSING or about.get("says_default", False)
     default: Any = None if silent else item.default
     metavar = about.get("metavar") or "|".join(about["limits"].choices)
-    extra: dict[str, Any] = {"help": about["help"], "show_default": not silent}
+    needed = " Required." if item.default is dataclasses.MISSING else ""
+    extra: dict[str, Any] = {"help": about["help"] + needed, "show_default": not silent}
     if kind is bool:
         metavar = ""
     elif "parse" in about:

@@ -53,10 +53,7 @@ def _command(command: Any) -> Iterator[str]:
     keys = [p for p in flags if p.hidden]
     flags = [p for p in flags if not p.hidden]
     if arguments:
-        rows = [
-            (f"`{p.metavar or p.name.upper()}`", "required" if p.required else "", _prose(p.help))
-            for p in arguments
-        ]
+        rows = [(f"`{p.metavar}`", *_needed(p)) for p in arguments]
         yield _table(("Argument", "", "Meaning"), rows)
     panels: dict[str, list[Any]] = {}
     for parameter in flags:
@@ -75,7 +72,14 @@ def _flag(parameter: Any) -> tuple[str, str, str, str]:
     value = "" if parameter.is_flag else _value(parameter.metavar or "VALUE")
     if getattr(parameter, "multiple", False) and "epeat" not in parameter.help:
         value += ", may be repeated"
-    return spellings + variable, value, _default(parameter), _prose(parameter.help)
+    needed, meaning = _needed(parameter)
+    return spellings + variable, value, needed or _default(parameter), meaning
+
+
+def _needed(parameter: Any) -> tuple[str, str]:
+    """Whether it must be given, and what it means."""
+    help = parameter.help.removesuffix(" Required.")
+    return "required" if help != parameter.help else "", _prose(help)
 
 
 def _value(metavar: str) -> str:
@@ -84,8 +88,6 @@ def _value(metavar: str) -> str:
 
 def _default(parameter: Any) -> str:
     default = parameter.default
-    if parameter.required:
-        return "required"
     if parameter.is_flag:
         return "on" if default else "off"
     if default is None or default == () or default == []:

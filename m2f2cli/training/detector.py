@@ -38,7 +38,6 @@ from m2f2cli.models.clip import blocks_needed, load_clip
 from m2f2cli.models.detector import CLIP_MEAN, CLIP_STD, Detector, DetectorConfig
 from m2f2cli.options.train_detector import ModelOptions, TrainDetectorOptions
 from m2f2cli.runtime import seed_everything
-from m2f2cli.training.accelerator import make_accelerator, pick_precision, pick_tracker
 from m2f2cli.training.objective import Objective
 from m2f2cli.training.pictures import (
     PictureCollator,
@@ -49,7 +48,18 @@ from m2f2cli.training.pictures import (
 )
 from m2f2cli.training.sources import read_sources
 from m2f2cli.training.states import check_output, finished, state_folder
-from m2f2cli.training.trainer import WEIGHTS, Advance, Batch, Finished, Notify, Trainer, run_record
+from m2f2cli.training.trainer import (
+    WEIGHTS,
+    Advance,
+    Batch,
+    Finished,
+    Notify,
+    Trainer,
+    make_accelerator,
+    pick_precision,
+    pick_tracker,
+    run_record,
+)
 
 STAGE = "train-detector"
 _BETTER_IS_LARGER = {"auc": True, "ap": True, "loss": False, "last": True}
@@ -70,8 +80,8 @@ def train_detector(
 ) -> Path:
     """Train a detector; write and return its folder, of the epoch that did best when measured.
 
-    ``advance`` is called after each step with the steps done and words for beside a progress bar,
-    ``notify`` with lines for people.
+    ``advance`` is called after each step with the steps done and text to show beside a progress
+    bar, ``notify`` with messages for the user.
 
     Raises:
         ConfigError: Options do not go together, or not with those of the state to resume.
@@ -97,9 +107,9 @@ def prepare(
     precision = pick_precision(run.precision, run.device)
     pick_tracker(run.report_to)
     left_out: list[str] = []
-    parts = read_sources(data, seed=run.seed, tell=left_out.append)
+    parts = read_sources(data, seed=run.seed, notify=left_out.append)
     skip = data.unreadable == "skip"
-    train, held = stores = [PictureStore(p, data.cache, skip=skip, tell=notify) for p in parts]
+    train, held = stores = [PictureStore(p, data.cache, skip=skip, notify=notify) for p in parts]
     left_out += [name for store in stores for name in store.skipped]
     for name in left_out:
         notify(f"left out, missing or unreadable: {name}")

@@ -9,9 +9,11 @@ Everything else stays as it is, bit by bit: the word embeddings, the head, the d
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +30,21 @@ from m2f2cli.checkpoints.io import check_names_and_shapes
 from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.data.conversations import Conversation, Pictures, parse_verdict
 from m2f2cli.data.transforms import explainer_views
-from m2f2cli.errors import ConfigError, M2F2Error
+from m2f2cli.errors import ConfigError, M2F2Error, MissingExtraError
 from m2f2cli.models.explainer import Explainer
 from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.models.tokenizer import decode
 from m2f2cli.options.train_explainer import (
+    DEEPSPEED,
     AdapterOptions,
     AlignOptions,
     LoraOptions,
     LoraStepOptions,
     QuantizedOptions,
     StageOptions,
+    StepOptions,
 )
 from m2f2cli.runtime import pick_device, process_count, seed_everything
-from m2f2cli.training.accelerator import (
-    fill_deepspeed,
-    make_accelerator,
-    pick_precision,
-    pick_tracker,
-    read_deepspeed,
-)
 from m2f2cli.training.explainer_data import ConversationDataset, read_usable
 from m2f2cli.training.states import check_output, finished
 from m2f2cli.training.trainer import (
@@ -57,11 +54,15 @@ from m2f2cli.training.trainer import (
     Notify,
     Trainer,
     eval_figures,
+    make_accelerator,
+    pick_precision,
+    pick_tracker,
     run_record,
 )
 
 PROJECTORS = ("mm_projector", "forgery_projector")
 _LAYERS = "language_model.model."
+_DEEPSPEED_FILES = Path(__file__).parent.parent / "assets" / "deepspeed"
 # What PEFT puts into names in memory, and leaves out on disk.
 _IN_MEMORY = (".modules_to_save.default", ".default")
 
@@ -71,8 +72,8 @@ def align(
 ) -> Path:
     """Train an explainer's forgery projector (stage 2); write and return its delta folder.
 
-    ``advance`` is called after each step with the steps done and words for beside a progress bar,
-    ``notify`` with lines for people.
+    ``advance`` is called after each step with the steps done and text to show beside a progress
+    bar, ``notify`` with messages for the user.
 
     Raises:
         ConfigError: Options do not go together, or not with those of the state to resume.
@@ -179,6 +180,57 @@ def _load(options: StageOptions, precision: str) -> tuple[Explainer, Path]:
         dtype=precision,
         quantize=None if held_in == "none" else held_in,
         attention=options.model.attn_implementation,
+    )
+
+
+def read_deepspeed(name: str | None) -> dict[str, Any] | None:
+    """DeepSpeed's settings: bundled ones by their name, or those of a file.
+
+    Raises:
+        ConfigError: The file cannot be read, or sets what the options set.
+        MissingExtraError: DeepSpeed is not installed.
+    """
+    if name is None:
+        return None
+    if find_spec("deepspeed") is None:
+        raise MissingExtraError("deepspeed", "train", "--deepspeed")
+    path = _DEEPSPEED_FILES / f"{name}.json" if name in DEEPSPEED else Path(name)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"DeepSpeed's settings '{path}' cannot be read: {error}.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"'{path}' holds no JSON object with DeepSpeed's settings.")
+    for section in ("optimizer", "scheduler"):
+        if section in found:
+            raise ConfigError(
+                f"'{path}' sets the {section}, which the options of the command set.",
+                f"Remove '{section}' from the file.",
+            )
+    return found
+
+
+def fill_deepspeed(settings: dict[str, Any], *, steps: StepOptions, width: int) -> dict[str, Any]:
+    """DeepSpeed's settings with what the options decide where they say ``auto`` or nothing.
+
+    accelerate fills in the precision and the batch of all processes itself. ``width`` is the
+    hidden size of the language model.
+    """
+    values = {
+        "train_micro_batch_size_per_gpu": steps.batch_size,
+        "gradient_accumulation_steps": steps.gradient_accumulation_steps,
+        "gradient_clipping": steps.max_grad_norm,
+    }
+    sizes = {
+        "reduce_bucket_size": width * width,
+        "stage3_prefetch_bucket_size": int(0.9 * width * width),
+        "stage3_param_persistence_threshold": 10 * width,
+    }
+    zero = settings.get("zero_optimization", {})
+    return (
+        settings
+        | {key: value for key, value in values.items() if settings.get(key, "auto") == "auto"}
+        | {"zero_optimization": {k: sizes.get(k, v) if v == "auto" else v for k, v in zero.items()}}
     )
 
 
@@ -341,8 +393,8 @@ class ExplainerTrainer(Trainer):
             loss, tokens = self._sums(self.held_losses())
             figures = {"loss": loss / max(tokens, 1)}
             if judged:
-                right, asked = self._sums(self._verdicts(judged))
-                figures |= {"judged_accuracy": right / asked, "judged": asked}
+                right, total = self._sums(self._verdicts(judged))
+                figures |= {"judged_accuracy": right / total, "judged": total}
         if not figures["loss"] < float("inf"):
             raise M2F2Error(
                 "The training has diverged: the validation loss is no longer a finite number.",
@@ -387,28 +439,28 @@ class ExplainerTrainer(Trainer):
 
     def held_losses(self) -> Iterator[tuple[float, int]]:
         """Of each batch of this process the sum over its answer tokens, and their number."""
-        asked = self.wrapped if self.deepspeed else self.model
+        model = self.wrapped if self.deepspeed else self.model
         for group in self.share(self.held):
             items = [self.dataset.encode(conversation) for conversation, _ in group]
             for item, (_, counts) in zip(items, group, strict=True):
                 item["labels"] = item["labels"] if counts else [-100] * len(item["labels"])
             batch = self.to_device(self.collate(items))
             tokens = int((batch["labels"][:, 1:] != -100).sum())
-            loss = asked(**batch, use_cache=False).loss
+            loss = model(**batch, use_cache=False).loss
             yield (loss.item() * tokens if tokens else 0.0), tokens
 
     def _verdicts(self, judged: list[Conversation]) -> Iterator[tuple[int, int]]:
-        """Of each batch how many verdicts are right, and how many were asked for."""
+        """Of each batch how many verdicts are right, and how many there are."""
         for group in self.share(judged):
             prompts = [self.dataset.verdict_prompt(c) for c, _ in group]
             shown = [self.dataset.shown(c) for c, _ in group]
-            said = self.explainer.generate(
+            generated = self.explainer.generate(
                 **self.to_device(dict(self.processor(prompts, shown))),
                 do_sample=False,
                 max_new_tokens=self.options.data.answer_tokens,
                 synced_gpus=self.accelerator.num_processes > 1 and self.deepspeed,
             )
-            texts = [decode(self.processor.tokenizer, row.tolist()) for row in said]
+            texts = [decode(self.processor.tokenizer, row.tolist()) for row in generated]
             right = [
                 counts and parse_verdict(text) == ("real", "fake")[c.label or 0]
                 for text, (c, counts) in zip(texts, group, strict=True)

@@ -110,7 +110,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     """Training items by ``epoch * len + position``, in a new order in each epoch.
 
     With ``group``, how many items a step has, these are of like length: some dozens of steps'
-    items are sorted together, cut into steps, and these shuffled. The order hangs on the seed and
+    items are sorted together, cut into steps, and these shuffled. The order depends on the seed and
     the items of a step alone, not on how many processes share it.
     """
 
@@ -179,6 +179,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         if not verdicts:
             raise LookupError(f"Conversation {conversation.number} holds no verdict.")
         last = verdicts[-1]
-        asked = [*turns[:last], Turn(turns[last].question)]
-        text, _ = self.processor.template.render(asked, end=self.processor.tokenizer.eos_token)
+        turns = [*turns[:last], Turn(turns[last].question)]
+        text, _ = self.processor.template.render(turns, end=self.processor.tokenizer.eos_token)
         return text

@@ -217,12 +217,12 @@ class Objective(nn.Module):
             kind = _soft_cross_entropy(self.heads["kind"](pooled), more["kind"])
             loss = loss + aims.kind_weight * kind
         if "judgement" in more:
-            told = self.heads["judgement"](pooled)
-            judged = _known_binary(told, more["judgement"], more["judgement_known"])
+            scores = self.heads["judgement"](pooled)
+            judged = _known_binary(scores, more["judgement"], more["judgement_known"])
             loss = loss + aims.judgement_weight * judged
         if "map" in more:
-            told = _MAP_SHARPNESS * output.forgery_map.flatten(1)
-            mapped = _known_binary(told, more["map"].flatten(1), more["map_known"])
+            scores = _MAP_SHARPNESS * output.forgery_map.flatten(1)
+            mapped = _known_binary(scores, more["map"].flatten(1), more["map_known"])
             loss = loss + aims.map_weight * mapped
         if weight is not None:
             loss = loss * weight

@@ -33,7 +33,7 @@ from m2f2cli.training.sampler import AUGMENT, MIXUP, BatchSampler, EpochOrder
 Item = dict[str, np.ndarray]
 
 _CACHE_BYTES = 2 * 2**30
-_TOLD = 10_000  # pictures between two lines on how far the check is
+_NOTIFY_EVERY = 10_000  # pictures, while they are checked
 _AHEAD = 256  # pictures decoded before the reader has taken them
 
 
@@ -49,7 +49,7 @@ class PictureStore:
         cache: ``always`` or ``never`` keep pictures decoded, or ``auto``: if they take at most
             2 GiB.
         skip: Leave out what cannot be read, instead of failing.
-        tell: Called with a line for people after every 10,000 pictures.
+        notify: Called with a message for the user after every 10,000 pictures.
 
     Attributes:
         samples: What can be read.
@@ -65,7 +65,7 @@ class PictureStore:
         cache: str,
         *,
         skip: bool,
-        tell: Callable[[str], None] | None = None,
+        notify: Callable[[str], None] | None = None,
     ) -> None:
         self._clips = FrameReader()
         self._kept: dict[int, np.ndarray] = {}
@@ -73,8 +73,8 @@ class PictureStore:
         good: list[int] = []
         failed: list[tuple[Sample, InputError]] = []
         for index, result in enumerate(self._read_all(samples.samples)):
-            if tell and index and index % _TOLD == 0:
-                tell(f"checked {index:,} of {len(samples):,} pictures of '{samples.root}'")
+            if notify and index and index % _NOTIFY_EVERY == 0:
+                notify(f"checked {index:,} of {len(samples):,} pictures of '{samples.root}'")
             if isinstance(result, InputError):
                 failed.append((samples.samples[index], result))
                 continue
@@ -92,7 +92,7 @@ class PictureStore:
                 f"{len(failed)} of {len(samples)} pictures cannot be read, '{sample.name}' of "
                 f"'{samples.root}' first: {error.message}",
                 error.status,
-                "Mend or remove them, or leave them out with --unreadable skip.",
+                "Repair or remove them, or leave them out with --unreadable skip.",
             )
         self.skipped = [sample.name for sample, _ in failed]
         self.samples = samples.subset(good)
@@ -133,7 +133,7 @@ class Targets:
 
     Attributes:
         grid: Edge of the forgery map, for its target; 0 for none.
-        kinds: Manipulations told apart, without ``real``.
+        kinds: Manipulations to tell apart, without ``real``.
         judgements: Annotators' judgements by sample name, each float32 (J,) in [0, 1].
         soft: Teachers' fake probabilities by sample name, in [0, 1].
     """

@@ -27,36 +27,36 @@ from m2f2cli.errors import ConfigError, InputError
 from m2f2cli.options.training_data import DataOptions
 
 _FFPP = "ffpp:"
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 def read_sources(
-    data: DataOptions, *, seed: int = 0, tell: Tell | None = None
+    data: DataOptions, *, seed: int = 0, notify: Notify | None = None
 ) -> tuple[SampleSet, SampleSet]:
     """The pictures and videos to train on and those to measure on, with no identity in both.
 
-    ``seed`` draws those that ``data.limit`` leaves; ``tell`` is called with the name of each video
-    that is passed over.
+    ``seed`` draws those that ``data.limit`` leaves; ``notify`` is called with the name of each
+    video that is passed over.
 
     Raises:
         InputError: A source cannot be read or cut, or one identity is on both sides.
     """
-    tell = tell or (lambda _: None)
+    notify = notify or (lambda _: None)
     official: list[SampleSet] = []
     official_held: list[SampleSet] = []
     free: list[SampleSet] = []
     for source, prefix in _prefixes(data.data).items():
         into = official if is_ffpp(source) else free
-        into.append(_read(source, prefix, data, "train", tell))
+        into.append(_read(source, prefix, data, "train", notify))
         if is_ffpp(source) and data.validation is None:
-            official_held.append(_read(source, prefix, data, "validation", tell))
+            official_held.append(_read(source, prefix, data, "validation", notify))
     if data.identities is not None:
         people = read_people(data.identities, {s.name for part in free for s in part.samples})
         free = [part.with_people(people) for part in free]
     if data.validation is not None:
         sources = _prefixes(data.validation).items()
         train = _joined([*official, *free])
-        held = _joined([_read(s, prefix, data, "validation", tell) for s, prefix in sources])
+        held = _joined([_read(s, prefix, data, "validation", notify) for s, prefix in sources])
     elif official:
         train, held = _joined(official), _joined(official_held)
     else:
@@ -105,10 +105,10 @@ def _root(source: str) -> Path:
     return Path(rest if colon and len(layout) > 1 else source).expanduser()
 
 
-def _read(source: str, prefix: str, data: DataOptions, split: str, tell: Tell) -> SampleSet:
+def _read(source: str, prefix: str, data: DataOptions, split: str, notify: Notify) -> SampleSet:
     """A source's pictures, or the videos of its official split, with a prefix to their names."""
     if is_ffpp(source):
-        found = _read_videos(source, data, split, tell)
+        found = _read_videos(source, data, split, notify)
     else:
         try:
             found = read_samples(source)
@@ -119,7 +119,7 @@ def _read(source: str, prefix: str, data: DataOptions, split: str, tell: Tell) -
     return replace(found, samples=tuple(named))
 
 
-def _read_videos(source: str, data: DataOptions, split: str, tell: Tell) -> SampleSet:
+def _read_videos(source: str, data: DataOptions, split: str, notify: Notify) -> SampleSet:
     found = read_ffpp(
         _root(source),
         compression=data.compression,
@@ -129,7 +129,7 @@ def _read_videos(source: str, data: DataOptions, split: str, tell: Tell) -> Samp
         allow_missing=data.unreadable == "skip",
     )
     for name in found.missing:
-        tell(name)
+        notify(name)
     ordered = sorted(found.samples, key=lambda sample: sample.name)
     videos = SampleSet(found.root, "ffpp", tuple(ordered))
     check_classes(videos, f"the split '{split}' of '{found.root}'")

@@ -1,4 +1,4 @@
-"""The training loop of all stages: optimizer steps, figures, saved states, curves.
+"""The training loop of all stages: optimizer steps, figures, saved states, curves, device.
 
 A run killed at any step goes on from its last saved state and ends bit by bit as it would have:
 every random draw is seeded by step, epoch and position, so a state holds weights, optimizer,
@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,21 @@ import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transf
 # isort: split
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.utils import send_to_device
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
-from transformers import get_scheduler
+from transformers import enable_full_determinism, get_scheduler
 
 from m2f2cli.checkpoints.io import write_tensor_file
+from m2f2cli.compat import forget_accelerator
 from m2f2cli.environment import library_versions
-from m2f2cli.errors import CheckpointError, InputError
-from m2f2cli.runtime import process_count
+from m2f2cli.errors import CheckpointError, ConfigError, InputError, MissingExtraError
+from m2f2cli.options.train_detector import RunOptions
+from m2f2cli.options.train_explainer import StageRunOptions
+from m2f2cli.runtime import pick_device, process_count
 from m2f2cli.training.sampler import BatchSampler
 from m2f2cli.training.states import (
     PROCESSES,
@@ -52,6 +56,7 @@ WEIGHTS = "model.safetensors"
 _OPTIMIZER = "optimizer.pt"
 _PROGRESS = "progress.json"
 _LOG_STEPS = 10
+_PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 class Trainer(ABC):
@@ -63,7 +68,7 @@ class Trainer(ABC):
         options: The whole options of the command.
         accelerator: Device, precision, processes, DeepSpeed.
         record: What goes into ``stage.json`` beside the figures.
-        notify: Called with lines for people.
+        notify: Called with messages for the user.
 
     Attributes:
         steps: Optimizer steps in all.
@@ -174,8 +179,8 @@ class Trainer(ABC):
     def run(self, *, advance: Advance | None = None) -> Path:
         """Train, or go on training, and write the output folder.
 
-        ``advance`` is called after each step with the steps done and words for beside a progress
-        bar; first with the steps that a resumed run has behind it.
+        ``advance`` is called after each step with the steps done and text to show beside a
+        progress bar; first with the steps that a resumed run has behind it.
 
         Raises:
             InputError: A picture cannot be read any more.
@@ -201,7 +206,7 @@ class Trainer(ABC):
                 self._train_epoch(advance)
         except InputError as error:  # a worker's has its whole traceback for a message
             message = error.message.rpartition(f"{InputError.__name__}: ")[2].strip()
-            hint = "Mend the file and give the same command with --resume."
+            hint = "Repair the file and give the same command with --resume."
             raise InputError(message, error.status, hint) from error
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -308,7 +313,7 @@ class Trainer(ABC):
         self._log(values, {"grad_norm": float(self._norm or 0.0)}, curve="train")
 
     def _measure(self) -> dict[str, float]:
-        """Measure, note the figures and say them."""
+        """Measure, log the figures and report them."""
         self.wrapped.eval()
         figures = self.evaluate()
         self._log({f"eval_{name}": value for name, value in figures.items()}, {}, curve="eval")
@@ -431,3 +436,64 @@ def run_record(
         | library_versions(*packages)
         | {"cuda": torch.version.cuda or "none"},
     }
+
+
+def pick_precision(precision: str, device_name: str) -> str:
+    """The arithmetic: ``float32``, ``bfloat16`` or ``float16``; ``auto`` depends on the device.
+
+    Raises:
+        ConfigError: It does not go with the device.
+        UsageError: There is no such device.
+    """
+    device = pick_device(device_name)
+    if precision == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    if precision == "float16" and device.type != "cuda":
+        raise ConfigError(
+            f"--precision float16 needs a CUDA device, not {device.type}.",
+            "Use --precision bfloat16 or float32.",
+        )
+    return precision
+
+
+def pick_tracker(report_to: str) -> str | None:
+    """What writes curves: ``tensorboard``, ``wandb`` or nothing.
+
+    Raises:
+        ConfigError: W&B is asked for and not installed.
+        MissingExtraError: TensorBoard is asked for and not installed.
+    """
+    if report_to == "wandb" and find_spec("wandb") is None:
+        raise ConfigError(
+            "--report-to wandb needs the package 'wandb', which is not installed.",
+            "pip install wandb",
+        )
+    board = find_spec("tensorboard") is not None
+    if report_to == "tensorboard" and not board:
+        raise MissingExtraError("tensorboard", "train", "--report-to tensorboard")
+    if report_to == "auto":
+        return "tensorboard" if board else None
+    return None if report_to == "none" else report_to
+
+
+def make_accelerator(
+    run: RunOptions | StageRunOptions, precision: str, deepspeed: dict[str, Any] | None = None
+) -> Accelerator:
+    """The Accelerator of a run; a second one in a process may differ from the first.
+
+    ``precision`` is as ``pick_precision`` gives it, ``deepspeed`` as ``fill_deepspeed`` does.
+    """
+    device = pick_device(run.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    if run.deterministic:
+        enable_full_determinism(run.seed)
+    forget_accelerator()
+    PartialState(cpu=device.type == "cpu")  # the processes: under DeepSpeed not asked for a CPU
+    return Accelerator(
+        cpu=device.type == "cpu" and deepspeed is None,
+        mixed_precision=_PRECISIONS[precision],
+        log_with=pick_tracker(run.report_to),
+        project_dir=state_folder(run.output),
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed) if deepspeed else None,
+    )

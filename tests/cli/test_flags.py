@@ -37,7 +37,6 @@ def call(*arguments: str) -> tuple[int, dict[str, Any]]:
     seen: dict[str, Any] = {}
     application = typer.Typer()
 
-    @application.command()
     @command(Probe)
     def show(options: Probe, output: Output) -> None:
         seen.update(
@@ -47,6 +46,7 @@ def call(*arguments: str) -> tuple[int, dict[str, Any]]:
             fail_on=options.fail_on,
         )
 
+    application.command()(show.callback())
     return app.run(arguments, app=application), seen
 
 

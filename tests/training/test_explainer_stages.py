@@ -20,7 +20,7 @@ from m2f2cli.data.conversations import Pictures
 from m2f2cli.data.prepare.ddvqa import prepare_ddvqa
 from m2f2cli.errors import CheckpointError, ConfigError, InputError, MissingExtraError
 from m2f2cli.options.train_explainer import ConversationOptions
-from m2f2cli.training import accelerator
+from m2f2cli.training import explainer
 from m2f2cli.training.explainer import prepare, trained
 from m2f2cli.training.explainer_data import (
     ConversationDataset,
@@ -376,7 +376,7 @@ def test_missing_pictures_are_counted_or_refused(root, tmp_path):
 def test_wrong_starts_are_refused(root, tmp_path, tiny_detector_folder, monkeypatch):
     with pytest.raises(CheckpointError, match="detector"):
         prepare(stage_options("align", root, tmp_path / "a", model=str(tiny_detector_folder)))
-    monkeypatch.setattr(accelerator, "find_spec", lambda name: None)
+    monkeypatch.setattr(explainer, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError) as refused:
         prepare(stage_options("align", root, tmp_path / "b", deepspeed="zero2"))
     assert refused.value.hint == "pip install 'm2f2cli[train]'"

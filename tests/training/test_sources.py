@@ -165,7 +165,7 @@ def test_missing_videos_may_be_passed_over(toy_ffpp, tmp_path):
     root = shutil.copytree(toy_ffpp, tmp_path / "broken")
     broken(root, "key")
     told: list[str] = []
-    train, _ = read_sources(options(root, unreadable="skip"), tell=told.append)
+    train, _ = read_sources(options(root, unreadable="skip"), notify=told.append)
     assert told == ["FF++_FaceSwap_c23.h5: 002_003"]
     assert len(train) == 17
 

@@ -159,7 +159,7 @@ def test_validation_folder_must_hold_other_people(options, toy_data):
 def test_impossible_precision_and_missing_tensorboard(options, monkeypatch):
     with pytest.raises(ConfigError, match="float16 needs a CUDA device"):
         prepare(options(precision="float16"))
-    monkeypatch.setattr("m2f2cli.training.accelerator.find_spec", lambda name: None)
+    monkeypatch.setattr("m2f2cli.training.trainer.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="tensorboard"):
         prepare(options(report_to="tensorboard"))
 
