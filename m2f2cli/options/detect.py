@@ -118,10 +118,10 @@ class ItemOptions(Options):
     )
     output: Path | None = option(
         None,
-        "Write one record an item; run again to resume a .jsonl file.",
+        "Write one record an item; run again to resume. 'm2f2 detect' takes FILE.csv too.",
         short="-o",
         group="Output",
-        metavar="FILE.jsonl|FILE.csv",
+        metavar="FILE.jsonl",
     )
     overwrite: bool = option(False, "Replace what is there.", group="Output")
 

@@ -32,7 +32,7 @@ def test_help_shows_the_flags_people_set_with_type_default_and_words(capsys, mon
         if shown:
             assert item.metadata["help"].split()[0] in text
     assert "[default: 0.001]" in text
-    assert "published|head|prompt|everything" in text
+    assert "published|head|norms|prompt|everything" in text
     assert "--no-balance" in text
 
 
