@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from m2f2cli.checkpoints.convert import import_weights
     from m2f2cli.checkpoints.initialize import init_llava
     from m2f2cli.checkpoints.load import load_detector, load_explainer
+    from m2f2cli.checkpoints.merge import merge
     from m2f2cli.evaluation.calibrate import calibrate
     from m2f2cli.evaluation.evaluate import evaluate
     from m2f2cli.evaluation.robustness import robustness
@@ -66,6 +67,7 @@ __all__ = [
     "load_detector",
     "load_explainer",
     "lora",
+    "merge",
     "robustness",
     "train_detector",
 ]
@@ -96,6 +98,7 @@ _MODULES = {
     "load_detector": "checkpoints.load",
     "load_explainer": "checkpoints.load",
     "lora": "training.explainer",
+    "merge": "checkpoints.merge",
     "robustness": "evaluation.robustness",
     "train_detector": "training.detector",
 }

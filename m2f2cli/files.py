@@ -79,7 +79,8 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         for file in sorted(partial.rglob("*")):
             if file.is_file():
-                _sync_file(file)
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
         sync_folder(partial)
         _put_in_place(partial, path)
         sync_folder(path.parent)
@@ -109,11 +110,6 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(handle)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _partial_name(path: Path) -> Path:
@@ -160,10 +156,8 @@ def _alive(pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -285,7 +279,7 @@ class FilePart:
     def __init__(self, whole: ParallelFile, begin: int) -> None:
         self._whole = whole
         self._direct = getattr(os, "O_DIRECT", 0)
-        self._file = self._open()
+        self._file: FileIO | None = None
         # The buffer lies on whole pages, in memory as in the file; from first to end it is filled.
         self._first = self._end = begin % _PAGE
         self._start = begin - self._first
@@ -301,7 +295,7 @@ class FilePart:
             if kind is None:
                 self._flush()
         finally:
-            self._file.close()
+            self._close()
 
     def write(self, data: np.ndarray) -> None:
         """Write flat uint8 values behind those before."""
@@ -327,25 +321,23 @@ class FilePart:
         self._first = self._end = 0
 
     def _write_pages(self, place: int, data: np.ndarray) -> int:
-        try:
-            self._file.seek(place)
-            return self._file.write(data.data)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not self._direct:
-                raise
-        self._file.close()
-        self._direct = 0
-        self._file = self._open()
-        return 0
+        """Write directly, or through the page cache where the file system does not have that."""
+        while True:
+            try:
+                if self._file is None:
+                    self._file = FileIO(self._whole.path, "r+", opener=self._open)
+                self._file.seek(place)
+                return self._file.write(data.data)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+            self._close()
+            self._direct = 0
 
-    def _open(self) -> FileIO:
-        """Open the file for direct writing where its file system has that."""
-        try:
-            return FileIO(
-                self._whole.path, "r+", opener=lambda p, flags: os.open(p, flags | self._direct)
-            )
-        except OSError as error:
-            if error.errno != errno.EINVAL or not self._direct:
-                raise
-        self._direct = 0
-        return self._open()
+    def _open(self, path: str, flags: int) -> int:
+        return os.open(path, flags | self._direct)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -42,6 +42,7 @@ _LLAMA_DEFAULTS: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+_INCOMPLETE = "The file or folder is incomplete; m2f2 info PATH says what it lacks."
 _LANGUAGE_MODELS = ("llama", "llava", "llava_llama")
 # How LLaVA-1.5 shows its language model a picture, in the fields of both layouts.
 _LLAVA_PICTURES: dict[str, tuple[Any, ...]] = {
@@ -104,22 +105,19 @@ def detector_config(
     Raises:
         CheckpointError: A tensor is missing, or a size cannot be read or contradicts ``given``.
     """
-    vision = vision_fields(below("clip.vision.", tensors), given.get("vision"), what=what)
+    vision = _vision_fields(below("clip.vision.", tensors), given.get("vision"), what=what)
     clip: dict[str, Any] = {"library": "transformers", "vision": vision}
     text = below("clip.text.", tensors)
     if text:
-        clip["text"] = text_fields(text, given.get("text"), words=words, what=what)
-    for key in ("vision_proj.0.weight", *(("forgery_prompt.tokens",) if text else ())):
-        if key not in tensors or len(tensors[key].shape) < 2:
-            raise CheckpointError(f"{what} lacks its tensor '{key}', or it is misshapen.")
+        clip["text"] = _text_fields(text, given.get("text"), words=words, what=what)
     return {
         "architectures": ["Detector"],
         "model_type": "m2f2_detector",
         "backbone": backbone,
         "backbone_kwargs": {},
         "clip": clip,
-        "hidden_size": int(tensors["vision_proj.0.weight"].shape[0]),
-        "prompt_tokens": int(tensors["forgery_prompt.tokens"].shape[1]) if text else 0,
+        "hidden_size": _shape(tensors, "vision_proj.0.weight", what)[0],
+        "prompt_tokens": _shape(tensors, "forgery_prompt.tokens", what, 3)[1] if text else 0,
         "vision_layer": VISION_LAYER,
         "forgery_map": bool(text),
         "bridge": None,
@@ -146,69 +144,62 @@ def below(begin: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(begin): t for k, t in tensors.items() if k.startswith(begin)}
 
 
-def vision_fields(
+def _vision_fields(
     tensors: Mapping[str, Any], given: Mapping[str, Any] | None, *, what: str
 ) -> dict[str, Any]:
-    """The fields of a vision tower's configuration.
-
-    ``tensors`` is anything with ``shape``, named as in transformers' ``CLIPVisionTransformer``;
-    ``given`` the ``vision`` part of a CLIP configuration.
-
-    Raises:
-        CheckpointError: A size cannot be read, contradicts ``given``, or needs it.
-    """
-    patches = _shape(tensors, "embeddings.patch_embedding.weight", what, dims=4)
-    positions = _shape(tensors, "embeddings.position_embedding.weight", what, dims=2)
-    grid = math.isqrt(positions[0] - 1)
-    if grid * grid + 1 != positions[0]:
+    """The fields of a vision tower, named as in transformers' ``CLIPVisionTransformer``."""
+    patches = _shape(tensors, "embeddings.patch_embedding.weight", f"A CLIP tower of {what}", 4)
+    fields = _tower_fields(tensors, what)
+    positions = fields.pop("positions")
+    grid = math.isqrt(positions - 1)
+    if grid * grid + 1 != positions:
         raise CheckpointError(
-            f"The vision tower of {what} has {positions[0]} positions, which is no square grid "
-            "and a class token."
+            f"The vision tower of {what} has {positions} positions, which is no square grid and a "
+            "class token."
         )
-    fields = {
-        **_blocks(tensors, what),
-        "hidden_size": patches[0],
+    fields |= {
         "num_channels": patches[1],
         "patch_size": patches[2],
         "image_size": grid * patches[2],
     }
-    known = patches[2] in _PATCHES.get(patches[0], ())
+    known = patches[2] in _PATCHES.get(fields["hidden_size"], ())
     return _complete("vision", fields, given, known=known, what=what)
 
 
-def text_fields(
+def _text_fields(
     tensors: Mapping[str, Any], given: Mapping[str, Any] | None, *, words: int, what: str
 ) -> dict[str, Any]:
-    """The fields of a text tower's configuration; see ``vision_fields``."""
-    positions = _shape(tensors, "embeddings.position_embedding.weight", what, dims=2)
-    fields = {
-        **_blocks(tensors, what),
-        "hidden_size": positions[1],
-        "max_position_embeddings": positions[0],
-        "vocab_size": words,
-    }
+    """The fields of a text tower, named as in transformers' ``CLIPTextTransformer``."""
+    fields = _tower_fields(tensors, what)
+    fields |= {"max_position_embeddings": fields.pop("positions"), "vocab_size": words}
     return _complete("text", fields, given, known=True, what=what)
 
 
-def _blocks(tensors: Mapping[str, Any], what: str) -> dict[str, int]:
-    numbers = {
-        int(key.split(".")[2])
-        for key in tensors
-        if key.startswith("encoder.layers.") and key.split(".")[2].isdecimal()
+def _tower_fields(tensors: Mapping[str, Any], what: str) -> dict[str, int]:
+    what = f"A CLIP tower of {what}"
+    count = _count_layers(tensors, "encoder.layers.", what)
+    positions, width = _shape(tensors, "embeddings.position_embedding.weight", what)
+    inner, _ = _shape(tensors, "encoder.layers.0.mlp.fc1.weight", what)
+    return {
+        "num_hidden_layers": count,
+        "intermediate_size": inner,
+        "hidden_size": width,
+        "positions": positions,
     }
-    if not numbers or numbers != set(range(len(numbers))):
-        missing = sorted(set(range(max(numbers, default=0) + 1)) - numbers)
-        raise CheckpointError(f"A CLIP tower of {what} lacks its blocks {missing}.")
-    inner = _shape(tensors, "encoder.layers.0.mlp.fc1.weight", what, dims=2)
-    return {"num_hidden_layers": len(numbers), "intermediate_size": inner[0]}
 
 
-def _shape(tensors: Mapping[str, Any], key: str, what: str, *, dims: int) -> tuple[int, ...]:
-    if key not in tensors:
-        raise CheckpointError(f"A CLIP tower of {what} lacks its tensor '{key}'.")
-    shape = tuple(int(n) for n in tensors[key].shape)
+def _count_layers(tensors: Mapping[str, Any], begin: str, what: str) -> int:
+    """How many layers there are, numbered from 0 without a gap."""
+    numbers = {k.removeprefix(begin).split(".")[0] for k in tensors if k.startswith(begin)}
+    if missing := {str(n) for n in range(max(1, len(numbers)))} - numbers:
+        raise CheckpointError(f"{what} lacks its layers {sorted(map(int, missing))}.", _INCOMPLETE)
+    return len(numbers)
+
+
+def _shape(tensors: Mapping[str, Any], key: str, what: str, dims: int = 2) -> tuple[int, ...]:
+    shape = tuple(int(n) for n in tensors[key].shape) if key in tensors else ()
     if len(shape) != dims or not all(shape):
-        raise CheckpointError(f"'{key}' of {what} has the shape {list(shape)}.")
+        raise CheckpointError(f"{what} lacks its tensor '{key}', or it is misshapen.", _INCOMPLETE)
     return shape
 
 
@@ -326,41 +317,27 @@ def llama_config(
 def _llama_sizes(
     fields: Mapping[str, Any], tensors: Mapping[str, Any], what: str
 ) -> dict[str, Any]:
-    def shape(name: str) -> tuple[int, ...]:
-        key = f"language_model.model.{name}"
-        if key not in tensors or len(tensors[key].shape) != 2:
-            raise CheckpointError(
-                f"The language model of {what} lacks its tensor '{name}', or it is misshapen.",
-                "The folder is incomplete; m2f2 info DIR says what it lacks.",
-            )
-        return tuple(tensors[key].shape)
-
-    begin = "language_model.model.layers."
-    layers = {int(k.split(".")[3]) for k in tensors if k.startswith(begin)}
-    if missing := sorted(set(range(max(layers, default=0) + 1)) - layers):
-        raise CheckpointError(
-            f"The language model of {what} lacks its layers {missing}.",
-            "The folder is incomplete; copy or download it again.",
-        )
-    words, width = shape("embed_tokens.weight")
-    queries, _ = shape("layers.0.self_attn.q_proj.weight")
-    keys, _ = shape("layers.0.self_attn.k_proj.weight")
+    tensors, what = below("language_model.model.", tensors), f"The language model of {what}"
+    layers = _count_layers(tensors, "layers.", what)
+    words, width = _shape(tensors, "embed_tokens.weight", what)
+    queries, _ = _shape(tensors, "layers.0.self_attn.q_proj.weight", what)
+    keys, _ = _shape(tensors, "layers.0.self_attn.k_proj.weight", what)
     heads = int(fields.get("num_attention_heads", _LLAMA_DEFAULTS["num_attention_heads"]))
     if heads < 1 or queries % heads or keys % (queries // heads):
         raise CheckpointError(
-            f"{heads} attention heads do not divide the language model of {what} (queries of "
-            f"width {queries}, keys of width {keys}).",
+            f"{heads} attention heads do not divide {what[0].lower()}{what[1:]} (queries of width "
+            f"{queries}, keys of width {keys}).",
             "Correct num_attention_heads in its config.json.",
         )
     return {
         "vocab_size": words,
         "hidden_size": width,
-        "intermediate_size": shape("layers.0.mlp.up_proj.weight")[0],
-        "num_hidden_layers": len(layers),
+        "intermediate_size": _shape(tensors, "layers.0.mlp.up_proj.weight", what)[0],
+        "num_hidden_layers": layers,
         "num_key_value_heads": keys // (queries // heads),
         "head_dim": queries // heads,
-        "attention_bias": f"{begin}0.self_attn.q_proj.bias" in tensors,
-        "mlp_bias": f"{begin}0.mlp.up_proj.bias" in tensors,
+        "attention_bias": "layers.0.self_attn.q_proj.bias" in tensors,
+        "mlp_bias": "layers.0.mlp.up_proj.bias" in tensors,
     }
 
 

@@ -361,6 +361,21 @@ class Merge:
             self._check_parent(delta, io.combine(self.base.config, marks))
 
 
+def merge(
+    base: Path | str,
+    deltas: Sequence[Path | str],
+    output: Path | str,
+    *,
+    dtype: str = AUTO,
+    force: bool = False,
+    overwrite: bool = False,
+) -> Merged:
+    """Merge what stages trained into the checkpoint it was trained on; all as of ``Merge``."""
+    found = [Path(delta) for delta in deltas]
+    job = Merge(Path(base), found, Path(output), dtype=dtype, force=force, overwrite=overwrite)
+    return job.write()
+
+
 def _check_fit(base: Weights, delta: Delta) -> None:
     """Refuse a delta that has no place for one of its tensors, or lacks a part of a module."""
     shapes = {name: tensor.shape for name, tensor in delta.whole.items()}

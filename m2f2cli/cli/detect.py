@@ -82,12 +82,7 @@ def _row(record: Detection) -> tuple[str, str, str, str]:
         words.append(f"{len(record.faces)} faces, the most suspicious one decides")
     elif record.crop_source == "picture":
         words.append("taken whole as a face crop")
-    return (
-        record.path,
-        str(record.verdict),
-        f"{record.fake_probability:.3f}",
-        "; ".join(words),
-    )
+    return (record.path, str(record.verdict), f"{record.fake_probability:.3f}", "; ".join(words))
 
 
 def exit_code(tally: Tally, tripping: Collection[str]) -> int:

@@ -44,8 +44,8 @@ def explain(options: ExplainCommand, printer: Output) -> int:
 
     Exit codes: 0 done, 3 some items have no verdict, 4 a --fail-on gate tripped.
     """
-    items, asked = options.items, options.asked
-    if asked.dataset is not None and items.output is None and not printer.as_json:
+    items = options.items
+    if options.dataset is not None and items.output is None and not printer.as_json:
         raise UsageError(
             "The answers to a data set need a place to go.", "Add --output FILE.jsonl, or --json."
         )
@@ -53,8 +53,8 @@ def explain(options: ExplainCommand, printer: Output) -> int:
     from m2f2cli.inference.explain_dataset import DatasetJob
 
     kept: dict[str, Any] = {name: getattr(items, name) for name in ("model", "output", "overwrite")}
-    if asked.dataset is not None and asked.images is not None:
-        answers = DatasetJob(asked.dataset, asked.images, options=options.explain, **kept)
+    if options.dataset is not None and options.images is not None:
+        answers = DatasetJob(options.dataset, options.images, options=options.explain, **kept)
         code = _answer(answers, printer)
     else:
         job = explain_job(items.paths, options=options.explain, recursive=items.recursive, **kept)

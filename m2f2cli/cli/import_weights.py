@@ -13,7 +13,7 @@ EXAMPLES = {
         "m2f2 import llava-v1.5-7b-M2F2-Det/ --output explainer --verify",
         "m2f2 import llava-v1.5-7b-M2F2-Det/ clip-vit-large-patch14-336/ --output explainer",
         "m2f2 import stage-3-delta/ --output delta-2",
-    ),
+    )
 }
 
 

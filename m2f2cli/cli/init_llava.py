@@ -16,7 +16,7 @@ EXAMPLES = {
         "m2f2 init-llava --llava llava-hf/llava-1.5-7b-hf --detector detector --output explainer-0",
         "m2f2 init-llava --llava llava-v1.5-7b/ --detector detector --output explainer-0 "
         "--dtype bfloat16",
-    ),
+    )
 }
 
 

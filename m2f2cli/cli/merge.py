@@ -18,7 +18,7 @@ EXAMPLES = {
         "m2f2 merge --base explainer-1 --delta delta-2 --output explainer --verify",
         "m2f2 merge --base explainer-0 --delta delta-1 --delta delta-2 --output explainer",
         "m2f2 merge --base explainer-1 --delta stage-3-delta/ --output explainer --dry-run",
-    ),
+    )
 }
 
 

@@ -35,11 +35,5 @@ class DemoOptions(Options):
     )
     explain: ExplainOptions = group(
         ExplainOptions,
-        "frames",
-        "device",
-        "dtype",
-        "quantize",
-        "threshold",
-        "uncertain",
-        "max_new_tokens",
+        *("frames", "device", "dtype", "quantize", "threshold", "uncertain", "max_new_tokens"),
     )

@@ -30,19 +30,13 @@ class ImagesData(Options):
     """A folder of pictures."""
 
     folder: Path | None = option(
-        None,
-        "Folder with real/ and fake/, or of DD-VQA crops.",
-        argument=True,
-        metavar="[DIR]",
+        None, "Folder with real/ and fake/, or of DD-VQA crops.", argument=True, metavar="[DIR]"
     )
     split: str = option(
         "all",
         "all; train or validation: that part of what --model was trained on; test: all, and "
         "nothing may be calibrated on it.",
-        "all",
-        "train",
-        "validation",
-        "test",
+        *("all", "train", "validation", "test"),
     )
 
 
@@ -99,9 +93,7 @@ class MeasureOptions(Options):
     )
     seed: int = option(0, "Seed of the bootstrap.", low=0, group="Protocol", key=True)
     model: str = option(
-        "lite",
-        "The detector: 'lite' (bundled), a checkpoint folder, or a hub id.",
-        group="Model",
+        "lite", "The detector: 'lite' (bundled), a checkpoint folder, or a hub id.", group="Model"
     )
     output: Path | None = option(
         None,
@@ -113,20 +105,14 @@ class MeasureOptions(Options):
     faces: str = option(
         "none",
         "none: pictures are face crops. auto, all, largest: find faces first, as in m2f2 detect.",
-        "none",
-        "auto",
-        "all",
-        "largest",
+        *("none", "auto", "all", "largest"),
         group="Model",
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", group="Model")
     dtype: str = option(
         "auto",
         "Arithmetic of the network.",
-        "auto",
-        "float32",
-        "bfloat16",
-        "float16",
+        *("auto", "float32", "bfloat16", "float16"),
         group="Model",
         key=True,
     )
@@ -188,9 +174,7 @@ class MeasureOptions(Options):
         for name in ("min_auc", "min_accuracy"):
             floor = getattr(self, name)
             if floor is not None and not 0 <= floor <= 1:
-                raise UsageError(
-                    f"{flag_name(name)} must lie between 0 and 1, not {floor:g}.",
-                )
+                raise UsageError(f"{flag_name(name)} must lie between 0 and 1, not {floor:g}.")
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,7 @@ class ExplainOptions(Options):
     """How to judge and explain."""
 
     detect: DetectOptions = group(
-        DetectOptions,
-        "faces",
-        "frames",
-        "device",
-        "dtype",
-        "batch_size",
-        "threshold",
-        "uncertain",
+        DetectOptions, "faces", "frames", "device", "dtype", "batch_size", "threshold", "uncertain"
     )
     questions: tuple[str, ...] = option(
         (),
@@ -57,9 +50,7 @@ class ExplainOptions(Options):
         "detector",
         "What questions say of the face: the detector's verdict, nothing, or the truth that a "
         "--dataset names. Default: detector; with --dataset: truth.",
-        "detector",
-        "none",
-        "truth",
+        *("detector", "none", "truth"),
         group="Questions",
         says_default=True,
         key=True,
@@ -132,9 +123,11 @@ class ExplainOptions(Options):
 
 
 @dataclass(frozen=True)
-class DatasetOptions(Options):
-    """Questions of a data set."""
+class ExplainCommand(Options):
+    """Every option of ``m2f2 explain``."""
 
+    items: ItemOptions = group(ItemOptions)
+    explain: ExplainOptions = group(ExplainOptions)
     dataset: Path | None = option(
         None,
         "Answer this file of DD-VQA questions instead, in the published format.",
@@ -148,28 +141,6 @@ class DatasetOptions(Options):
         metavar="DIR",
     )
 
-
-@dataclass(frozen=True)
-class ExplainItems(ItemOptions):
-    """What is explained, by which model, and where the records go."""
-
-    output: Path | None = option(
-        None,
-        "Write one record an item; run again to resume.",
-        short="-o",
-        group="Output",
-        metavar="FILE.jsonl",
-    )
-
-
-@dataclass(frozen=True)
-class ExplainCommand(Options):
-    """Every option of ``m2f2 explain``."""
-
-    items: ExplainItems = group(ExplainItems)
-    explain: ExplainOptions = group(ExplainOptions)
-    asked: DatasetOptions = group(DatasetOptions)
-
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> ExplainCommand:
         """As ``Options.from_flat``; questions of a data set name the truth, unless told not to."""
@@ -179,7 +150,7 @@ class ExplainCommand(Options):
 
     def check(self) -> None:
         """Pictures, or the questions of a data set with its pictures."""
-        if (self.asked.dataset is None) != (self.asked.images is None):
+        if (self.dataset is None) != (self.images is None):
             raise UsageError("--dataset and --images belong together.", "Give both, or neither.")
-        if self.asked.dataset is not None and (self.items.paths or self.items.fail_on):
+        if self.dataset is not None and (self.items.paths or self.items.fail_on):
             raise UsageError("--dataset takes no PATH and no --fail-on.", "Leave them out.")

@@ -48,10 +48,7 @@ class ModelOptions(Options):
         key=True,
     )
     hidden_size: int = option(
-        1024,
-        "Width that CLIP, prompt and backbone features are projected to.",
-        low=1,
-        key=True,
+        1024, "Width that CLIP, prompt and backbone features are projected to.", low=1, key=True
     )
     prompt_tokens: int = option(7, "Learnable tokens of the forgery prompt.", low=1, key=True)
     vision_layer: int = option(
@@ -74,23 +71,14 @@ class ModelOptions(Options):
         None, "Edge of the network's input in pixels; CLIP's own if unset.", low=8
     )
     normalization: str = option(
-        "clip",
-        "Mean and deviation of the input.",
-        "clip",
-        "imagenet",
-        "half",
-        key=True,
+        "clip", "Mean and deviation of the input.", "clip", "imagenet", "half", key=True
     )
     train: str = option(
         "published",
         "What trains: published (all but CLIP), head (projections, bridge, prompt, alphas, head), "
         "norms (as head, and the LayerNorms of CLIP's vision part), prompt (prompt tokens and "
         "alphas), everything (CLIP too).",
-        "published",
-        "head",
-        "norms",
-        "prompt",
-        "everything",
+        *("published", "head", "norms", "prompt", "everything"),
     )
     freeze_stages: int = option(
         0,
@@ -99,9 +87,7 @@ class ModelOptions(Options):
         key=True,
     )
     freeze_batch_norm: bool = option(
-        False,
-        "Keep the BatchNorm statistics of the backbone as they are.",
-        key=True,
+        False, "Keep the BatchNorm statistics of the backbone as they are.", key=True
     )
 
     def check(self) -> None:
@@ -142,10 +128,7 @@ class OptimizerOptions(Options):
         key=True,
     )
     head_lr: float | None = option(
-        None,
-        "Of projections, bridge and head; --learning-rate if unset.",
-        low=0.0,
-        key=True,
+        None, "Of projections, bridge and head; --learning-rate if unset.", low=0.0, key=True
     )
     prompt_lr: float = option(1e-3, "Of the prompt tokens.", low=0.0, key=True)
     vision_alpha_lr: float = option(1e-3, "Of alpha_vision (published: 1e-3).", low=0.0, key=True)
@@ -166,9 +149,7 @@ class OptimizerOptions(Options):
         "plateau",
         "Learning rates over time: plateau (published: cut when the validation loss stalls), "
         "cosine (to zero) or constant.",
-        "plateau",
-        "cosine",
-        "constant",
+        *("plateau", "cosine", "constant"),
         key=True,
     )
     warmup_ratio: float = option(
@@ -187,22 +168,13 @@ class OptimizerOptions(Options):
         key=True,
     )
     plateau_patience: int = option(
-        6,
-        "Epochs without a better loss before a cut (published: 6).",
-        low=0,
-        key=True,
+        6, "Epochs without a better loss before a cut (published: 6).", low=0, key=True
     )
     plateau_cooldown: int = option(
-        5,
-        "Epochs after a cut that are not counted (published: 5).",
-        low=0,
-        key=True,
+        5, "Epochs after a cut that are not counted (published: 5).", low=0, key=True
     )
     max_grad_norm: float = option(
-        0.0,
-        "Scale gradients down to this norm; 0 leaves them (published).",
-        low=0.0,
-        key=True,
+        0.0, "Scale gradients down to this norm; 0 leaves them (published).", low=0.0, key=True
     )
     ema_decay: float = option(
         0.0,
@@ -214,10 +186,7 @@ class OptimizerOptions(Options):
     select: str = option(
         "auc",
         "Validation figure that decides which epoch is kept.",
-        "auc",
-        "ap",
-        "loss",
-        "last",
+        *("auc", "ap", "loss", "last"),
         key=True,
     )
     early_stopping_patience: int = option(
@@ -260,36 +229,19 @@ class ObjectiveOptions(Options):
         key=True,
     )
     alignment: float = option(
-        0.0,
-        "Weight of drawing features of one class together (GenD: 0.1).",
-        low=0.0,
-        key=True,
+        0.0, "Weight of drawing features of one class together (GenD: 0.1).", low=0.0, key=True
     )
     uniformity: float = option(
-        0.0,
-        "Weight of spreading features over the unit sphere (GenD: 0.5).",
-        low=0.0,
-        key=True,
+        0.0, "Weight of spreading features over the unit sphere (GenD: 0.5).", low=0.0, key=True
     )
     label_smoothing: float = option(
-        0.0,
-        "Share of each target spread over both classes.",
-        low=0.0,
-        high=0.99,
-        key=True,
+        0.0, "Share of each target spread over both classes.", low=0.0, high=0.99, key=True
     )
     dropout: float = option(
-        0.0,
-        "Share of the head's inputs dropped while training.",
-        low=0.0,
-        high=0.95,
-        key=True,
+        0.0, "Share of the head's inputs dropped while training.", low=0.0, high=0.95, key=True
     )
     mixup: float = option(
-        0.0,
-        "Alpha of mixup's Beta distribution; 0 is off, 0.2 is usual.",
-        low=0.0,
-        key=True,
+        0.0, "Alpha of mixup's Beta distribution; 0 is off, 0.2 is usual.", low=0.0, key=True
     )
     kind_weight: float = option(
         0.0,
@@ -319,57 +271,27 @@ class ObjectiveOptions(Options):
         key=True,
     )
     soft_weight: float = option(
-        0.5,
-        "Share of the target that --soft-labels decide.",
-        low=0.0,
-        high=1.0,
-        key=True,
+        0.5, "Share of the target that --soft-labels decide.", low=0.0, high=1.0, key=True
     )
 
 
 @dataclass(frozen=True)
-class RunOptions(Options):
-    """Where the result goes and how the machine is used."""
+class TrainingRunOptions(Options):
+    """Where the result of any training goes and how the machines are used."""
 
     # How a run is carried out, never what comes of it: these may differ on --resume.
     incidental: ClassVar[frozenset[str]] = frozenset(
         ("output", "recipe", "workers", "cache", "save-steps", "resume", "overwrite", "report-to")
     )
-    output: Path = required("Folder for the detector; it must not exist yet.")
-    recipe: str | None = option(
-        None,
-        "Settings to start from, by name: fine-tune (the default with --model), generalize, "
-        "published, published-efficientnet-b4, robust or small-data. Flags, environment and "
-        "--config file go before them.",
-        below=read_recipe,
-    )
+    output: Path = required("Folder for the result; it must not exist yet.")
     seed: int = option(0, "Seed of every random choice but the split.", low=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
-    save_dtype: str = option(
-        "float32",
-        "Type of the weights in the result; float16 halves the folder.",
-        "float32",
-        "float16",
-        "bfloat16",
-        key=True,
-    )
-    precision: str = option(
-        "auto",
-        "Arithmetic: float32, or mixed precision in bfloat16 or float16; auto is bfloat16 on CUDA "
-        "and float32 elsewhere.",
-        "auto",
-        "float32",
-        "bfloat16",
-        "float16",
-    )
     deterministic: bool = option(
-        False,
-        "Make CUDA runs repeat bit by bit, at some speed; CPU runs do anyway.",
-        key=True,
+        False, "Make CUDA runs repeat bit by bit, at some speed; CPU runs do anyway.", key=True
     )
     save_steps: int = option(
         0,
-        "Also save the state every so many steps; 0 saves after each epoch only.",
+        "Save the state every so many steps, and after each epoch; 0 for epochs only.",
         low=0,
         key=True,
     )
@@ -377,19 +299,42 @@ class RunOptions(Options):
         False, "Go on from the last saved state of this output, or begin if there is none."
     )
     overwrite: bool = option(False, "Replace an existing output and forget its saved state.")
-    report_to: str = option(
-        "auto",
-        "Write curves for TensorBoard; auto does so where it is installed.",
-        "auto",
-        "tensorboard",
-        "none",
-        key=True,
-    )
 
     def check(self) -> None:
         """One may go on or begin anew, not both."""
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other.", "Give one of them.")
+
+
+@dataclass(frozen=True)
+class RunOptions(TrainingRunOptions):
+    """Where the result goes and how the machine is used."""
+
+    recipe: str | None = option(
+        None,
+        "Settings to start from, by name: fine-tune (the default with --model), generalize, "
+        "published, published-efficientnet-b4, robust or small-data. Flags, environment and "
+        "--config file go before them.",
+        below=read_recipe,
+    )
+    save_dtype: str = option(
+        "float32",
+        "Type of the weights in the result; float16 halves the folder.",
+        *("float32", "float16", "bfloat16"),
+        key=True,
+    )
+    precision: str = option(
+        "auto",
+        "Arithmetic: float32, or mixed precision in bfloat16 or float16; auto is bfloat16 on CUDA "
+        "and float32 elsewhere.",
+        *("auto", "float32", "bfloat16", "float16"),
+    )
+    report_to: str = option(
+        "auto",
+        "Write curves for TensorBoard; auto does so where it is installed.",
+        *("auto", "tensorboard", "none"),
+        key=True,
+    )
 
 
 @dataclass(frozen=True)

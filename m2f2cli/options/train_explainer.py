@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from m2f2cli.errors import ConfigError
 from m2f2cli.options.fields import Options, option, required
+from m2f2cli.options.train_detector import TrainingRunOptions
 
 DEEPSPEED = ("zero2", "zero3", "zero3-offload")
 
@@ -33,10 +33,7 @@ class ConversationOptions(Options):
         key=True,
     )
     max_length: int = option(
-        2048,
-        "Tokens of a conversation, the picture's included (published: 2048).",
-        low=8,
-        key=True,
+        2048, "Tokens of a conversation, the picture's included (published: 2048).", low=8, key=True
     )
     too_long: str = option(
         "skip",
@@ -52,17 +49,11 @@ class ConversationOptions(Options):
         high=0.9,
     )
     eval_steps: int = option(
-        0,
-        "Measure on it every so many steps too; 0 for after each epoch only.",
-        low=0,
-        key=True,
+        0, "Measure on it every so many steps too; 0 for after each epoch only.", low=0, key=True
     )
     split_seed: int = option(0, "Seed that decides which identities are held out.", low=0, key=True)
     answer_tokens: int = option(
-        128,
-        "Longest answer generated when held-out conversations are judged.",
-        low=1,
-        key=True,
+        128, "Longest answer generated when held-out conversations are judged.", low=1, key=True
     )
     group_by_length: bool = option(True, "Put conversations of like length into a batch.", key=True)
     workers: int = option(0, "Processes that read pictures; 0 reads in the training's own.", low=0)
@@ -86,10 +77,7 @@ class ExplainerOptions(Options):
         "auto",
         "Arithmetic and frozen weights: float32, bfloat16 or float16, what trains being float32 "
         "anyway; auto is bfloat16 (published) on CUDA and float32 elsewhere.",
-        "auto",
-        "float32",
-        "bfloat16",
-        "float16",
+        *("auto", "float32", "bfloat16", "float16"),
     )
     gradient_checkpointing: bool = option(
         True, "Save memory by computing layers twice (published)."
@@ -135,9 +123,7 @@ class StepOptions(Options):
     schedule: str = option(
         "cosine",
         "Learning rate over time (published: cosine).",
-        "cosine",
-        "linear",
-        "constant",
+        *("cosine", "linear", "constant"),
         key=True,
     )
     warmup_ratio: float = option(
@@ -148,10 +134,7 @@ class StepOptions(Options):
         key=True,
     )
     max_grad_norm: float = option(
-        1.0,
-        "Scale gradients down to this norm (published: 1); 0 leaves them.",
-        low=0.0,
-        key=True,
+        1.0, "Scale gradients down to this norm (published: 1); 0 leaves them.", low=0.0, key=True
     )
 
 
@@ -165,24 +148,12 @@ class LoraStepOptions(StepOptions):
 
 
 @dataclass(frozen=True)
-class StageRunOptions(Options):
+class StageRunOptions(TrainingRunOptions):
     """Where the result goes and how the machines are used."""
 
-    # How a run is carried out, never what comes of it: these may differ on --resume.
-    incidental: ClassVar[frozenset[str]] = frozenset(
-        ("output", "workers", "save-steps", "resume", "overwrite", "report-to")
-    )
-    output: Path = required("Folder for the delta; it must not exist yet.")
-    seed: int = option(0, "Seed of every random choice but the split.", low=0)
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
     deepspeed: str | None = option(
         None,
         "Train under DeepSpeed: zero2 (published), zero3, zero3-offload, or a file of settings.",
-    )
-    deterministic: bool = option(
-        False,
-        "Make CUDA runs repeat bit by bit, at some speed; CPU runs do anyway.",
-        key=True,
     )
     save_steps: int = option(
         100,
@@ -190,24 +161,16 @@ class StageRunOptions(Options):
         low=0,
         key=True,
     )
-    resume: bool = option(
-        False, "Go on from the last saved state of this output, or begin if there is none."
-    )
-    overwrite: bool = option(False, "Replace an existing output and forget its saved state.")
     report_to: str = option(
         "auto",
         "Where curves go: tensorboard, wandb, none; auto is TensorBoard where it is installed.",
-        "auto",
-        "tensorboard",
-        "wandb",
-        "none",
+        *("auto", "tensorboard", "wandb", "none"),
         key=True,
     )
 
     def check(self) -> None:
-        """One may go on or begin anew, not both; DeepSpeed's settings must be there."""
-        if self.resume and self.overwrite:
-            raise ConfigError("--resume and --overwrite exclude each other.", "Give one of them.")
+        """DeepSpeed's settings must be there."""
+        super().check()
         if (
             self.deepspeed
             and self.deepspeed not in DEEPSPEED

@@ -55,10 +55,7 @@ class DataOptions(Options):
         key=True,
     )
     validation_frames: int = option(
-        4,
-        "Frames of each FF++ video to measure on, evenly spaced; 0 takes all.",
-        low=0,
-        key=True,
+        4, "Frames of each FF++ video to measure on, evenly spaced; 0 takes all.", low=0, key=True
     )
     limit: int = option(
         0,
@@ -97,9 +94,7 @@ class DataOptions(Options):
         "auto",
         "Keep decoded pictures in memory: always, never, or if they take at most 2 GiB (auto). "
         "Frames of FF++ are always read from their files.",
-        "auto",
-        "always",
-        "never",
+        *("auto", "always", "never"),
         key=True,
     )
     workers: int = option(0, "Processes that prepare pictures beside the training one.", low=0)

@@ -24,11 +24,7 @@ class AugmentOptions(Options):
     )
     crop: float = option(0.0, "Share cut to a random square.", **_P, key=True)
     crop_scale: tuple[float, float] = option(
-        (0.8, 1.0),
-        "Its edge as a fraction of the picture's.",
-        low=0.05,
-        high=1.0,
-        key=True,
+        (0.8, 1.0), "Its edge as a fraction of the picture's.", low=0.05, high=1.0, key=True
     )
     color: float = option(
         0.0, "Share with changed brightness, contrast, saturation and hue.", **_P, key=True
@@ -39,42 +35,23 @@ class AugmentOptions(Options):
     hue: float = option(0.02, "Largest turn of the hue, in turns.", low=0, high=0.5, key=True)
     blur: float = option(0.1, "Share blurred (published: 0.1).", **_P, key=True)
     blur_sigma: tuple[float, float] = option(
-        (0.0, 3.0),
-        "Its deviation in pixels (published: 0 3).",
-        low=0,
-        high=100,
-        key=True,
+        (0.0, 3.0), "Its deviation in pixels (published: 0 3).", low=0, high=100, key=True
     )
     rescale: float = option(0.0, "Share shrunk and enlarged back.", **_P, key=True)
     rescale_factor: tuple[float, float] = option(
-        (0.4, 0.9),
-        "The shrunk size as a fraction.",
-        low=0.01,
-        high=1.0,
-        key=True,
+        (0.4, 0.9), "The shrunk size as a fraction.", low=0.01, high=1.0, key=True
     )
     noise: float = option(0.0, "Share with Gaussian noise.", **_P, key=True)
     noise_sigma: tuple[float, float] = option(
-        (1.0, 8.0),
-        "Its deviation in levels of 255.",
-        low=0,
-        high=255,
-        key=True,
+        (1.0, 8.0), "Its deviation in levels of 255.", low=0, high=255, key=True
     )
     jpeg: float = option(0.1, "Share compressed as JPEG (published: 0.1).", **_P, key=True)
     jpeg_quality: tuple[int, int] = option(
-        (30, 100),
-        "Its quality (published: 30 100).",
-        low=1,
-        high=100,
-        key=True,
+        (30, 100), "Its quality (published: 30 100).", low=1, high=100, key=True
     )
     erase: float = option(0.0, "Share with a rectangle erased.", **_P, key=True)
     erase_area: tuple[float, float] = option(
-        (0.02, 0.1),
-        "The rectangle's area as a fraction.",
-        **_P,
-        key=True,
+        (0.02, 0.1), "The rectangle's area as a fraction.", **_P, key=True
     )
 
 
@@ -91,10 +68,7 @@ class PseudoFakeOptions(Options):
         0.0, "Share made by moving mouth, eyes and brows.", **_P, key=True
     )
     pseudo_h264: float = option(
-        0.0,
-        "Share of pseudo-fakes compressed as a video frame is (H.264).",
-        **_P,
-        key=True,
+        0.0, "Share of pseudo-fakes compressed as a video frame is (H.264).", **_P, key=True
     )
     pseudo_crf: tuple[int, int] = option(
         (23, 40),

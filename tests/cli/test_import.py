@@ -171,6 +171,10 @@ BAD = {
     "missing prompt": ({"clip_text_encoder.prompt_tokens": None}, "forgery_prompt.tokens"),
     "extra": ({"surprise.weight": torch.ones(2)}, "surprise.weight"),
     "extra in the backbone": ({"deepfake_encoder.more": torch.ones(2)}, "deepfake_encoder.more"),
+    "a layer far away": (
+        {f"clip_vision_encoder.model.vision_model.encoder.layers.{10**15}.x": torch.ones(2)},
+        f"lacks its layers [{published.BLOCKS}]",
+    ),
     "shape": ({"output.weight": torch.ones(2, 5)}, "output.weight is [2, 5]"),
     "nan": ({"vision_proj.1.bias": torch.full((12,), float("nan"))}, "vision_proj.1.bias"),
     "inf": ({"clip_vision_alpha": torch.tensor(float("inf"))}, "clip_vision_alpha"),

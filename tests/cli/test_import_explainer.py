@@ -166,6 +166,10 @@ BAD = {
         {k: None for k in llavas.explainer() if k.startswith("model.layers.0.")},
         "lacks its layers [0]",
     ),
+    "a layer far away": (
+        {f"model.layers.{10**15}.x": torch.ones(2)},
+        f"lacks its layers [{llavas.LAYERS}]",
+    ),
     "extra": ({"model.image_newline": torch.ones(2)}, "model.image_newline"),
     "shape": ({"lm_head.weight": torch.ones(3, 3)}, "lm_head.weight is [3, 3], not [64, 16]"),
     "width": ({"model.embed_tokens.weight": torch.ones(64, 8)}, "hidden_size 16"),

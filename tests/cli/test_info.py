@@ -60,7 +60,8 @@ def test_extras_are_read_from_the_metadata(monkeypatch):
         'm2f2cli[train]; extra == "all"',
         'odd[x]>=1; python_version < "3.12" and extra == "train"',
     ]
-    found = environment._extra_packages(lines)
+    monkeypatch.setattr(environment, "requires", lambda name: lines)
+    found = {extra["name"]: list(extra["packages"]) for extra in environment.describe_extras()}
     assert found == {"train": ["deepspeed", "odd"], "test": ["pytest"]}
 
 

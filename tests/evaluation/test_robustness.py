@@ -17,7 +17,7 @@ from m2f2cli.evaluation.robustness import conditions, sweep
 from m2f2cli.inference.pipeline import detect
 from m2f2cli.metrics import roc_auc
 from m2f2cli.options.detect import DetectOptions
-from tests.evaluation.test_runs import clips
+from tests.evaluation.test_evaluate import clips
 from tests.inference.conftest import FLAT_ONLY, MeanJudge, noise_picture
 
 __all__ = ["clips"]

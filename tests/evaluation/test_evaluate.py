@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from m2f2cli.data.samples import SampleSet, read_samples, split_by_identity
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.evaluation.evaluate import (
     count_items,
+    evaluate,
     is_test_set,
     read_split,
     score_set,
@@ -26,6 +28,7 @@ from m2f2cli.evaluation.truth import join
 from m2f2cli.inference.pipeline import detect
 from m2f2cli.inference.recordfile import Tally
 from m2f2cli.options.detect import DetectOptions
+from m2f2cli.options.evaluate import EvaluateOptions, ImagesData
 from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.records import Detection
 from m2f2cli.training.sources import read_sources
@@ -266,3 +269,23 @@ def test_test_sets_are_known_as_such(data, clips):
     assert is_test_set(replace(clips, split="test"))
     only = replace(clips.samples[0], path=Path("FF++_original_c23_test_only.h5"))
     assert is_test_set(replace(clips, samples=(only,)))
+
+
+def test_the_library_says_what_tripped_and_shows_how_far_it_is(data, tiny_detector_folder):
+    shown = []
+
+    @contextmanager
+    def progress(label, total):
+        shown.append((label, total, 0))
+        yield lambda: shown.append((label, total, shown[-1][2] + 1))
+
+    options = EvaluateOptions(
+        ImagesData(str(data)), model=str(tiny_detector_folder), resamples=0, min_auc=1.0
+    )
+    found = evaluate(options, progress)
+    assert found.unanswered == 0
+    assert found.report["counts"]["answered"] == 8
+    assert (found.tripped == ()) == (found.report["figures"]["frame_auc"]["value"] == 1)
+    assert shown[-1] == ("Judging", 8, 8)
+    with pytest.raises(UsageError, match="folder of pictures is missing"):
+        EvaluateOptions(ImagesData())
