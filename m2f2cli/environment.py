@@ -84,7 +84,7 @@ def _requirements() -> list[str]:
 
 
 def _extra_packages(requirements: Iterable[str]) -> dict[str, list[str]]:
-    """Extra -> packages; an extra that only joins others (``m2f2cli[train]``) is left out."""
+    """Packages by extra; an extra that only joins others (``m2f2cli[train]``) is left out."""
     extras: dict[str, list[str]] = {}
     for line in requirements:
         match = _REQUIREMENT.match(line)
@@ -107,33 +107,21 @@ def _devices() -> dict[str, Any]:
     except (ImportError, OSError) as error:
         first = (str(error).splitlines() or [""])[0]
         return {"devices": [], "torch_error": f"torch cannot be imported: {first}"}
-    devices = [
-        {
-            "name": "cpu",
-            "description": f"{_processor()}, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}",
-            "dtypes": ["float32", "bfloat16", "float16"],
-        }
-    ]
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    devices = [_device("cpu", f"{_processor()}, {threads} threads, {capability}")]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        half = ["bfloat16"] if properties.major >= 8 else []
-        devices.append(
-            {
-                "name": f"cuda:{index}",
-                "description": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
-                "dtypes": ["float32", *half, "float16"],
-            }
-        )
+        size = f"{properties.total_memory / 2**30:.0f} GiB"
+        found = _device(f"cuda:{index}", f"{properties.name}, {size}", properties.major >= 8)
+        devices.append(found)
     if torch.backends.mps.is_available():
-        devices.append(
-            {
-                "name": "mps",
-                "description": "Apple GPU",
-                "dtypes": ["float32", "bfloat16", "float16"],
-            }
-        )
+        devices.append(_device("mps", "Apple GPU"))
     return {"devices": devices}
+
+
+def _device(name: str, description: str, bfloat16: bool = True) -> dict[str, Any]:
+    dtypes = ["float32", *(["bfloat16"] if bfloat16 else []), "float16"]
+    return {"name": name, "description": description, "dtypes": dtypes}
 
 
 def _processor() -> str:

@@ -82,15 +82,7 @@ class FrameReader:
         self._process = os.getpid()
 
     def frame(self, file: Path, key: str, index: int) -> np.ndarray:
-        """Read one frame; nothing else of the clip is read where it is stored by frames.
-
-        Args:
-            file: The HDF5 file.
-            key: The video's dataset.
-            index: The frame, from 0.
-
-        Returns:
-            uint8 (H, W, 3), RGB.
+        """Read one frame, from 0, as uint8 (H, W, 3), RGB; no other where they are stored apart.
 
         Raises:
             InputError: No such file, key or frame; or the file is broken or holds something else.

@@ -1,21 +1,25 @@
-"""Faces in a picture: dlib's frontal HOG detector, which the published crops were made with.
+"""Faces in a picture, and the crops of them that a model judges.
 
-Where it finds nothing, MTCNN seeks faces upright and turned by 90, 180 and 270 degrees, its boxes
-brought to dlib's geometry. Coordinates are (x0, y0, x1, y1)
-in pixels of the upright picture, x1 and y1 exclusive.
+dlib's frontal HOG detector finds them, which the published crops were made with. Where it finds
+nothing, MTCNN seeks faces upright and turned by 90, 180 and 270 degrees, its boxes brought to
+dlib's geometry. Coordinates are (x0, y0, x1, y1) in pixels of the upright picture, x1 and y1
+exclusive.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from m2f2cli.errors import ConfigError
+from m2f2cli.data.domain import Domain
+from m2f2cli.data.transforms import padded_square, resize_and_crop
+from m2f2cli.errors import ConfigError, UsageError
 
 Box = tuple[int, int, int, int]
 # The side of a crop is that of the face box, enlarged by this share. FaceForensics++'s own code
@@ -40,6 +44,10 @@ _MTCNN_SCORE = 0.95
 # becomes, in mean sides of MTCNN's box. Medians over 525 faces that both find, of portraits (FFHQ,
 # StyleGAN; alone 0.08 and 0.89) and tight video crops (DFDC; 0.11 and 0.82).
 _SHIFT, _SCALE = (0.0, 0.09), 0.87
+# A picture without a face that is no larger than this and nearly square is most likely a face crop
+# already, as the published data sets hold them; ``auto`` then judges it whole.
+READY_CROP_SIDE = 400
+READY_CROP_RATIO = 1.25
 _local = threading.local()
 
 
@@ -146,6 +154,110 @@ def crop_face(pixels: np.ndarray, box: Box, turn: int = 0) -> np.ndarray:
         rows = np.clip(np.arange(y0, y1), 0, height - 1)
         cut = pixels[rows][:, np.clip(np.arange(x0, x1), 0, width - 1)]
     return np.ascontiguousarray(np.rot90(cut, turn))
+
+
+class CropRule(NamedTuple):
+    """How a model wants its crops.
+
+    Attributes:
+        size: Side of the network's input in pixels.
+        margin: Share of the face box's side added around it.
+        domain: The model's domain check, if it has one.
+        pads: Whether its CLIP tower sees all of a picture that is taken whole, on a square.
+    """
+
+    size: int
+    margin: float
+    domain: Domain | None = None
+    pads: bool = False
+
+    @classmethod
+    def of(cls, config: Any, *, finds_faces: bool) -> CropRule:
+        """Read it from a ``DetectorConfig``.
+
+        Raises:
+            UsageError: Faces are to be found, and it was trained on those of a finder that m2f2
+                lacks.
+        """
+        finder = config.crop.get("detector", "dlib")
+        if finds_faces and finder != "dlib":
+            raise UsageError(
+                f"The model wants face crops of '{finder}', which m2f2 does not have.",
+                "Crop the faces yourself and add --faces none.",
+            )
+        domain = Domain.from_config(config.domain) if config.domain else None
+        return cls(config.image_size, float(config.crop.get("margin", 0.3)), domain)
+
+    def crops(self, pixels: np.ndarray, found: Sequence[Face], faces: str) -> tuple[Crop, ...]:
+        """Cut and scale what is to be judged in a picture.
+
+        Args:
+            pixels: uint8 (H, W, 3), RGB, upright.
+            found: Its faces, largest first.
+            faces: A mode of ``DetectOptions.faces``.
+        """
+        sides = pixels.shape[:2]
+        ready = max(sides) <= READY_CROP_SIDE and max(sides) <= READY_CROP_RATIO * min(sides)
+        if faces == "none" or (faces == "auto" and not found and ready):
+            return (self._whole(pixels),)
+        return tuple(
+            self._of(pixels, face) for face in (found[:1] if faces == "largest" else found)
+        )
+
+    def _of(self, pixels: np.ndarray, face: Face) -> Crop:
+        square = face.crop(self.margin)
+        cut = resize_and_crop(crop_face(pixels, square, face.turn), self.size)
+        crop = self._described(cut, square)
+        crop = replace(crop, box=face.box, finder_score=round(face.score, 4))
+        if not face.turn:
+            return crop
+        # Its map is turned, too: another score than of the same pixels upright.
+        digest = hashlib.sha256(crop.digest + bytes([face.turn])).digest()
+        return replace(crop, digest=digest, turn=face.turn)
+
+    def _whole(self, pixels: np.ndarray) -> Crop:
+        """A picture's center square, which is what the preprocessing keeps of it."""
+        height, width = pixels.shape[:2]
+        side = min(height, width)
+        left, top = (width - side) // 2, (height - side) // 2
+        square = (left, top, left + side, top + side)
+        crop = self._described(resize_and_crop(pixels, self.size), square)
+        padded = padded_square(pixels, self.size) if self.pads else None
+        if padded is None:
+            return crop
+        digest = hashlib.sha256(crop.digest + padded.tobytes()).digest()
+        return replace(crop, digest=digest, padded=padded)
+
+    def _described(self, cut: np.ndarray, square: Box) -> Crop:
+        distance = None if self.domain is None else self.domain.distance(cut)
+        digest = hashlib.sha256(cut.tobytes()).digest()
+        return Crop(cut, digest, square, domain_distance=distance)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One square to judge.
+
+    Attributes:
+        pixels: uint8 (size, size, 3), RGB.
+        digest: Of the pixels; equal crops are judged once.
+        crop: (x0, y0, x1, y1) in the upright picture or frame.
+        box: The face as found; None when the picture was taken whole.
+        finder_score: The face finder's confidence; None as above.
+        domain_distance: From the training crops; None where the model has no check.
+        padded: uint8 as ``pixels``: the whole of a picture that is not square, on a square; None
+            where the model does not look at it.
+        turn: Quarter turns, counter-clockwise, that made the face in it upright.
+    """
+
+    pixels: np.ndarray
+    digest: bytes
+    crop: Box
+    box: Box | None = None
+    finder_score: float | None = None
+    domain_distance: float | None = None
+    padded: np.ndarray | None = None
+    turn: int = 0
 
 
 def _by_dlib(pixels: np.ndarray, turn: int = 0) -> list[Face]:

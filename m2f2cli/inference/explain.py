@@ -19,13 +19,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from m2f2cli.checkpoints.load import is_explainer, load_explainer
 from m2f2cli.data.conversations import parse_verdict
+from m2f2cli.data.faces import Crop
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.optimize_cpu import optimize_for_cpu
-from m2f2cli.inference.pipeline import DetectPipeline, Judged, Score, in_batches
+from m2f2cli.inference.pipeline import Decoder, DetectPipeline, Judged, Score, in_batches
 from m2f2cli.inference.questions import Question, choose
 from m2f2cli.inference.recordfile import EXPLANATIONS, Job
-from m2f2cli.inference.sources import Crop, Decoder, Source, expand
+from m2f2cli.inference.sources import Source, expand
 from m2f2cli.inference.verdict import faces_of
 from m2f2cli.models.conversation import template
 from m2f2cli.models.detector import Detector
@@ -40,6 +41,7 @@ Loaded = tuple[Explainer, ExplainerProcessor]
 
 _REMEMBERED = 4096  # faces whose answers are kept for another appearance
 _PROMPTS = 16_384  # prompts whose tokens are kept
+_BATCHES = 2  # batches' worth of crops that wait for their questions with what is shown of them
 
 
 def explain(
@@ -227,6 +229,7 @@ class ExplainPipeline(DetectPipeline):
         self.options = options
         self.template = template(options.template or self.model.config.template)
         self._prompts: dict[tuple[Question, str | None], Prompt] = {}
+        self._features: dict[bytes, PictureFeatures] = {}
         self._room = options.max_new_tokens
 
     @property
@@ -244,12 +247,30 @@ class ExplainPipeline(DetectPipeline):
         )
 
     def _look(self, crops: Sequence[Crop]) -> PictureFeatures:
-        center = self._pixels([crop.pixels for crop in crops])
-        with torch.no_grad():
-            if all(crop.padded is None for crop in crops):
-                return self.model.encode_pictures(center)
+        views = [self._pixels([crop.pixels for crop in crops])]
+        if any(crop.padded is not None for crop in crops):
             whole = [crop.pixels if crop.padded is None else crop.padded for crop in crops]
-            return self.model.encode_pictures(self._pixels(whole), center)
+            views.insert(0, self._pixels(whole))
+        with torch.no_grad():
+            seen = self.model.encode_pictures(*views)
+        for row, crop in enumerate(crops):
+            self._features[crop.digest] = seen.rows(row, row + 1)
+        while len(self._features) > max(len(crops), _BATCHES * self.judging.batch_size):
+            del self._features[next(iter(self._features))]
+        return seen
+
+    def features(self, crops: Sequence[Crop]) -> list[PictureFeatures]:
+        """What the language model is shown of each of some crops, one picture each.
+
+        Of crops that were judged just before it is still known; others are looked at again.
+        """
+        known = {c.digest: self._features[c.digest] for c in crops if c.digest in self._features}
+        new = [crop for crop in crops if crop.digest not in known]
+        for first in range(0, len(new), self.judging.batch_size):
+            some = new[first : first + self.judging.batch_size]
+            self.score(some)
+            known.update((crop.digest, self._features[crop.digest]) for crop in some)
+        return [known[crop.digest] for crop in crops]
 
     def prompt(self, question: Question, told: str | None) -> Prompt:
         """A question about one picture, ready to be answered; each is tokenized once.
@@ -385,13 +406,9 @@ class ExplainPipeline(DetectPipeline):
         tell = None
         if on_text is not None:
             tell = lambda number, text: on_text(chunks[number]._replace(text=text))  # noqa: E731
-        faces = [face for face, _ in batch]
-        new = [face.crop for face in faces if face.score.features is None]
-        again = iter(self.score(new) if new else ())
-        features = [face.score.features or next(again).features for face in faces]
-        rows = self.complete(
-            [face.crop for face in faces], features, [a.prompts for a in found], on_text=tell
-        )
+        crops = [face.crop for face, _ in batch]
+        each = [one.prompts for one in found]
+        rows = self.complete(crops, self.features(crops), each, on_text=tell)
         heads = iter(chunks)
         for one, texts in zip(found, rows, strict=True):
             for (text, complete), head in zip(texts, heads):  # noqa: B905 - of all faces

@@ -14,9 +14,10 @@ from m2f2cli.data.images import IMAGE_SUFFIXES
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.files import sha256_of
 from m2f2cli.inference.explain import Answers, ExplainPipeline, Loaded, Request
+from m2f2cli.inference.pipeline import Decoder
 from m2f2cli.inference.questions import JUDGEMENT, Question, untold
 from m2f2cli.inference.recordfile import Layout, RecordFile, open_records
-from m2f2cli.inference.sources import Decoder, Source
+from m2f2cli.inference.sources import Source
 from m2f2cli.options.explain import ExplainOptions
 from m2f2cli.records import SCHEMA_VERSION, Detection, ExplainSettings, plain, read_text
 

@@ -1,7 +1,8 @@
 """From files to records: decode, find faces, crop, judge in batches, decide, record.
 
-``detect``, ``explain``, ``evaluate`` and the page all call ``DetectPipeline.judge``. Crops are
-batched across items; records leave in the order of the items, as soon as they can.
+``detect``, ``explain``, ``evaluate`` and the page all call ``DetectPipeline.judge``. Decoding and
+face search run in threads, ahead of the model and while it loads. Crops are batched across items;
+records leave in the order of the items, as soon as they can. No torch at import.
 """
 
 from __future__ import annotations
@@ -9,29 +10,40 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+from PIL import Image
 
+from m2f2cli.data.faces import Crop, CropRule, find_faces
 from m2f2cli.data.transforms import normalize
-from m2f2cli.errors import M2F2Error, UsageError
+from m2f2cli.data.video import read_frames
+from m2f2cli.errors import InputError, M2F2Error, UsageError
 from m2f2cli.inference.recordfile import Job
 from m2f2cli.inference.render import Renderer
-from m2f2cli.inference.sources import PATIENCE, Crop, CropRule, Decoder, Prepared, Source, expand
+from m2f2cli.inference.sources import Source, expand
 from m2f2cli.inference.verdict import DIGITS, Rule, assemble
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Box, Detection, Explanation, Settings
+from m2f2cli.runtime import processors
 
 if TYPE_CHECKING:
     import torch
 
     from m2f2cli.models.detector import Detector
 
+SHOWN_SIDE = 2048  # pixels; longest side of what is kept of a picture to be drawn on
+PATIENCE = 2.0  # seconds that what is ready waits for more
 AT_ONCE_ON_CPU = 4  # crops; the feature maps of more outgrow its cache
 _BACKLOG = 2  # batches' worth of items that wait for a batch to fill
 _REMEMBERED = 65_536  # crops whose scores are kept for another appearance
+_MOST_WORKERS = 8
+
+Keep = Literal["nothing", "judged", "everything"]
 
 T = TypeVar("T")
 Key = TypeVar("Key", bound=Hashable)
@@ -97,6 +109,155 @@ def detect_job(
     )
 
 
+@dataclass(frozen=True)
+class View:
+    """A picture, or one frame of a video.
+
+    Attributes:
+        crops: What is to be judged in it.
+        faces_found: Faces the finder saw, which may be more.
+        index: Number of the frame, from 0.
+        time: Seconds from the start of the video.
+        pixels: uint8 (H, W, 3), RGB, to draw on, ``SHOWN_SIDE`` at most; None when not kept.
+        scale: Kept pixels per pixel of the picture, in (0, 1].
+    """
+
+    crops: tuple[Crop, ...]
+    faces_found: int
+    index: int = 0
+    time: float = 0.0
+    pixels: np.ndarray | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A source, read; or the reason why it could not be.
+
+    ``status``, ``message``, ``note`` and ``sha256`` are as in ``records.Detection``; ``size`` is
+    (width, height) upright, in pixels. A picture has one view, a video one a frame.
+    """
+
+    source: Source
+    status: str = "ok"
+    message: str | None = None
+    sha256: str | None = None
+    size: tuple[int, int] | None = None
+    views: tuple[View, ...] = ()
+    note: str | None = None
+
+
+def prepare(
+    source: Source, options: DetectOptions, rule: Future[CropRule], *, keep: Keep = "nothing"
+) -> Prepared:
+    """Read a source and cut its crops. A bad file gives a status, never an exception.
+
+    Args:
+        source: A picture or a video.
+        options: Which faces, and how many frames of a video.
+        rule: Waited for after decoding and face search, which need no model.
+        keep: Of which views pixels are kept to draw on: none, those with crops, or all.
+    """
+    try:
+        if source.kind == "image":
+            picture = source.picture()
+            view = _view(picture.pixels, options.faces, rule, keep)
+            notes = [picture.note] if picture.note else []
+            if turn := max((crop.turn for crop in view.crops), default=0):
+                notes.append(f"faces were found with the picture turned by {90 * turn} degrees")
+            note = "; ".join(notes) or None
+            found = Prepared(source, "ok", None, picture.sha256, picture.size, (view,), note)
+            where = "the picture"
+        else:
+            views = []
+            with read_frames(Path(source.path), count=options.frames) as video:
+                for frame in video.frames:
+                    view = _view(frame.pixels, options.faces, rule, keep)
+                    views.append(replace(view, index=frame.index, time=frame.time))
+                    height, width = frame.pixels.shape[:2]
+                found = Prepared(
+                    source, "ok", None, video.sha256, (width, height), tuple(views), video.note
+                )
+            where = f"any of the {len(views)} frames looked at"
+    except InputError as error:
+        return Prepared(source, error.status, error.message)
+    except UnicodeDecodeError:  # PyAV, at texts inside a video that are not UTF-8
+        message = f"'{source.path}' holds texts that are not UTF-8, so it cannot be decoded."
+        return Prepared(source, "unreadable", message)
+    if any(view.crops for view in found.views):
+        return found
+    return replace(found, status="no_face", message=f"No face was found in {where}.")
+
+
+def _view(pixels: np.ndarray, faces: str, rule: Future[CropRule], keep: Keep) -> View:
+    found = [] if faces == "none" else find_faces(pixels)
+    crops = rule.result().crops(pixels, found, faces)
+    view = View(crops, len(found))
+    if keep == "nothing" or (keep == "judged" and not crops):
+        return view
+    height, width = pixels.shape[:2]
+    scale = min(1.0, SHOWN_SIDE / max(width, height))
+    if scale < 1:
+        small = Image.fromarray(pixels).resize((round(width * scale), round(height * scale)))
+        pixels = np.asarray(small)
+    return replace(view, pixels=pixels, scale=scale)
+
+
+class Decoder:
+    """Prepares sources in threads; the first from the moment it is made, while the model loads.
+
+    Args:
+        sources: The items.
+        options: Which faces, and how many frames of a video.
+        keep: As for ``prepare``; kept pixels limit how far it goes ahead.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], options: DetectOptions, *, keep: Keep = "nothing"
+    ) -> None:
+        self._options, self._keep = options, keep
+        self._left = iter(sources)
+        self._rule: Future[CropRule] = Future()
+        self._queue: deque[tuple[int, Future[Prepared]]] = deque()
+        self._workers = min(_MOST_WORKERS, processors())
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="m2f2-decode")
+        self._fill(self._workers)
+
+    def _fill(self, size: int) -> None:
+        """Begin further items until ``size`` are under way; a video with kept frames is many."""
+        held = sum(weight for weight, _ in self._queue)
+        while held < size and (source := next(self._left, None)) is not None:
+            many = self._keep != "nothing" and source.kind == "video"
+            weight = self._options.frames if many else 1
+            future = self._pool.submit(prepare, source, self._options, self._rule, keep=self._keep)
+            self._queue.append((weight, future))
+            held += weight
+
+    def prepared(self, rule: CropRule) -> Iterator[Prepared | None]:
+        """Every source, read and cut, in order; None whenever the next takes over ``PATIENCE``."""
+        self._rule.set_result(rule)
+        window = 2 * self._workers + self._options.batch_size
+        self._fill(window)
+        while self._queue:
+            future = self._queue[0][1]
+            wait([future], timeout=PATIENCE)
+            if not future.done():
+                yield None
+                continue
+            self._queue.popleft()
+            self._fill(window)
+            yield future.result()
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        self._rule.cancel()
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+
+
 class Score(NamedTuple):
     """What the model says of one crop, rounded to ``verdict.DIGITS``.
 
@@ -104,14 +265,11 @@ class Score(NamedTuple):
         fake_probability: In [0, 1].
         domain_distance: 0 or more; None where the model has no check.
         forgery_map: float32 (g, g), cosines in [-1, 1]; None when absent or not asked for.
-        features: What an explainer's language model is shown of the crop, as
-            ``models.explainer.PictureFeatures`` of one picture; None without one.
     """
 
     fake_probability: float
     domain_distance: float | None = None
     forgery_map: np.ndarray | None = None
-    features: Any = None
 
 
 @dataclass(frozen=True)
@@ -132,10 +290,9 @@ class Judged:
         return next(crop for view in here for crop in view.crops if crop.crop == box)
 
     def reduced(self) -> Judged:
-        """The same without kept pixels and features, to be kept for long."""
+        """The same without pixels to draw on, to be kept for long."""
         views = tuple(replace(view, pixels=None) for view in self.prepared.views)
-        scores = {digest: _without_features(score) for digest, score in self.scores.items()}
-        return replace(self, prepared=replace(self.prepared, views=views), scores=scores)
+        return replace(self, prepared=replace(self.prepared, views=views))
 
 
 class DetectPipeline:
@@ -213,9 +370,7 @@ class DetectPipeline:
             None if found is None else (found, {c.digest: c for v in found.views for c in v.crops})
             for found in decoder.prepared(self.crops)
         )
-        for entry in in_batches(
-            items, self.score, size=self.judging.batch_size, reduce=_without_features
-        ):
+        for entry in in_batches(items, self.score, size=self.judging.batch_size):
             if entry is None:
                 yield None
                 continue
@@ -251,7 +406,7 @@ class DetectPipeline:
                 found = seen.forgery_map.float().cpu().numpy()
                 # As the picture is, where the crop was turned.
                 maps = [np.rot90(m, -crop.turn) for m, crop in zip(found, some, strict=True)]
-            for row, (crop, chance, where) in enumerate(zip(some, chances, maps, strict=True)):
+            for crop, chance, where in zip(some, chances, maps, strict=True):
                 if not 0 <= chance <= 1:
                     raise M2F2Error(
                         "The model's answer is not a number.",
@@ -259,8 +414,7 @@ class DetectPipeline:
                     )
                 distance = crop.domain_distance
                 rounded = None if distance is None else round(distance, DIGITS)
-                features = seen.rows(row, row + 1) if self.explains else None
-                scores.append(Score(round(chance, DIGITS), rounded, where, features))
+                scores.append(Score(round(chance, DIGITS), rounded, where))
         return scores
 
     def _look(self, crops: Sequence[Crop]) -> Any:
@@ -280,10 +434,6 @@ class DetectPipeline:
         return tensor.to(self.detector.device, self.detector.dtype)
 
 
-def _without_features(score: Score) -> Score:
-    return score._replace(features=None)
-
-
 def in_batches(
     items: Iterable[tuple[T, Mapping[Key, Work]] | None],
     run: Callable[[list[Work]], Sequence[Result]],
@@ -291,7 +441,6 @@ def in_batches(
     size: int,
     rows: Callable[[Key], int] = lambda key: 1,
     remember: int = _REMEMBERED,
-    reduce: Callable[[Result], Result] = lambda result: result,
 ) -> Iterator[tuple[T, dict[Key, Result]] | None]:
     """Run the work of successive items in batches, equal work once, and give items back in order.
 
@@ -304,7 +453,6 @@ def in_batches(
         size: Rows of a batch.
         rows: How many of them the work of a key takes.
         remember: How many results are kept for another appearance of their key.
-        reduce: What is kept of a result for that.
 
     Yields:
         Each item with its results; and every None.
@@ -323,7 +471,7 @@ def in_batches(
         held = 0
         for _, found in waiting:
             found.update((key, done[key]) for key in found.keys() & done.keys())
-        known.update((key, reduce(result)) for key, result in done.items())
+        known.update(done)
         while len(known) > remember:
             known.popitem(last=False)
 

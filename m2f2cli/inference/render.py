@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from m2f2cli.data.faces import Crop
 from m2f2cli.errors import UsageError
 from m2f2cli.files import atomic_write
-from m2f2cli.inference.sources import Crop, Source, View
+from m2f2cli.inference.sources import Source
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Box, Detection
 
 if TYPE_CHECKING:
-    from m2f2cli.inference.pipeline import Judged, Score
+    from m2f2cli.inference.pipeline import Judged, Score, View
 
 _COLORS = {"fake": (214, 40, 40), "real": (46, 139, 87), "uncertain": (232, 160, 32)}
 # Dark blue, violet, orange, yellow: the map from its lowest to its highest value.

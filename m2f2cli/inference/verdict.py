@@ -11,8 +11,7 @@ from m2f2cli.errors import UsageError
 from m2f2cli.records import Detection, FaceScore, FrameScore, Settings
 
 if TYPE_CHECKING:
-    from m2f2cli.inference.pipeline import Score
-    from m2f2cli.inference.sources import Prepared, View
+    from m2f2cli.inference.pipeline import Prepared, Score, View
 
 DIGITS = 6  # probabilities are rounded to this before anything is decided by them
 _SEVERITY = {"fake": 2, "uncertain": 1, "real": 0}

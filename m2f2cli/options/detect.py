@@ -13,28 +13,26 @@ FACES = ("auto", "all", "largest", "none")
 GATES = ("fake", "uncertain", "error")
 
 
-def _band(text: Any) -> Any:
-    """A value of ``--uncertain``."""
-    if isinstance(text, (tuple, list)) and len(text) == 2:
-        low, high = text
-        if not 0 <= low <= high <= 1:
-            raise UsageError(
-                "The uncertain band must be LOW:HIGH with 0 <= LOW <= HIGH <= 1, "
-                f"not {low}:{high}.",
-                "For example: --uncertain 0.4:0.6, or --uncertain none.",
-            )
-        return float(low), float(high)
-    if text is None or text == "checkpoint":
-        return text
-    if str(text).lower() == "none":
+def _band(given: Any) -> Any:
+    """A value of ``--uncertain``: LOW:HIGH or a pair, ``none`` or None, ``checkpoint``."""
+    if given is None or given == "checkpoint":
+        return given
+    if str(given).lower() == "none":
         return None
     try:
-        low, high = (float(end) for end in str(text).split(":"))
-    except ValueError:
+        ends = given if isinstance(given, (tuple, list)) else str(given).split(":")
+        low, high = (float(end) for end in ends)
+    except (TypeError, ValueError):
         raise UsageError(
-            f"--uncertain takes LOW:HIGH or none, not '{text}'.", "For example: --uncertain 0.4:0.6"
+            f"--uncertain takes LOW:HIGH or none, not '{given}'.",
+            "For example: --uncertain 0.4:0.6",
         ) from None
-    return _band((low, high))
+    if not 0 <= low <= high <= 1:
+        raise UsageError(
+            f"The uncertain band must be LOW:HIGH with 0 <= LOW <= HIGH <= 1, not {low}:{high}.",
+            "For example: --uncertain 0.4:0.6, or --uncertain none.",
+        )
+    return low, high
 
 
 def _spelled(band: tuple[float, float] | str | None) -> str:

@@ -59,11 +59,8 @@ _NAME = re.compile(r"[^\w.\- ()]")
 class Uploads:
     """A private folder for what visitors send. Nothing outside it is ever read for them.
 
-    Args:
-        folder: An empty folder that is ours alone; None makes one.
-
-    Attributes:
-        folder: It; the page's own pictures may lie in it beside what was sent.
+    ``folder`` is empty and ours alone, by default a new one; the page's own pictures may lie in it
+    beside what was sent.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -101,13 +98,10 @@ class Uploads:
 
     @contextmanager
     def taken(self, sent: object) -> Iterator[tuple[str, str]]:
-        """Use an uploaded file for the last time: it is deleted afterwards.
-
-        Args:
-            sent: What a page or client tells of it: ``{"path": …, "orig_name": …}``.
+        """Use an uploaded file, told of as ``{"path": …, "orig_name": …}``, for the last time.
 
         Yields:
-            Its path, and the name that its owner knows it by.
+            Its path, and the name that its owner knows it by; it is deleted afterwards.
 
         Raises:
             InputError: It is no upload.

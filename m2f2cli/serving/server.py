@@ -192,10 +192,7 @@ def application(model: Any, *, options: ExplainOptions, address: Address, upload
 def web_server(app: Any, uploads: Uploads, ready: Callable[[], object]) -> Any:
     """A ``uvicorn.Server`` for ``application``; ``run(sockets=[…])`` serves until it is ended.
 
-    Args:
-        app: From ``application``.
-        uploads: Those that nobody asks about are deleted while it runs.
-        ready: Is called once requests are answered.
+    ``ready`` is called once requests are answered; uploads nobody asks about are deleted meanwhile.
     """
     import uvicorn
 

@@ -24,14 +24,15 @@ import pytest
 import torch
 
 from m2f2cli.data.conversations import parse_verdict
+from m2f2cli.data.faces import CropRule
 from m2f2cli.data.prepare import explanations
 from m2f2cli.data.prepare.ddvqa import QUESTIONS_FILE, TRUTH_FILE, prepare_ddvqa
 from m2f2cli.data.readers.ddvqa import read_annotations
 from m2f2cli.data.samples import REAL, kind_of
 from m2f2cli.inference.explain import ExplainPipeline, Prompt
-from m2f2cli.inference.pipeline import detect
+from m2f2cli.inference.pipeline import detect, prepare
 from m2f2cli.inference.questions import JUDGEMENT, of_region
-from m2f2cli.inference.sources import CropRule, expand, prepare
+from m2f2cli.inference.sources import expand
 from m2f2cli.models.explainer import PictureFeatures
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.explain import REGIONS, ExplainOptions
@@ -190,10 +191,10 @@ def test_how_far_words_follow_the_evidence(part):
     sources = expand([str(part["images"] / file) for file in files])
     read = [prepare(source, options.detect, rule) for source in sources]
     crops = [one.views[0].crops[0] for one in read]
-    rows = [score.features for score in pipeline.score(crops)]
+    rows = pipeline.features(crops)
     seen = PictureFeatures(*(torch.cat([getattr(r, n) for r in rows]) for n in FEATURES))
     gray = replace(crops[0], pixels=np.full_like(crops[0].pixels, 128))
-    blank = pipeline.score([gray])[0].features
+    blank = pipeline.features([gray])[0]
     other = torch.roll(torch.arange(len(files)), len(files) // 3)
     sure = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=seen.forgery.dtype)
     real, fake = pipeline.model.forgery_projector(sure).detach()

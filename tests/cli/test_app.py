@@ -147,6 +147,7 @@ def test_debug_shows_the_traceback(
         (["detect", "x.jpg", "--faces", "some"], ["'some'", "auto, all, largest, none"]),
         (["detect", "x.jpg", "--uncertain", "0.6:0.4"], ["LOW:HIGH"]),
         (["detect", "x.jpg", "--uncertain", "half"], ["LOW:HIGH", "'half'"]),
+        (["detect", "x.jpg", "--set", "uncertain=[a, b]"], ["LOW:HIGH"]),
         (["detect", "x.jpg", "--threshold", "2"], ["threshold", "2"]),
         (["detect", "x.jpg", "--fail-on", "doubt"], ["doubt", "fake, uncertain, error"]),
         (["detect", "x.jpg", "--output", "x.txt"], [".jsonl or .csv"]),

@@ -108,8 +108,8 @@ def test_simple_changes_do_what_they_say(pixels):
 
 def test_color_factors(pixels):
     assert np.abs(adjust_color(pixels).astype(int) - pixels).max() <= 1
-    grey = adjust_color(pixels, saturation=0.0).astype(int)
-    assert np.abs(grey[..., 0] - grey[..., 2]).max() <= 2
+    gray = adjust_color(pixels, saturation=0.0).astype(int)
+    assert np.abs(gray[..., 0] - gray[..., 2]).max() <= 2
     assert adjust_color(pixels, brightness=0.5).mean() == pytest.approx(pixels.mean() / 2, abs=1)
     turned = adjust_color(np.full((2, 2, 3), (200, 100, 100), np.uint8), hue=1 / 3)
     assert turned[0, 0].argmax() != 0

@@ -15,7 +15,7 @@ ALL = pytest.mark.parametrize("name", CORRUPTIONS)
 
 @pytest.fixture(scope="module")
 def picture() -> np.ndarray:
-    """Colours with edges, texture and soft parts, away from the ends of the range."""
+    """Colors with edges, texture and soft parts, away from the ends of the range."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(40, 150, (12, 9, 3)).astype(np.uint8))
     smooth = np.asarray(coarse.resize((90, 120), Image.Resampling.BICUBIC)).astype(float)
@@ -49,15 +49,15 @@ def test_noise_alone_depends_on_the_picture_s_seed(picture):
 
 
 def test_noise_of_two_severities_is_not_one_noise_scaled():
-    grey = np.full((64, 64, 3), 128, np.uint8)
-    first, second = (CORRUPTIONS["noise"].apply(grey, s, "a").astype(float) for s in (1, 2))
+    gray = np.full((64, 64, 3), 128, np.uint8)
+    first, second = (CORRUPTIONS["noise"].apply(gray, s, "a").astype(float) for s in (1, 2))
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.05
 
 
 @pytest.mark.parametrize("severity", [1, 2, 3])
 def test_noise_has_the_published_variance_in_luma_and_chroma(severity):
-    grey = np.full((300, 300, 3), 128, np.uint8)
-    noisy = CORRUPTIONS["noise"].apply(grey, severity, "a").astype(np.float64)
+    gray = np.full((300, 300, 3), 128, np.uint8)
+    noisy = CORRUPTIONS["noise"].apply(gray, severity, "a").astype(np.float64)
     sigma = 255 * CORRUPTIONS["noise"].value(severity) ** 0.5
     luma = noisy @ [0.299, 0.587, 0.114]
     red_difference = (noisy[..., 0] - luma) / 1.402
@@ -69,7 +69,7 @@ def test_noise_has_the_published_variance_in_luma_and_chroma(severity):
 
 
 def bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resampling at pixel centres without smoothing, written down naively."""
+    """Resampling at pixel centers without smoothing, written down naively."""
     height, width = pixels.shape[:2]
     result = np.empty((*size, 3))
     for row in range(size[0]):
@@ -112,8 +112,8 @@ def test_jpeg_contrast_and_saturation_are_what_they_say(picture):
     assert (CORRUPTIONS["jpeg"].apply(picture, 4, "a") == np.asarray(Image.open(buffer))).all()
     darker = CORRUPTIONS["contrast"].apply(picture, 5, "a")
     assert np.abs(darker - 0.35 * picture.astype(float)).max() <= 0.51
-    grey = CORRUPTIONS["saturation"].apply(picture, 5, "a").astype(int)
-    assert np.ptp(grey, axis=2).max() <= 1
+    gray = CORRUPTIONS["saturation"].apply(picture, 5, "a").astype(int)
+    assert np.ptp(gray, axis=2).max() <= 1
 
 
 @ALL

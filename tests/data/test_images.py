@@ -127,8 +127,8 @@ def test_transparent_parts_lie_over_white():
     assert (read[0] == (200, 100, 0)).all()
     assert np.abs(read[1].astype(int) - (244, 224, 204)).max() <= 1
     assert (read[2:] == 255).all()
-    grey = Image.fromarray(layers).convert("LA")
-    assert (read_picture(_saved(grey, "PNG")).pixels[2:] == 255).all()
+    gray = Image.fromarray(layers).convert("LA")
+    assert (read_picture(_saved(gray, "PNG")).pixels[2:] == 255).all()
     palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
     palette.putpalette([10, 20, 30, 40, 50, 60])
     read = read_picture(_saved(palette, "PNG", transparency=1)).pixels

@@ -40,7 +40,7 @@ def _make(
     times: list[int] | None = None,
     faststart: bool = False,
 ) -> Path:
-    """A grey video whose frame n has the level STEP * n, brighter towards the lower right."""
+    """A gray video whose frame n has the level STEP * n, brighter towards the lower right."""
     movie = {"movflags": "faststart"} if faststart else {}
     with av.open(str(path), "w", options=movie) as container:
         stream = container.add_stream(codec, rate=25)

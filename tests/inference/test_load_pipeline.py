@@ -9,8 +9,8 @@ import pytest
 
 from m2f2cli.errors import CheckpointError, UsageError
 from m2f2cli.inference.explain import explain_sources, load_pipeline
-from m2f2cli.inference.pipeline import Judged, judge_sources
-from m2f2cli.inference.sources import View, expand
+from m2f2cli.inference.pipeline import Judged, View, judge_sources
+from m2f2cli.inference.sources import expand
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.explain import ExplainOptions
 from tests.inference.conftest import MeanJudge, write_picture

@@ -5,16 +5,18 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from m2f2cli.data.images import Picture, read_picture
 from m2f2cli.data.video import read_frames
-from m2f2cli.inference import sources as reading
-from m2f2cli.inference.explain import explain_sources, load_pipeline
+from m2f2cli.inference import pipeline as module
+from m2f2cli.inference.explain import ExplainPipeline, explain_sources, load_pipeline
 from m2f2cli.inference.pipeline import judge_sources
 from m2f2cli.inference.sources import Source, expand
 from m2f2cli.options.detect import DetectOptions
@@ -104,7 +106,7 @@ def test_a_video_is_read_once_for_its_verdict_and_its_drawing(
         opened[str(path)] += 1
         return read_frames(path, **how)
 
-    monkeypatch.setattr(reading, "read_frames", counted)
+    monkeypatch.setattr(module, "read_frames", counted)
     options = DetectOptions(faces="none", frames=4, heatmap=tmp_path / "out")
     records = list(judge_sources(expand(clips), model=MeanJudge(), options=options))
     assert all(Path(str(record.heatmap)).exists() for record in records)
@@ -138,3 +140,28 @@ def test_a_prompt_is_tokenized_once(
         pipeline.explain(item, regions=("nose", "eyes"))
         pipeline.explain(item, regions=("nose",), questions=("Why?",))
     assert set(asked.values()) == {1}
+
+
+def test_what_the_language_model_is_shown_is_kept_of_few_crops(loaded: Any, tmp_path: Path) -> None:
+    """A video's frames, or faces of a crowd, that were judged long ago are looked at again."""
+    clip = write_video(tmp_path / "ramp.mp4", [flat(240 - 6 * i) for i in range(40)])
+    options = asking(batch_size=2, regions=("nose",))
+    options = replace(options, detect=replace(options.detect, frames=30))
+    pipeline = ExplainPipeline(loaded, options)
+    views = pipeline.judge_one(expand([str(clip)])[0]).prepared.views
+    assert len(views) == 30
+    looked: list[int] = []
+    look = loaded[0].encode_pictures
+
+    def counted(pixels: Any, *more: Any) -> Any:
+        looked.append(len(pixels))
+        return look(pixels, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loaded[0], "encode_pictures", counted)
+        features = pipeline.features([view.crops[0] for view in views])
+    assert len(features) == 30
+    assert 20 < sum(looked) < 30
+    for view, seen in list(zip(views, features, strict=True))[::10]:
+        (alone,) = pipeline.features([view.crops[0]])
+        assert torch.allclose(seen.patches, alone.patches, atol=1e-5)

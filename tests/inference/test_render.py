@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m2f2cli.data.faces import Crop
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.pipeline import Score, detect
 from m2f2cli.inference.render import annotated, heat
-from m2f2cli.inference.sources import Crop
 from m2f2cli.options.detect import DetectOptions
 from tests.inference.conftest import MeanJudge, noise_picture, write_picture
 

@@ -264,16 +264,16 @@ def test_every_control_has_a_name(page):
 
 def contrast(page: Browser, selector: str) -> float:
     """Between the text of an element and the page or card behind it (WCAG)."""
-    colours = page.run(
+    colors = page.run(
         """
         const found = document.querySelector(arguments[0]);
         let behind = found;
         const clear = /rgba\\(0, 0, 0, 0\\)|transparent/;
         while (behind && clear.test(getComputedStyle(behind).backgroundColor))
           behind = behind.parentElement;
-        const paint = (colour) => {
+        const paint = (color) => {
           const pen = new OffscreenCanvas(1, 1).getContext('2d');
-          pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1);
+          pen.fillStyle = color; pen.fillRect(0, 0, 1, 1);
           return [...pen.getImageData(0, 0, 1, 1).data];
         };
         return [paint(getComputedStyle(found).color),
@@ -282,10 +282,10 @@ def contrast(page: Browser, selector: str) -> float:
         selector,
     )
     lights = []
-    front, back = (np.array(colour, dtype=float) for colour in colours)
+    front, back = (np.array(color, dtype=float) for color in colors)
     front = front[:3] * front[3] / 255 + back[:3] * (1 - front[3] / 255)
-    for colour in (front, back[:3]):
-        unit = colour / 255
+    for color in (front, back[:3]):
+        unit = color / 255
         linear = np.where(unit <= 0.03928, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)
         lights.append(float(linear @ [0.2126, 0.7152, 0.0722]))
     return (max(lights) + 0.05) / (min(lights) + 0.05)

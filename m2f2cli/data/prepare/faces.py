@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from m2f2cli.data.clips import ClipNotes, ClipWriter, FrameReader
 from m2f2cli.data.faces import finder_name
@@ -43,13 +43,7 @@ class Prepared:
     message: str | None = None  # the reason for a status other than ok, or a remark; None mostly
 
 
-class _Task(NamedTuple):
-    """All that a worker needs."""
-
-    video: Video
-    output: Path
-    options: FacesOptions
-    boxes: ClipNotes | None
+_Task = tuple[Video, Path, FacesOptions, ClipNotes | None]
 
 
 class FacesJob:
@@ -97,7 +91,7 @@ class FacesJob:
                 writer = ClipWriter(self.output / name)
                 if self.options.overwrite:
                     writer.discard()
-                tasks = []
+                tasks: list[_Task] = []
                 earlier = self._earlier(writer, videos)
                 for video in videos:
                     boxes, made = self._boxes.get(video), earlier.get(video.key)
@@ -107,7 +101,7 @@ class FacesJob:
                     elif made is not None and made.source_bytes == video.stored_bytes:
                         yield _prepared(video, made, earlier=True)
                     else:
-                        tasks.append(_Task(video, self.output, self.options, boxes))
+                        tasks.append((video, self.output, self.options, boxes))
                 yield from run_all(tasks)
                 writer.finish()
 

@@ -66,8 +66,8 @@ def test_crops_follow_the_face(scene, tmp_path):
     assert notes.fps == 25
     assert notes.source_sha256 == digest(tmp_path / "clip.mp4")
     truth = np.array([scene.place(int(number)) for number in notes.frames])
-    centres = (notes.boxes[:, :2] + notes.boxes[:, 2:]) / 2
-    off = np.hypot(*(centres - truth[:, :2]).T) / truth[:, 2]
+    centers = (notes.boxes[:, :2] + notes.boxes[:, 2:]) / 2
+    off = np.hypot(*(centers - truth[:, :2]).T) / truth[:, 2]
     assert np.ptp(truth[:, 0]) > 100  # it moved
     assert off.max() < 0.2
     # The same face all along: crops resemble each other, a fixed crop would not.

@@ -20,7 +20,7 @@ def places(*sources):
     return [(video.file, video.key) for video in list_videos(sources).videos]
 
 
-def test_faceforensics_is_recognised(tmp_path):
+def test_faceforensics_is_recognized(tmp_path):
     root = touch(
         tmp_path,
         "manipulated_sequences/Deepfakes/c40/videos/000_003.mp4",

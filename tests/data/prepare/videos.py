@@ -36,11 +36,11 @@ class Scene:
         self._width, self._height = width, height
         self._face, self._seconds = face, seconds
         x, y = np.meshgrid(np.arange(width), np.arange(height))
-        grey = 110 + 50 * np.sin(x / width * 3) * np.cos(y / height * 2)
-        self._background = np.repeat(grey[..., None], 3, axis=2).astype(np.uint8)
+        gray = 110 + 50 * np.sin(x / width * 3) * np.cos(y / height * 2)
+        self._background = np.repeat(gray[..., None], 3, axis=2).astype(np.uint8)
 
     def place(self, number: int) -> tuple[float, float, float]:
-        """The centre (x, y) and side of the face box in a frame."""
+        """The center (x, y) and side of the face box in a frame."""
         turn = 2 * math.pi * number / (FPS * self._seconds)
         side = self._face * (1 + 0.1 * math.sin(3 * turn))
         x = self._width * (0.5 + 0.28 * math.sin(turn))

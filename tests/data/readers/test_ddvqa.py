@@ -23,7 +23,7 @@ def crops(folder: Path) -> Path:
 
 @pytest.mark.parametrize("inner", ["", "images/c40/train"])
 @pytest.mark.parametrize("prefix", ["", "ddvqa:"])
-def test_crops_are_recognised(tmp_path, inner, prefix):
+def test_crops_are_recognized(tmp_path, inner, prefix):
     crops(tmp_path / "set" / inner)
     found = read_samples(f"{prefix}{tmp_path / 'set'}")
     assert found.layout == "ddvqa"
