@@ -206,7 +206,9 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
     In [0, 1]: over the pictures, how far the mean probability of a picture's bin lies from the
     share of forged ones in it. NaN without pictures.
     """
-    return float(binned_error(binned(labels, probabilities).sum(axis=0)))
+    found = reliability(labels, probabilities)
+    distance = np.abs(found.probability - found.frequency)
+    return float(ratio(np.nansum(found.counts * distance), found.counts.sum()))
 
 
 def roc_auc(labels: np.ndarray, scores: np.ndarray) -> float:
