@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from transformers.utils import logging as transformers_logging
 
 from m2f2cli.checkpoints import io
@@ -232,13 +232,13 @@ class DetectorTrainer(Trainer):
         self.notify(f"{self.steps} steps will take about {math.ceil(seconds / 60)} min.")
 
     def _time_of_an_item(self) -> float:
-        """Seconds that preparing and judging a picture take in this process."""
-        count = min(self.optim.batch_size, len(self.dataset))
+        """Seconds that preparing and judging a held-out picture take, all processes together."""
+        count = min(self.optim.batch_size, len(self.measured))
         self.model.eval()
         took = 0.0
         for _ in range(2):  # the first pass allocates
             began = time.perf_counter()
-            batch = self.to_device(self.collate([self.dataset[n] for n in range(count)]))
+            batch = self.to_device(default_collate([self.measured[n] for n in range(count)]))
             with torch.no_grad():
                 float(self.model(batch["pixel_values"], batch["labels"])["loss"])
             took = time.perf_counter() - began
