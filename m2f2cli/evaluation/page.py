@@ -165,7 +165,7 @@ def _mistake(mistake: Mistake) -> dict[str, Any]:
 REAL_COLOR, FAKE_COLOR, INK = "#2563a8", "#c2410c", "#444444"
 SCORE_BINS = 25
 _DIAGONAL: dict[str, Any] = {"color": "#bbbbbb", "linewidth": 1, "linestyle": ":"}
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 9.0,
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,

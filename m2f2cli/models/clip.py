@@ -44,8 +44,10 @@ def blocks_needed(total: int, layer: int) -> int:
 class _VisionEmbeddings(nn.Module):
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
-        width, patch = config.hidden_size, config.patch_size
-        self.grid = config.image_size // patch
+        width = config.hidden_size
+        size: Any = config.image_size  # one number here; transformers allows two
+        patch: Any = config.patch_size
+        self.grid: int = size // patch
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
         self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, patch, bias=False)
         self.position_embedding = nn.Embedding(self.grid**2 + 1, width)
@@ -78,9 +80,9 @@ class VisionPart(nn.Module):
 
     def __init__(self, config: CLIPVisionConfig, blocks: int) -> None:
         super().__init__()
-        self.grid = config.image_size // config.patch_size
         self.width: int = config.hidden_size
         self.embeddings = _VisionEmbeddings(config)
+        self.grid = self.embeddings.grid
         self.pre_layrnorm = nn.LayerNorm(self.width, eps=config.layer_norm_eps)
         self.encoder = _Encoder(config, blocks)
 
@@ -107,7 +109,7 @@ class TextPart(nn.Module):
         self.width: int = config.hidden_size
         self.embeddings = _TextEmbeddings(config)
         self.encoder = _Encoder(config, config.num_hidden_layers)
-        self.final_layer_norm = nn.LayerNorm(self.width, eps=config.layer_norm_eps)
+        self.final_layer_norm = nn.LayerNorm(self.width, eps=config.layer_norm_eps or 1e-5)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Encode token embeddings (N, T, width) into the last position's feature (N, width)."""
@@ -305,7 +307,7 @@ _VISION_FIELDS = (*_SHARED_FIELDS, "num_channels", "image_size", "patch_size")
 _TEXT_FIELDS = (*_SHARED_FIELDS, "vocab_size", "max_position_embeddings")
 
 
-def _plain(config: CLIPVisionConfig | CLIPTextConfig) -> dict[str, Any]:
+def _plain(config: Any) -> dict[str, Any]:
     fields = _VISION_FIELDS if isinstance(config, CLIPVisionConfig) else _TEXT_FIELDS
     return {name: getattr(config, name) for name in fields}
 

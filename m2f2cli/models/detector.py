@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from m2f2cli.compat import attention_of
 from m2f2cli.data.transforms import CLIP_MEAN as CLIP_MEAN

@@ -96,7 +96,8 @@ class SharedPrompts:
         # generate repeats its inputs for beams and alternatives, but no cache.
         copies = max(options.get(n) or 1 for n in ("num_beams", "num_return_sequences"))
         cache, kept = DynamicCache(), rows.repeat_interleave(copies)
-        for number, layer in enumerate(self._cache.layers):
+        layers: Any = self._cache.layers
+        for number, layer in enumerate(layers):
             cache.update(layer.keys[kept], layer.values[kept], number)
         out = self._model.generate(
             inputs_embeds=torch.cat([self._states[rows], rest], dim=1),

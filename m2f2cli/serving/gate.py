@@ -180,8 +180,7 @@ class Gate:
         try:
             await self._pass(scope, receive, guarded)
         except HTTPException as refusal:
-            about = {"status_code": refusal.status_code, "headers": refusal.headers}
-            answer = JSONResponse({"detail": refusal.detail}, **about)
+            answer = JSONResponse({"detail": refusal.detail}, refusal.status_code, refusal.headers)
             await answer(scope, receive, guarded)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:

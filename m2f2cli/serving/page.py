@@ -15,6 +15,7 @@ from string import Template
 from typing import Any
 
 import gradio as gr
+from gradio.events import api
 
 from m2f2cli.checkpoints.hub import BUNDLED, find_explainer, resolve_checkpoint
 from m2f2cli.errors import M2F2Error
@@ -72,8 +73,8 @@ def build(page: Page) -> gr.Blocks:
                 drop.upload(page.batch, drop, [drop, table, downloads], preprocess=False, **_MODEL)
             with gr.Tab("The model and its limits", id="limits"):
                 gr.Markdown(card_of(page.service.pipeline), elem_classes="m2-model")
-        gr.api(page.detect, api_name="detect", concurrency_id="model", concurrency_limit=1)
-        gr.api(page.explain, api_name="explain", concurrency_id="model", concurrency_limit=1)
+        api(page.detect, api_name="detect", concurrency_id="model", concurrency_limit=1)
+        api(page.explain, api_name="explain", concurrency_id="model", concurrency_limit=1)
     return blocks
 
 
