@@ -93,7 +93,7 @@ def train(folder: Path) -> list[str]:
             for number, file in enumerate(files[begin : begin + count // 2]):
                 shutil.copy(file, folder / part / label / f"{part}{number}.jpg")
     options = {"data": "train", "validation": "held", "model": "lite", "epochs": 1}
-    options |= {"batch-size": BATCH, "output": "out"}
+    options |= {"batch-size": BATCH, "output": "out", "recipe": "published"}
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return ["train-detector", *flags]
 
