@@ -89,6 +89,7 @@ def arguments(
     return build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", MOST)
 def test_a_path_is_as_the_page_says(command, arguments, capsys):
     assert run([command, *arguments(command, "first")]) == 0, capsys.readouterr().err

@@ -39,6 +39,11 @@ LINK = re.compile(r"\]\(([^)#]+?)(?:#[^)]*)?\)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 PATH = re.compile(r"[\w.*-]*[/.-][\w/.*-]*")
 WRITTEN = [page for page in PAGES if page != REFERENCE]  # by people
+# The README's commands run always, those of the other pages with the slow tests.
+RUN = [
+    page if page == ROOT / "README.md" else pytest.param(page, marks=pytest.mark.slow)
+    for page in WRITTEN
+]
 SCRIPT = re.compile(r"^ *python (examples/\S+\.py.*)$", re.MULTILINE)
 SCRIPT_LINES = sorted({line for page in WRITTEN for line in SCRIPT.findall(page.read_text())})
 EVERY_COMMAND = [command for page in [*PAGES, *SCRIPTS] for command in commands(page)]
@@ -129,7 +134,7 @@ def place(standins, tmp_path, monkeypatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+@pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_commands_run_and_print_what_is_shown(page, place, capfd):
     for command in commands(page):
         if not runs_here(command) and command.shown is None:
@@ -170,6 +175,7 @@ def test_most_commands_of_the_first_pages_run(place):
         assert len(ready) >= least, page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", WRITTEN, ids=name_of)
 def test_python_in_the_documents_runs(page, place, capfd):
     for block in blocks(page):
@@ -188,6 +194,7 @@ def test_python_in_the_documents_runs(page, place, capfd):
                     assert hasattr(importlib.import_module(node.module), alias.name), code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", SCRIPT_LINES)
 def test_scripts_in_the_documents_run(line, place, capfd, monkeypatch):
     script, *arguments = shlex.split(line)

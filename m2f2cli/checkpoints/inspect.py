@@ -49,7 +49,7 @@ class Description:
     config: dict[str, Any]
     stage: dict[str, Any]
     fingerprint: str | None
-    missing: list[str]
+    missing: tuple[str, ...]
     notes: list[str]
     foreign: tuple[str, ...]
 
@@ -133,7 +133,7 @@ def inspect_checkpoint(name: str, *, verify: bool = False) -> Description:
         config=found.config,
         stage=stage,
         fingerprint=mark if isinstance(mark, str) else None,
-        missing=missing,
+        missing=tuple(missing),
         notes=(_shared if is_folder else _file_notes)(found) + _notes(tensors, found.config),
         foreign=found.foreign,
     )

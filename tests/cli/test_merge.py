@@ -236,6 +236,7 @@ print(absent, complete)
 """
 
 
+@pytest.mark.slow
 def test_thirty_kills_leave_no_half_written_result(home, tmp_path, record_property):
     paths = [str(p) for p in (home / "base", home / "adapter", tmp_path / "out")]
     done = subprocess.run(

@@ -51,6 +51,7 @@ def source(name: str, read: Callable[[], Picture]) -> Source:
     return Source(name, "image", PurePosixPath(name), read)
 
 
+@pytest.mark.slow
 def test_one_face_among_pictures_without_any_is_not_kept_waiting(run: Run) -> None:
     """Its batch never fills; neither it nor the pictures behind it pile up."""
     read: list[str] = []
@@ -67,6 +68,7 @@ def test_one_face_among_pictures_without_any_is_not_kept_waiting(run: Run) -> No
     assert seen == 201
 
 
+@pytest.mark.slow
 def test_a_record_does_not_wait_for_a_slow_item_behind_it(run: Run) -> None:
     left = threading.Event()
     waited = []
