@@ -156,7 +156,9 @@ def _parameter(group: str, item: dataclasses.Field[Any], kind: Any) -> inspect.P
     else:
         spelled = f"--{key}/--no-{key}" if kind is bool else f"--{key}"
         if "below" in about:
-            extra |= {"is_eager": True, "callback": _brings(item.name, about["below"])}
+            extra |= {"is_eager": True, "callback": _brings(item.name, about)}
+        elif about.get("eager"):
+            extra["is_eager"] = True
         shown = typer.Option(
             *filter(None, (spelled, about.get("short"))),
             envvar=about.get("variable") or "M2F2_" + key.upper().replace("-", "_"),
@@ -174,12 +176,14 @@ def _parameter(group: str, item: dataclasses.Field[Any], kind: Any) -> inspect.P
     )
 
 
-def _brings(noun: str, below: Callable[[str], Mapping[str, Any]]) -> Callable[..., Any]:
+def _brings(noun: str, about: Mapping[str, Any]) -> Callable[..., Any]:
     """Make what an option's value brings the defaults of the flags that no file sets."""
 
     def read(context: typer.Context, name: str | None) -> str | None:
+        if name is None and "implied" in about:
+            name = about["implied"](context.params)
         if name is not None and not context.resilient_parsing:
-            values = _defaults(context, None, below(name), f"The {noun} '{name}'")
+            values = _defaults(context, None, about["below"](name), f"The {noun} '{name}'")
             context.default_map = {**values, **(context.default_map or {})}
         return name
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from m2f2cli.errors import ConfigError
 from m2f2cli.options.fields import Options, flag_name, option, required
@@ -19,7 +18,9 @@ class ModelOptions(Options):
     """What the detector is made of and what of it trains."""
 
     model: str | None = option(
-        None, "Start from this detector (folder or 'lite') instead of building a new one."
+        None,
+        "Start from this detector (folder or 'lite') instead of building a new one.",
+        eager=True,
     )
     backbone: str = option(
         "densenet121",
@@ -316,6 +317,7 @@ class RunOptions(TrainingRunOptions):
         "published, published-efficientnet-b4, robust or small-data. Flags, environment and "
         "--config file go before them.",
         below=read_recipe,
+        implied=lambda given: "fine-tune" if given.get("model") else None,
     )
     save_dtype: str = option(
         "float32",
@@ -348,14 +350,6 @@ class TrainDetectorOptions(Options):
     augment: AugmentOptions
     pseudo: PseudoFakeOptions
     run: RunOptions
-
-    @classmethod
-    def from_flat(cls, values: Mapping[str, Any]) -> TrainDetectorOptions:
-        """As ``Options.from_flat``; a trained detector is tuned gently unless a recipe is named."""
-        named = {name.replace("_", "-"): value for name, value in values.items()}
-        if named.get("model") and not named.get("recipe"):
-            named["recipe"] = "fine-tune"
-        return super().from_flat(named)
 
     def check(self) -> None:
         """Objectives have what they learn from."""

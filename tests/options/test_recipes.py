@@ -116,3 +116,21 @@ def test_recipes_are_files_of_the_package():
         f"{name}.yaml" for name in RECIPES.names()
     )
     assert issubclass(TrainDetectorOptions, Options)
+
+
+@pytest.mark.parametrize("source", ["flag", "environment", "file"])
+def test_a_start_from_a_detector_implies_its_recipe(capsys, monkeypatch, tmp_path, source):
+    arguments = ["--data", "d", "--output", "o"]
+    if source == "flag":
+        arguments += ["--model", "lite"]
+    elif source == "environment":
+        monkeypatch.setenv("M2F2_MODEL", "lite")
+    else:
+        (tmp_path / "c.yaml").write_text("model: lite\n")
+        arguments += ["--config", str(tmp_path / "c.yaml")]
+    shown = printed(capsys, *arguments)
+    assert (shown["recipe"], shown["fit-head"], shown["epochs"]) == ("fine-tune", True, 8)
+    assert printed(capsys, *arguments, "--epochs", "3")["epochs"] == 3
+    for order in ((*arguments, "--recipe", "published"), ("--recipe", "published", *arguments)):
+        named = printed(capsys, *order)
+        assert (named["recipe"], named["fit-head"], named["epochs"]) == ("published", False, 200)
