@@ -60,10 +60,14 @@ class Command:
     def callback(self) -> Callable[..., None]:
         """What Typer runs: a function with a parameter for each flag."""
 
-        def run(**values: Any) -> None:
+        def run(context: typer.Context, **values: Any) -> None:
             printer = Output(values.pop("json", False), values.pop("quiet", False))
             show, settings = values.pop("print_config"), values.pop("set") or ()
-            given = {n: v for n, v in values.items() if n != "config" and v not in (None, [], ())}
+            given = {
+                name: value
+                for name, value in values.items()
+                if name != "config" and value not in (None, [], ()) and _was_given(context, name)
+            }
             given |= _settings(self.kind, settings)
             if show:
                 printer.text(self.kind.from_flat(_blanks(self.kind) | given).to_yaml())
@@ -72,7 +76,11 @@ class Command:
 
         types = self.kind.types()
         own = [_parameter(group, item, types[item.name]) for group, item in self.kind.walk()]
-        parameters = [*_general(self.kind, json=self.json, quiet=self.quiet), *own]
+        about = inspect.Parameter(
+            "context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context
+        )
+        general = _general(self.kind, json=self.json, quiet=self.quiet)
+        parameters = [about, *general, *own]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
@@ -83,6 +91,12 @@ def command(
 ) -> Callable[[Callable[[Any, Output], int | None]], Command]:
     """Decorator that makes a function a ``Command``; arguments as there."""
     return lambda body: Command(kind, body, json, quiet)
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    """Whether a flag, the environment or a file sets an option; its default is its class's own."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _general(kind: type[Options], *, json: bool, quiet: bool) -> Iterator[inspect.Parameter]:
@@ -155,10 +169,6 @@ def _parameter(group: str, item: dataclasses.Field[Any], kind: Any) -> inspect.P
         shown = typer.Argument(metavar=metavar, **extra | {"show_default": False})
     else:
         spelled = f"--{key}/--no-{key}" if kind is bool else f"--{key}"
-        if "below" in about:
-            extra |= {"is_eager": True, "callback": _brings(item.name, about)}
-        elif about.get("eager"):
-            extra["is_eager"] = True
         shown = typer.Option(
             *filter(None, (spelled, about.get("short"))),
             envvar=about.get("variable") or "M2F2_" + key.upper().replace("-", "_"),
@@ -174,20 +184,6 @@ def _parameter(group: str, item: dataclasses.Field[Any], kind: Any) -> inspect.P
         default=default,
         annotation=Annotated[kind, shown],
     )
-
-
-def _brings(noun: str, about: Mapping[str, Any]) -> Callable[..., Any]:
-    """Make what an option's value brings the defaults of the flags that no file sets."""
-
-    def read(context: typer.Context, name: str | None) -> str | None:
-        if name is None and "implied" in about:
-            name = about["implied"](context.params)
-        if name is not None and not context.resilient_parsing:
-            values = _defaults(context, None, about["below"](name), f"The {noun} '{name}'")
-            context.default_map = {**values, **(context.default_map or {})}
-        return name
-
-    return read
 
 
 def _defaults(

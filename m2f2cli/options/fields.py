@@ -93,9 +93,7 @@ def option(default: T, help: str, *choices: str, key: bool = False, **more: Any)
             another environment variable than its own; ``argument``, whether it is given by place;
             ``says_default``, whether ``help`` says the default; ``parse`` and ``spell``, functions
             from a word to its value and back; ``below``, a function from the option's value to
-            values of other options that stand below all other sources, with ``implied``, one from
-            the options read so far to the value it has when nobody gives one; ``eager``, whether
-            it is read before those.
+            values of other options that stand below all other sources.
     """
     declared: T = field(default=default, metadata=_about(help, choices, key, more))
     return declared
@@ -194,11 +192,7 @@ class Options:
         """
         given = {name.replace("_", "-"): value for name, value in values.items()}
         for _, item in cls.walk():
-            if "below" not in item.metadata:
-                continue
-            if given.get(key_of(item)) is None and "implied" in item.metadata:
-                given[key_of(item)] = item.metadata["implied"](given)
-            if given.get(key_of(item)) is not None:
+            if "below" in item.metadata and given.get(key_of(item)) is not None:
                 brought = item.metadata["below"](given[key_of(item)])
                 given = {n.replace("_", "-"): v for n, v in brought.items()} | given
         known = [key_of(item) for _, item in cls.walk()]

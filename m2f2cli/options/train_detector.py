@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from m2f2cli.errors import ConfigError
 from m2f2cli.options.fields import Options, flag_name, option, required
@@ -20,7 +21,6 @@ class ModelOptions(Options):
     model: str | None = option(
         None,
         "Start from this detector (folder or 'lite') instead of building a new one.",
-        eager=True,
     )
     backbone: str = option(
         "densenet121",
@@ -317,7 +317,6 @@ class RunOptions(TrainingRunOptions):
         "published, published-efficientnet-b4, robust or small-data. Flags, environment and "
         "--config file go before them.",
         below=read_recipe,
-        implied=lambda given: "fine-tune" if given.get("model") else None,
     )
     save_dtype: str = option(
         "float32",
@@ -350,6 +349,13 @@ class TrainDetectorOptions(Options):
     augment: AugmentOptions
     pseudo: PseudoFakeOptions
     run: RunOptions
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> TrainDetectorOptions:
+        """As ``Options.from_flat``; a start from a detector takes ``fine-tune`` unless told."""
+        if values.get("model") is not None and values.get("recipe") is None:
+            values = {**values, "recipe": "fine-tune"}
+        return super().from_flat(values)
 
     def check(self) -> None:
         """Objectives have what they learn from."""
