@@ -147,11 +147,12 @@ def remove_stale(path: Path) -> None:
         return
     for sibling in path.parent.glob(f".{path.name}.*.partial"):
         match = _PARTIAL.match(sibling.name)
-        if match and not _alive(int(match.group(1))):
+        if match and not is_alive(int(match.group(1))):
             shutil.rmtree(sibling, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; taken for granted where the system cannot tell."""
     if os.name != "posix":
         return True
     try:
