@@ -421,8 +421,8 @@ def build_detector(
 
 def _from_detector(name: str, crop_margin: float) -> Detector:
     parent = load_detector(name, device="cpu", dtype="float32")
-    changed = {"domain": None, "kind_margin": None}
-    changed["crop"] = {**parent.config.crop, "margin": crop_margin}
+    crop = {**parent.config.crop, "margin": crop_margin}
+    changed = {"domain": None, "kind_margin": None, "crop": crop}
     detector = Detector(DetectorConfig.from_dict(parent.config.to_dict() | changed))
     detector.load_state_dict(parent.state_dict())
     detector.fingerprint = parent.fingerprint
