@@ -413,16 +413,17 @@ class DetectPipeline:
             kinds: Iterable[tuple[str, float] | None] = [None] * len(some)
             if (logits := getattr(seen, "kind_logits", None)) is not None:
                 kinds = self.detector.leading_kinds(logits)
-            for crop, chance, where, kind in zip(some, chances, maps, kinds, strict=True):
+            distances: Iterable[float | None] = [None] * len(some)
+            if (measured := getattr(seen, "domain_distance", None)) is not None:
+                distances = [round(distance, DIGITS) for distance in measured.tolist()]
+            for chance, distance, where, kind in zip(chances, distances, maps, kinds, strict=True):
                 if not 0 <= chance <= 1:
                     raise M2F2Error(
                         "The model's answer is not a number.",
                         "Try --dtype float32 or another model.",
                     )
-                distance = crop.domain_distance
-                rounded = None if distance is None else round(distance, DIGITS)
                 kind = kind and (kind[0], round(kind[1], DIGITS))
-                scores.append(Score(round(chance, DIGITS), rounded, where, kind))
+                scores.append(Score(round(chance, DIGITS), distance, where, kind))
         return scores
 
     def _look(self, crops: Sequence[Crop]) -> Any:

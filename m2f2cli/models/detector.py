@@ -27,6 +27,7 @@ from m2f2cli.errors import ConfigError
 from m2f2cli.models.backbone import Backbone
 from m2f2cli.models.bridge import Bridge
 from m2f2cli.models.clip import ClipTower
+from m2f2cli.models.domain import Domain
 from m2f2cli.models.forgery_prompt import ForgeryPrompt, forgery_map
 
 
@@ -58,7 +59,8 @@ class DetectorConfig(PretrainedConfig):
         threshold: Fake probability from which the verdict is fake, in [0, 1].
         uncertain: ``[low, high]``: probabilities between give the verdict uncertain; or None.
         score_temperature: Divides the logits before the softmax; above 0.
-        domain: ``{"mean", "basis", "limit"}`` of the domain check (``data.domain``), or None.
+        domain: ``{"limit", "size"}`` of the domain check (``models.domain``): the largest distance
+            inside, and the number of directions; or None.
     """
 
     model_type = "m2f2_detector"
@@ -115,7 +117,8 @@ class DetectorConfig(PretrainedConfig):
         self.threshold = threshold
         self.uncertain = list(uncertain) if uncertain else None
         self.score_temperature = score_temperature
-        self.domain = dict(domain) if domain else None
+        # Without a size it is the check of textures that detectors had before 0.3.
+        self.domain = dict(domain) if domain and "size" in domain else None
         self.license = license
         super().__init__(**kwargs)
 
@@ -151,6 +154,7 @@ class DetectorOutput(ModelOutput):
         features: (B, F), what the head saw.
         pooled: (B, C), the pooled backbone features; None without a backbone.
         kind_logits: (B, K), one for each of ``config.kinds``; None without kinds.
+        domain_distance: float32 (B,), see ``models.domain``; None without a domain check.
         clip_hidden: (B, 1 + g², W), the CLIP hidden state read, class token first; when asked for.
     """
 
@@ -160,6 +164,7 @@ class DetectorOutput(ModelOutput):
     features: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
     kind_logits: torch.Tensor | None = None
+    domain_distance: torch.Tensor | None = None
     clip_hidden: torch.Tensor | None = None
 
 
@@ -226,6 +231,7 @@ class Detector(PreTrainedModel):
             )
             size += bridge["size"]
         self.head = _linear(size, len(config.kinds) if config.kinds else 2)
+        self.domain = Domain(size, config.domain["size"]) if config.domain else None
         self.fingerprint: str | None = None
         self.post_init()
 
@@ -305,6 +311,7 @@ class Detector(PreTrainedModel):
             features=features,
             pooled=pooled,
             kind_logits=kind_logits,
+            domain_distance=None if self.domain is None else self.domain(features),
             clip_hidden=hidden if return_hidden else None,
         )
 

@@ -104,18 +104,20 @@ class PictureFeatures:
         forgery: (N, W) the projected answer of the detector.
         logits: (N, 2) the detector's logits, order (real, fake).
         forgery_map: (N, g, g) cosine similarities in [-1, 1], or None (see ``DetectorOutput``).
+        domain_distance: (N,), or None, as above.
     """
 
     patches: torch.Tensor
     forgery: torch.Tensor
     logits: torch.Tensor
     forgery_map: torch.Tensor | None = None
+    domain_distance: torch.Tensor | None = None
 
     def rows(self, begin: int, end: int) -> PictureFeatures:
         """Those of the pictures from ``begin`` up to and without ``end``."""
         cut = slice(begin, end)
-        where = self.forgery_map[cut] if self.forgery_map is not None else None
-        return PictureFeatures(self.patches[cut], self.forgery[cut], self.logits[cut], where)
+        found = (self.patches, self.forgery, self.logits, self.forgery_map, self.domain_distance)
+        return PictureFeatures(*(None if part is None else part[cut] for part in found))
 
 
 @dataclass
@@ -195,6 +197,7 @@ class Explainer(PreTrainedModel, GenerationMixin):
             self.forgery_projector(believed),
             seen.logits,
             seen.forgery_map,
+            seen.domain_distance,
         )
 
     def embed(self, input_ids: torch.Tensor, features: PictureFeatures | None) -> torch.Tensor:

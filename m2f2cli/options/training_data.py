@@ -108,7 +108,7 @@ class DataOptions(Options):
     )
     domain_quantile: float = option(
         0.99,
-        "Share of the held-out pictures whose texture counts as familiar: the detector stores the "
+        "Share of the held-out pictures whose features count as familiar: the detector stores the "
         "limit, and 'm2f2 detect' answers uncertain beyond it. 0 stores no check.",
         low=0.0,
         high=1.0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,14 @@ import torch
 from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Subset, default_collate
 from transformers.utils import logging as transformers_logging
 
 from m2f2cli.checkpoints import io
 from m2f2cli.checkpoints.io import check_names_and_shapes, open_weight_file
 from m2f2cli.checkpoints.keymaps import to_timm
 from m2f2cli.checkpoints.load import load_detector
-from m2f2cli.data.domain import Domain, describe_texture
 from m2f2cli.data.readers.ddvqa import FLAWS, REGIONS
-from m2f2cli.data.transforms import resize_and_crop
 from m2f2cli.data.video import evenly
 from m2f2cli.errors import CheckpointError, ConfigError, M2F2Error
 from m2f2cli.files import json_bytes
@@ -38,9 +36,10 @@ from m2f2cli.metrics import average_precision, roc_auc
 from m2f2cli.models.backbone import Backbone
 from m2f2cli.models.clip import blocks_needed, load_clip
 from m2f2cli.models.detector import CLIP_MEAN, CLIP_STD, Detector, DetectorConfig
+from m2f2cli.models.domain import Domain
 from m2f2cli.options.train_detector import ModelOptions, TrainDetectorOptions
 from m2f2cli.runtime import seed_everything
-from m2f2cli.training.head import fit_head
+from m2f2cli.training.head import collect, fit_head
 from m2f2cli.training.objective import Objective
 from m2f2cli.training.pictures import (
     PictureCollator,
@@ -66,7 +65,7 @@ from m2f2cli.training.trainer import (
 
 STAGE = "train-detector"
 _BETTER_IS_LARGER = {"auc": True, "ap": True, "loss": False, "last": True}
-# Six numbers of texture are learnt from each set: more pictures add minutes, not knowledge.
+# Of each set: more pictures add minutes, not knowledge.
 _DOMAIN_PICTURES = 2048
 NORMALIZATIONS = {
     "clip": (CLIP_MEAN, CLIP_STD),
@@ -145,30 +144,12 @@ def prepare(
         objective,
         dataset=pictures,
         measured=measured,
-        domain=_fit_domain(train, held, detector.config.image_size, data.domain_quantile),
+        familiar=ValidationPictures(train, 1, detector.config),
         options=options,
         accelerator=make_accelerator(run, precision),
         record=record,
         notify=notify,
     )
-
-
-def _fit_domain(
-    train: PictureStore, held: PictureStore, size: int, quantile: float
-) -> dict[str, Any] | None:
-    """The ``domain`` of a detector's configuration: where pictures like those trained on lie.
-
-    The share ``quantile`` of the held-out ones lies inside; None for 0. Up to 2,048 pictures of
-    each set are described, evenly spread; of a video the middle frame.
-    """
-
-    def described(store: PictureStore) -> np.ndarray:
-        chosen = evenly(len(store.samples), _DOMAIN_PICTURES)
-        return np.stack([describe_texture(resize_and_crop(store.read(i), size)) for i in chosen])
-
-    if not quantile:
-        return None
-    return Domain.fit(described(train), described(held), quantile=quantile).to_config()
 
 
 def _summary(record: Mapping[str, Any]) -> str:
@@ -194,11 +175,11 @@ class DetectorTrainer(Trainer):
         objective: Objective,
         *,
         measured: ValidationPictures,
-        domain: dict[str, Any] | None,
+        familiar: ValidationPictures,
         **shared: Any,
     ) -> None:
         self.measured = measured
-        self.domain = domain
+        self.familiar = familiar
         super().__init__(objective, **shared)
         options = self.options
         self.collate = PictureCollator(options.objective.mixup, options.run.seed, self.sampler)
@@ -221,15 +202,20 @@ class DetectorTrainer(Trainer):
         seconds = self.optim.epochs * (3 * items + len(self.measured)) * took
         if self.options.objective.fit_head:
             self.notify(f"Fitting the head to fixed features of {items} pictures.")
-            size = self.optim.batch_size
-            collate = PictureCollator(0.0, self.options.run.seed, self.sampler)
-            parts = (range(b, min(b + size, items)) for b in range(0, items, size))
-            fit_head(
+            unmixed = PictureCollator(0.0, self.options.run.seed, self.sampler)
+            loader = DataLoader(self.dataset, self.optim.batch_size, collate_fn=unmixed)
+            ridge = fit_head(
                 self.model.detector,
-                (self.to_device(collate([self.dataset[n] for n in part])) for part in parts),
+                (self.to_device(batch) for batch in loader),
+                self._plain_batches(self.measured, len(self.measured)),
             )
-            self.notify(f"The head is fitted: {self.describe(self.evaluate())}.")
+            self.notify(f"The head is fitted (ridge {ridge:g}): {self.describe(self.evaluate())}.")
         self.notify(f"{self.steps} steps will take about {math.ceil(seconds / 60)} min.")
+
+    def _plain_batches(self, pictures: ValidationPictures, most: int) -> Iterator[Batch]:
+        """Up to ``most`` pictures, evenly spread, as the detector will see them."""
+        chosen = Subset(pictures, evenly(len(pictures), most))
+        return (self.to_device(batch) for batch in DataLoader(chosen, self.optim.batch_size))
 
     def _time_of_an_item(self) -> float:
         """Seconds that preparing and judging a held-out picture take, all processes together."""
@@ -306,6 +292,28 @@ class DetectorTrainer(Trainer):
             f"AUC {figures['auc']:.4f}, AP {figures['ap']:.4f}"
         )
 
+    @torch.no_grad()
+    def finished_detector(self) -> Detector:
+        """The detector as it is to be kept, with its domain check.
+
+        The check learns from the features of up to 2,048 training pictures, evenly spread; the
+        share ``data.domain_quantile`` of as many held-out ones lies inside. No check for 0.
+        """
+        detector = Detector(DetectorConfig.from_dict(self.model.detector.config.to_dict()))
+        detector.load_state_dict(self.model.result())
+        detector.to(self.accelerator.device).eval()
+        quantile = self.options.data.domain_quantile
+        if not quantile:
+            return detector.cpu()
+
+        def features(pictures: ValidationPictures) -> torch.Tensor:
+            return collect(detector, self._plain_batches(pictures, _DOMAIN_PICTURES))["features"]
+
+        detector.domain = Domain.fit(features(self.familiar))
+        limit = detector.domain(features(self.measured)).quantile(quantile)
+        detector.config.domain = {"limit": float(limit), "size": len(detector.domain.basis)}
+        return detector.cpu()
+
     def write(self) -> None:
         """Write the detector of the best epoch."""
         if not self.accelerator.is_main_process:
@@ -321,15 +329,16 @@ class DetectorTrainer(Trainer):
                 f"Stopped after epoch {epochs[-1]['epoch']}: no better "
                 f"{self.optim.select} for {self.optim.early_stopping_patience} epochs."
             )
-        config, kind = self.model.detector.config, getattr(torch, run.save_dtype)
+        detector = self.finished_detector()
+        config, kind = detector.config, getattr(torch, run.save_dtype)
         processor = io.preprocessor_config(config.image_size, config.image_mean, config.image_std)
-        written = {"architectures": ["Detector"], "dtype": run.save_dtype, "domain": self.domain}
+        written = {"architectures": ["Detector"], "dtype": run.save_dtype}
         io.write_checkpoint(
             run.output,
             config=config.to_dict() | written,
             tensors={
                 name: tensor.to(kind) if tensor.is_floating_point() else tensor
-                for name, tensor in self.model.result().items()
+                for name, tensor in detector.state_dict().items()
             },
             stage=self.record | {"metrics": metrics},
             extra_files={"preprocessor_config.json": json_bytes(processor)},
@@ -424,7 +433,8 @@ def _from_detector(name: str, crop_margin: float) -> Detector:
     crop = {**parent.config.crop, "margin": crop_margin}
     changed = {"domain": None, "kind_margin": None, "crop": crop}
     detector = Detector(DetectorConfig.from_dict(parent.config.to_dict() | changed))
-    detector.load_state_dict(parent.state_dict())
+    kept = detector.state_dict().keys()  # all but the domain check
+    detector.load_state_dict({name: parent.state_dict()[name] for name in kept})
     detector.fingerprint = parent.fingerprint
     return detector
 

@@ -15,33 +15,67 @@ from torch.nn import functional
 
 from m2f2cli.models.detector import Detector
 
-_RIDGE = 1e-3  # weight of the squared change of the head, for features of unit variance
+RIDGES = (1e-3, 1e-2, 1e-1)  # weights of the squared change of the head, for unit variance
 _ITERATIONS = 100
 
 
-def fit_head(detector: Detector, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+@torch.no_grad()
+def collect(
+    detector: Detector, batches: Iterable[Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """The features (N, F) of batches of pictures, float32 on the CPU, and whatever goes with them.
+
+    The detector is put in evaluation mode.
+    """
+    detector.eval()
+    found: dict[str, list[torch.Tensor]] = {}
+    for batch in batches:
+        rest = {name: tensor for name, tensor in batch.items() if name != "pixel_values"}
+        features = detector(batch["pixel_values"]).features.float()
+        for name, tensor in {**rest, "features": features}.items():
+            if tensor.ndim:
+                found.setdefault(name, []).append(tensor.cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def fit_head(
+    detector: Detector,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    held: Iterable[Mapping[str, torch.Tensor]],
+) -> float:
     """Fit ``detector.head`` in place, real and fake weighted alike, close to what it was.
+
+    How close is chosen by the loss on held-out pictures.
 
     Args:
         detector: Its other parts stay as they are; their features are computed once.
         batches: ``pixel_values`` (B, 3, S, S), ``target`` (B,) float32 in [0, 1] and, where there
             are logits for kinds, ``kind`` (B, 1 + K) as for ``Objective``; at least one of either
             class in all.
+        held: ``pixel_values`` and ``labels`` (B,) int64, 0 real and 1 fake.
+
+    Returns:
+        The weight of ``RIDGES`` that was chosen.
     """
     was_training = detector.training
-    detector.eval()
-    seen: list[torch.Tensor] = []
-    wanted: list[torch.Tensor] = []
-    kinds: list[torch.Tensor] = []
-    with torch.no_grad():
-        for batch in batches:
-            seen.append(detector(batch["pixel_values"]).features.float())
-            wanted.append(batch["target"])
-            if detector.config.kinds and "kind" in batch:
-                kinds.append(batch["kind"])
-    features, target = torch.cat(seen), torch.cat(wanted)
-    _solve(detector, features, target, torch.cat(kinds) if kinds else None)
+    seen, other = collect(detector, batches), collect(detector, held)
+    head, device = detector.head, detector.device
+    head.cpu()
+    start = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    tried: list[tuple[float, float, dict[str, torch.Tensor]]] = []
+    for ridge in RIDGES:
+        head.load_state_dict(start)
+        _solve(detector, seen["features"], seen["target"], seen.get("kind"), ridge)
+        with torch.no_grad():
+            logits, _ = detector.classify(other["features"])
+        weights = 1 / torch.bincount(other["labels"], minlength=2).clamp_min(1).float()
+        loss = float(functional.cross_entropy(logits, other["labels"], weights))
+        tried.append((loss, ridge, {n: t.clone() for n, t in head.state_dict().items()}))
+    _, chosen, fitted = min(tried, key=lambda entry: entry[:2])
+    head.load_state_dict(fitted)
+    head.to(device)
     detector.train(was_training)
+    return chosen
 
 
 def _solve(
@@ -49,6 +83,7 @@ def _solve(
     features: torch.Tensor,
     target: torch.Tensor,
     kinds: torch.Tensor | None,
+    ridge: float,
 ) -> None:
     head = detector.head
     start = head.weight.detach().clone()
@@ -72,7 +107,7 @@ def _solve(
                 kind_logits, kinds[:, 1:], reduction="none"
             )
             value = value + (weight * kinds.sum(1) * each.mean(1)).sum()
-        value = value + _RIDGE * (spread * (head.weight - start).square()).sum()
+        value = value + ridge * (spread * (head.weight - start).square()).sum()
         value.backward()
         return value
 

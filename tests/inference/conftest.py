@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +19,14 @@ from tests.detections import EXAMPLE
 SIDE = 32
 
 
-# A domain check that knows pictures of one colour only: their texture describes as log(0.05).
-FLAT_ONLY = {"mean": [math.log(0.05)] * 6, "basis": np.eye(6).tolist(), "limit": 1.0}
+FLAT_ONLY = {"limit": 0.02, "size": 1}  # a domain check that knows pictures of one color only
 
 
 class MeanJudge:
     """Calls a crop the more fake the brighter it is: probability = mean of the crop / 255.
 
-    The forgery map is the brightness of 4 x 4 tiles. With kinds, the logits of the first two are
+    The forgery map is the brightness of 4 x 4 tiles, the domain distance the deviation of the
+    pixels. With kinds, the logits of the first two are
     ten times the means of red and of green.
     """
 
@@ -62,6 +61,7 @@ class MeanJudge:
         return SimpleNamespace(
             logits=torch.stack([torch.zeros_like(p), torch.log(p / (1 - p))], dim=1),
             forgery_map=torch.nn.functional.adaptive_avg_pool2d(pixel_values.mean(1), 4),
+            domain_distance=pixel_values.std((1, 2, 3)) if self.config.domain else None,
             kind_logits=10 * pixel_values.mean((2, 3))[:, :2] if self.config.kinds else None,
         )
 

@@ -14,7 +14,7 @@ from m2f2cli.models.detector import Detector, DetectorConfig
 from m2f2cli.options.recipes import read_recipe
 from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.training.detector import prepare, train_detector
-from m2f2cli.training.head import fit_head
+from m2f2cli.training.head import RIDGES, fit_head
 from m2f2cli.training.objective import alignment, group_of, uniformity
 from m2f2cli.training.sampler import BatchSampler, EpochOrder
 from m2f2cli.training.sources import read_sources
@@ -221,7 +221,8 @@ def test_a_fitted_head_separates_what_fixed_features_can(kinds, options):
     ]
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     detector.train()
-    fit_head(detector, batches)
+    held = [{"pixel_values": pixels, "labels": (kind > 0).long()}]
+    assert fit_head(detector, batches, held) == min(RIDGES)
     moved = {n for n, t in detector.state_dict().items() if not torch.equal(t, before[n])}
     assert moved == {"head.weight", "head.bias"}
     assert detector.training
@@ -231,6 +232,15 @@ def test_a_fitted_head_separates_what_fixed_features_can(kinds, options):
     assert (out.logits.argmax(1) == (kind > 0)).all()
     if kinds:
         assert (out.kind_logits[kind > 0].argmax(1) == kind[kind > 0] - 1).all()
+
+
+def test_a_head_that_other_pictures_contradict_stays_close_to_what_it_was(options):
+    detector = prepare(options()).model.detector
+    pixels = torch.randn(24, 3, TINY_SIDE, TINY_SIDE, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(24) % 2
+    batches = [{"pixel_values": pixels, "target": labels.float()}]
+    held = [{"pixel_values": pixels, "labels": 1 - labels}]
+    assert fit_head(detector, batches, held) == max(RIDGES)
 
 
 def test_a_trained_detector_is_tuned_gently_unless_a_recipe_is_named(tiny_detector_folder):
