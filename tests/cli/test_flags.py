@@ -162,3 +162,18 @@ def test_an_old_name_in_the_environment_is_an_error_that_names_the_new_one(capsy
     assert app.run(["train-detector", "--data", "faces", "--output", "out"]) == 2
     assert "'M2F2_EMA' is now 'M2F2_EMA_DECAY'" in capsys.readouterr().err
     assert app.run(["info"]) == 0  # has no such option
+
+
+@pytest.mark.parametrize("text", ["batch-size: !!int abc", "a: &a {b: *a}", "batch-size: 2001-99-99",
+     f"batch-size: {'[' * 3000}", f"batch-size: {'9' * 4000}", f"batch-size: {'9' * 5000}"])  # fmt: skip
+def test_no_configuration_file_is_unexpected(tmp_path, capsys, text):
+    file = tmp_path / "x.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert call("--config", str(file))[0] == 2
+    assert "Unexpected" not in capsys.readouterr().err
+
+
+def test_a_configuration_file_may_begin_with_a_mark(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("batch-size: 3", encoding="utf-8-sig")
+    assert call("--config", str(file))[1]["batch-size"] == 3
