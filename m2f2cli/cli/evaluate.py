@@ -190,6 +190,13 @@ def _show(printer: Output, found: Evaluation) -> None:
                 ("Manipulation", *(f"{name}>" for name in names)),
                 [(kind, *_cells(kinds[kind], names)) for kind in kinds],
             )
+        if named := report["forgeries"]:
+            printer.text("")
+            names = sorted({name for row in named.values() for name in row})
+            printer.table(
+                ("Called fake, and named", *(f"{name}>" for name in names)),
+                [(kind, *(row.get(name, 0) for name in names)) for kind, row in named.items()],
+            )
         if found.sweep is not None:
             printer.text("")
             printer.table(*found.sweep.table())

@@ -62,6 +62,7 @@ def render_page(report: Mapping[str, Any], joined: Joined) -> str:
         },
         kind_figures=list(dict.fromkeys(name for figures in kinds.values() for name in figures)),
         bars=_kind_bars(kinds),
+        forgery_names=sorted({n for row in report["forgeries"].values() for n in row}),
         score_plots=list(_score_plots(joined)),
         mistakes=_mistakes(joined),
     )

@@ -37,6 +37,7 @@ class Prediction:
     question: str | None = None  # the prompt
     status: str = "ok"  # a key of records.STATUSES
     in_domain: bool | None = None  # as in records.Detection
+    forgery: str | None = None  # as there
 
     def same_answer(self, other: Prediction) -> bool:
         """Whether two rows say the same; marks of the tokeniser do not count."""
@@ -222,6 +223,7 @@ def _detection(row: Mapping[str, Any]) -> Prediction:
         verdict=verdict,
         status=status,
         in_domain=value_of(row, "in_domain", bool),
+        forgery=value_of(row, "forgery", str),
     )
 
 

@@ -70,8 +70,18 @@ def build_report(
             kind: {name: asdict(figure) for name, figure in figures.items()}
             for kind, figures in measures.per_kind.items()
         },
+        "forgeries": count_forgeries(scored),
         "notes": list(dict.fromkeys((*scored.notes, *measures.notes))),
     }
+
+
+def count_forgeries(scored: Joined) -> dict[str, dict[str, int]]:
+    """How often each kind of forgery was named, by the true manipulation, ``real`` for none."""
+    found: dict[str, dict[str, int]] = {}
+    for kind, name in sorted((i.kind, i.forgery) for i in scored.items if i.forgery is not None):
+        row = found.setdefault(kind, {})
+        row[name] = row.get(name, 0) + 1
+    return found
 
 
 def sha256_of(data: bytes) -> str:

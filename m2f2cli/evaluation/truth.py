@@ -51,6 +51,7 @@ class Item:
     status: str = "ok"  # a key of records.STATUSES
     # Whether the picture resembles the training pictures; None without a check
     in_domain: bool | None = None
+    forgery: str | None = None  # the kind that a fake verdict names; None as in records.Detection
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,7 @@ def _answered(item: Item, rows: Sequence[Prediction], task: str) -> Item:
         question=row.question or item.question,
         status=row.status,
         in_domain=row.in_domain,
+        forgery=row.forgery,
     )
 
 
