@@ -13,17 +13,19 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from m2f2cli.data.conversations import plain
 from m2f2cli.errors import InputError
-from m2f2cli.records import CSV_COLUMNS, SCHEMA_VERSION, STATUSES, VERDICTS, read_text
+from m2f2cli.records import SCHEMA_VERSION, STATUSES, VERDICTS, read_text
 
 OTHERS = "was made by another model, or with another threshold, than the first"
 CSV_HEADER = ["image_id", "ground_truth", "prediction"]
+# Of the columns of ``m2f2 detect``'s tables, those that every version writes and that are read.
+_OF_A_TABLE = ("path", "kind", "status", "fake_probability", "threshold", "schema_version")
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,11 @@ def read_predictions(path: Path) -> Predictions:
     header = [word.strip() for word in text.partition("\n")[0].split(",")]
     if header == CSV_HEADER:
         return _read_frames(path, text)
-    if header == list(CSV_COLUMNS):
-        return _read_table(path, text)
+    if set(_OF_A_TABLE) <= set(header):
+        return _read_table(path, text, header)
     raise InputError(
         f"'{path}' is no file of answers that m2f2 knows.",
-        hint="It reads the records of 'm2f2 detect --output' (.jsonl or .csv), the published .jsonl "
+        hint="It reads the records of 'm2f2 detect --output' (.jsonl, .csv), the published .jsonl "
         f"answers and the published CSV with the header '{','.join(CSV_HEADER)}'.",
     )
 
@@ -265,19 +267,19 @@ def _read_frames(path: Path, text: str) -> Predictions:
     return Predictions(path, "frames", tuple(rows), labels=labels)
 
 
-def _read_table(path: Path, text: str) -> Predictions:
+def _read_table(path: Path, text: str, header: Sequence[str]) -> Predictions:
     """The table that ``m2f2 detect --output FILE.csv`` writes: the values of its records."""
-    rows, made_by = [], {}
+    rows: list[Prediction] = []
+    made_by: dict[str, Any] = {}
     for line, cells in csv_rows(path, text):
-        if len(cells) != len(CSV_COLUMNS):
-            raise bad_line(path, line, f"has {len(cells)} columns, not {len(CSV_COLUMNS)}")
-        found: dict[str, Any] = {k: v or None for k, v in zip(CSV_COLUMNS, cells, strict=True)}
+        if len(cells) != len(header):
+            raise bad_line(path, line, f"has {len(cells)} columns, not {len(header)}")
+        found: dict[str, Any] = {k: v or None for k, v in zip(header, cells, strict=True)}
         for key in ("fake_probability", "threshold", "schema_version"):
             if found[key] is not None:
                 found[key] = _float(found[key])
-        found["in_domain"] = {None: None, "True": True, "False": False}.get(
-            found["in_domain"], found["in_domain"]
-        )
+        domain = found.get("in_domain")
+        found["in_domain"] = {"True": True, "False": False}.get(domain or "", domain)
         try:
             rows.append(_detection(found))
             made_by = made_by or _made_by(found)
