@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 
 from m2f2cli.data.conversations import plain
 from m2f2cli.errors import InputError
+from m2f2cli.files import parse_json
 from m2f2cli.records import SCHEMA_VERSION, STATUSES, VERDICTS, read_text
 
 OTHERS = "was made by another model, or with another threshold, than the first"
@@ -106,8 +106,8 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, parse_constant=refuse_constant)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line, strict=True)
+        except ValueError as error:
             fault = "is cut off" if number == len(lines) else f"is no JSON ({error})"
             raise InputError(
                 f"Line {number} of '{path}' {fault}.",
@@ -151,11 +151,6 @@ def probability(value: object, key: str) -> float:
     return float(value)
 
 
-def refuse_constant(word: str) -> float:
-    """For ``json.loads``: NaN and the infinities are no JSON."""
-    raise ValueError(f"{word} is not a JSON number")
-
-
 def _read_lines(path: Path, text: str) -> Predictions:
     notes: tuple[str, ...] = ()
     body, newline, last = text.rpartition("\n")
@@ -181,7 +176,7 @@ def _read_lines(path: Path, text: str) -> Predictions:
 
 def _is_json(line: str) -> bool:
     try:
-        json.loads(line)
+        parse_json(line)
     except ValueError:
         return False
     return True
@@ -302,7 +297,7 @@ def csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     try:
         next(reader)
         for row in reader:
-            if row:
+            if any(cell.strip() for cell in row):
                 yield reader.line_num, row
     except csv.Error as error:
         raise bad_line(path, reader.line_num, f"is no line of a CSV file: {error}") from error
