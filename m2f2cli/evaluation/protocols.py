@@ -254,7 +254,9 @@ class _Pictures:
             if self._ranks and kind != "real":
                 keep = has & ((kinds == kind) | ~fake)
                 self._kind_ranks[kind] = self._ranking(labels, scores, keep)
-        self._videos = self._risks = self._decided = None
+        self._videos: Ranking | None = None
+        self._risks: Ranking | None = None
+        self._decided: np.ndarray | None = None
         if scored.task == "scores":
             self._judge(scored, called != fake, has)
         if self._ranks:

@@ -253,7 +253,7 @@ def _definitions(names: Iterable[str]) -> dict[str, Any]:
 
 def _claim(folder: Path, truth: Truth) -> None:
     """Note what a folder's records are of, or make sure that they are of the same."""
-    plan = {
+    plan: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "data": fingerprint(truth.items),
         "corruptions": _definitions(GROUPS),
