@@ -30,7 +30,7 @@ from m2f2cli.evaluation.evaluate import (
 )
 from m2f2cli.evaluation.predictions import read_predictions
 from m2f2cli.evaluation.protocols import Figure, standard
-from m2f2cli.evaluation.report import read_json
+from m2f2cli.evaluation.report import read_object
 from m2f2cli.evaluation.truth import Joined, Truth, fingerprint, join
 from m2f2cli.files import atomic_write, json_bytes
 from m2f2cli.inference.pipeline import DetectPipeline, judge_sources
@@ -269,7 +269,7 @@ def _claim(folder: Path, truth: Truth) -> None:
         atomic_write(file, json_bytes(plan))
         return
     try:
-        found: Mapping[str, Any] = read_json(file)
+        found: Mapping[str, Any] = read_object(file)
     except InputError:
         found = {}
     known = found.get("corruptions")
