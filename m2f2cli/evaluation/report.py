@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.evaluation.protocols import Measures
+from m2f2cli.evaluation.protocols import Measures, risk_curve
 from m2f2cli.evaluation.truth import FAKE, REAL, UNKNOWN, Item, Joined
 from m2f2cli.files import atomic_write, parse_json
 from m2f2cli.records import STATUSES, VERDICTS, read_text, to_line
@@ -71,6 +71,7 @@ def build_report(
             for kind, figures in measures.per_kind.items()
         },
         "forgeries": count_forgeries(scored),
+        "risk_coverage": risk_curve(scored),
         "notes": list(dict.fromkeys((*scored.notes, *measures.notes))),
     }
 

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from m2f2cli.data.augment import augment
+from m2f2cli.data.augment import augment, compress_h264
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.images import read_picture
 from m2f2cli.data.readers.ddvqa import read_judgements
 from m2f2cli.data.samples import REAL, Sample, SampleSet, check_classes
-from m2f2cli.data.synthesis import Forgery, compress_h264, forge
+from m2f2cli.data.synthesis import Forgery, forge
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.data.video import evenly
 from m2f2cli.errors import ConfigError, InputError

@@ -34,7 +34,7 @@ def test_a_report_is_strict_json_with_every_documented_key(tmp_path):
     assert list(again) == [
         "schema_version", "kind", "created", "versions", "dataset", "task", "split", "protocol",
         "model", "data", "predictions", "items", "counts", "figures", "per_kind", "forgeries",
-        "notes",
+        "risk_coverage", "notes",
     ]  # fmt: skip
     assert again["schema_version"] == 1
     assert datetime.fromisoformat(again["created"]).utcoffset() is not None
