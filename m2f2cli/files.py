@@ -29,6 +29,7 @@ MARK = "stage.json"
 _PAGE = 4096
 _BUFFER = 1 << 20
 _WORTH_RESERVING = 1 << 24
+_DEEPEST = 100  # of JSON; what is written here nests to a dozen
 _PARTIAL = re.compile(r"^\..+\.(\d+)-[0-9a-f]{8}\.partial$")
 
 
@@ -195,6 +196,43 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
+    """What a JSON text says.
+
+    Args:
+        text: The text; bytes are UTF-8, -16 or -32.
+        strict: Refuse NaN and the infinities, which are no JSON.
+
+    Raises:
+        ValueError: It is no JSON, or nests deeper than ``_DEEPEST`` levels.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant if strict else None)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if _depth(value) > _DEEPEST:
+        raise ValueError(f"nested deeper than {_DEEPEST} levels")
+    return value
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and mappings nest, found level by level."""
+    depth, level = 0, [value]
+    while level:
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        depth += 1
+    return depth
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -202,7 +240,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, unreadable or something else.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"'{path.parent}' has no {path.name}, so it is no complete checkpoint.",

@@ -20,9 +20,10 @@ from typing import Annotated, Any
 import typer
 
 from m2f2cli.cli.output import Output
-from m2f2cli.errors import ConfigError
-from m2f2cli.options.fields import MOVED, Options, key_of, renamed
+from m2f2cli.errors import ConfigError, UsageError
+from m2f2cli.options.fields import MOVED, Options, key_of, parse_yaml, renamed
 
+_DEEPEST = 8  # mappings inside mappings of a configuration file
 _METAVARS: dict[Any, str] = {
     int: "N",
     int | None: "N",
@@ -50,18 +51,22 @@ class Command:
         body: The function; its docstring is the help text.
         json: Whether there is ``--json``.
         quiet: Whether there is ``--quiet``.
+        lines: Whether there is ``--jsonl``.
     """
 
     kind: type[Options]
     body: Callable[[Any, Output], int | None]
     json: bool = True
     quiet: bool = True
+    lines: bool = False
 
     def callback(self) -> Callable[..., None]:
         """What Typer runs: a function with a parameter for each flag."""
 
         def run(context: typer.Context, **values: Any) -> None:
-            printer = Output(values.pop("json", False), values.pop("quiet", False))
+            printer = Output(*(values.pop(name, False) for name in ("json", "quiet", "jsonl")))
+            if printer.as_json and printer.as_lines:
+                raise UsageError("--json and --jsonl exclude each other.", "Leave out one.")
             show, settings = values.pop("print_config"), values.pop("set") or ()
             given = {
                 name: value
@@ -79,7 +84,7 @@ class Command:
         about = inspect.Parameter(
             "context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context
         )
-        general = _general(self.kind, json=self.json, quiet=self.quiet)
+        general = _general(self.kind, json=self.json, quiet=self.quiet, lines=self.lines)
         parameters = [about, *general, *own]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -87,10 +92,10 @@ class Command:
 
 
 def command(
-    kind: type[Options], *, json: bool = True, quiet: bool = True
+    kind: type[Options], *, json: bool = True, quiet: bool = True, lines: bool = False
 ) -> Callable[[Callable[[Any, Output], int | None]], Command]:
     """Decorator that makes a function a ``Command``; arguments as there."""
-    return lambda body: Command(kind, body, json, quiet)
+    return lambda body: Command(kind, body, json, quiet, lines)
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
@@ -99,7 +104,9 @@ def _was_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _general(kind: type[Options], *, json: bool, quiet: bool) -> Iterator[inspect.Parameter]:
+def _general(
+    kind: type[Options], *, json: bool, quiet: bool, lines: bool
+) -> Iterator[inspect.Parameter]:
     """The flags that are no options: how options are read, and how results are printed."""
 
     def read(context: typer.Context, path: Path | None) -> Path | None:
@@ -127,6 +134,8 @@ def _general(kind: type[Options], *, json: bool, quiet: bool) -> Iterator[inspec
     yield _keyword("print-config", bool, "Print the settings as a --config file, and stop.")
     if json:
         yield _keyword("json", bool, "Print one JSON object and nothing else.")
+    if lines:
+        yield _keyword("jsonl", bool, "Print one JSON object an item, each as soon as it is there.")
     if quiet:
         yield _keyword("quiet", bool, "No progress and no notes.", short="-q")
 
@@ -209,6 +218,8 @@ def _defaults(
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if prefix.count(".") > _DEEPEST:
+        raise ConfigError(f"A configuration file nests '{prefix[:-1]}' too deeply.")
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _dotted(value, f"{prefix}{key}.")
@@ -222,8 +233,6 @@ def _settings(kind: type[Options], settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: No such option, or no value.
     """
-    import yaml
-
     options = {key_of(item): item for _, item in kind.walk()}
     found = {}
     for setting in settings:
@@ -234,8 +243,8 @@ def _settings(kind: type[Options], settings: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ConfigError(f"--set {key} has no value.", f"For example: --set {key}=1")
         try:
-            found[name.replace("-", "_")] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            found[name.replace("-", "_")] = parse_yaml(text)
+        except ValueError as error:
             raise ConfigError(f"--set {key} cannot read '{text}' as a value.") from error
     return found
 
@@ -256,17 +265,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, is no YAML or holds something else.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"There is no configuration file '{path}'.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The configuration file '{path}' cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        sentence = " ".join(str(error).split())
-        raise ConfigError(f"'{path}' is not valid YAML: {sentence}") from error
+    except ValueError as error:
+        raise ConfigError(f"'{path}' is not valid YAML: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -250,8 +250,15 @@ def test_a_sweep_of_spoilt_pictures_goes_with_it(tiny_detector_folder, capsys, t
     assert app.run(["robustness", "ddvqa", "--predictions", "a"]) == 2
     assert "--predictions" in capsys.readouterr().err
     command += ["--resamples", "0", "--robustness-dir", str(tmp_path / "s")]
+    assert app.run([*command, "--corruptions", "fog"]) != 0
+    assert "Use some of: corruptions, chains, jpeg" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+    command += ["--corruptions", "chains", "--corruptions", "contrast"]
     assert app.run(command) == 0
-    assert "Corruption" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "Corruption" in table
+    assert "Flipped" in table
+    assert "messenger" in table
     assert (tmp_path / "s" / "robustness.json").is_file()
 
 
