@@ -50,6 +50,8 @@ def detect(options: DetectCommand, printer: Output) -> int:
             advance()
             if printer.as_json or items.output is None:
                 records.append(record)
+    if job.remark:
+        printer.note(job.remark)
     _show(printer, records, job.tally, items.output)
     return exit_code(job.tally, items.fail_on)
 

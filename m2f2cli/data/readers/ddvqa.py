@@ -98,7 +98,9 @@ def _read_files(folder: Path, read: Callable[[str, dict[str, Any]], T | None]) -
                 if stem in found:
                     raise ValueError(f"'{stem}' is annotated twice")
                 found[stem] = value
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
+        ) as error:  # fmt: skip
             raise InputError(
                 f"'{file}' is not a DD-VQA annotation file: {type(error).__name__} {error}."
             ) from error
