@@ -32,6 +32,7 @@ MARK = "stage.json"
 _PAGE = 4096
 _BUFFER = 1 << 20
 _WORTH_RESERVING = 1 << 24
+_DEEPEST = 100  # of JSON; what is written here nests to a dozen
 # Of half-written files: the process, four digits for its machine, and four at random.
 _PARTIAL = re.compile(r"^\..+\.(\d+)-([0-9a-f]{4})[0-9a-f]{4}\.partial$")
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:4]
@@ -196,7 +197,7 @@ def remove_stale(path: Path) -> None:
         return
     for sibling in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         match = _PARTIAL.match(sibling.name)
-        if match and not _alive(int(match[1])):
+        if match and not is_alive(int(match[1])):
             shutil.rmtree(sibling, ignore_errors=True)
 
 
@@ -204,12 +205,13 @@ def remove_stale_below(folder: Path) -> None:
     """Remove files that killed runs of this machine left half-written in a folder and below."""
     for where, _, files in os.walk(folder):
         for match in filter(None, map(_PARTIAL.match, files)):
-            if match[2] == _HOST and not _alive(int(match[1])):
+            if match[2] == _HOST and not is_alive(int(match[1])):
                 with suppress(OSError):
                     os.unlink(os.path.join(where, match[0]))
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; taken for granted where the system cannot tell."""
     if os.name != "posix":
         return True
     try:
@@ -252,6 +254,43 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
+    """What a JSON text says.
+
+    Args:
+        text: The text; bytes are UTF-8, -16 or -32.
+        strict: Refuse NaN and the infinities, which are no JSON.
+
+    Raises:
+        ValueError: It is no JSON, or nests deeper than ``_DEEPEST`` levels.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant if strict else None)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if _depth(value) > _DEEPEST:
+        raise ValueError(f"nested deeper than {_DEEPEST} levels")
+    return value
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and mappings nest, found level by level."""
+    depth, level = 0, [value]
+    while level:
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        depth += 1
+    return depth
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -261,7 +300,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"'{path}' is not a regular file.")
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"'{path.parent}' has no {path.name}, so it is no complete checkpoint.",

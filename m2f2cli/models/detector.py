@@ -10,6 +10,7 @@ an L2-normalized feature before the head (GenD, arXiv 2508.06248); a logit for e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,9 @@ class DetectorConfig(PretrainedConfig):
         head_normalize: Whether the head's input is divided by its L2 norm.
         kinds: Names of the kinds of forgery the head has a logit for; the fake logit is the largest
             of them, the real logit is 0. None: two logits, real and fake.
+        kind_margin: How far the largest logit of a kind must lead the second for a fake verdict to
+            name that kind, 0 or more; None: it is never named, nor is it with fewer than two kinds.
+        license: A sentence on what the weights may be used for, or None; ``m2f2 info`` shows it.
         bridge: ``{"width", "heads", "size", "clip_layers": [three block numbers]}`` or None.
         image_size: Side of the input in pixels.
         image_mean: Mean of the three channels taken off the input, in [0, 1].
@@ -72,6 +76,7 @@ class DetectorConfig(PretrainedConfig):
         forgery_map: bool = True,
         head_normalize: bool = False,
         kinds: Sequence[str] | None = None,
+        kind_margin: float | None = None,
         bridge: dict[str, Any] | None = None,
         image_size: int = 336,
         image_mean: list[float] | None = None,
@@ -81,8 +86,16 @@ class DetectorConfig(PretrainedConfig):
         uncertain: list[float] | None = None,
         score_temperature: float = 1.0,
         domain: dict[str, Any] | None = None,
+        license: str | None = None,
         **kwargs: Any,
     ) -> None:
+        if not _is_margin(kind_margin):
+            raise ConfigError(
+                f"The configuration's kind_margin is {kind_margin!r}, not a number of at least 0.",
+                "Set it to null to name no kind of forgery.",
+            )
+        if license is not None and not isinstance(license, str):
+            raise ConfigError(f"The configuration's license is {license!r}, not a sentence.")
         self.backbone = backbone
         self.backbone_kwargs = dict(backbone_kwargs or {})
         self.clip = dict(clip) if clip is not None else _tiny_clip(image_size)
@@ -93,6 +106,7 @@ class DetectorConfig(PretrainedConfig):
         self.forgery_map = forgery_map
         self.head_normalize = head_normalize
         self.kinds = list(kinds) if kinds else None
+        self.kind_margin = kind_margin
         self.bridge = dict(bridge) if bridge else None
         self.image_size = image_size
         self.image_mean = list(image_mean or CLIP_MEAN)
@@ -102,7 +116,14 @@ class DetectorConfig(PretrainedConfig):
         self.uncertain = list(uncertain) if uncertain else None
         self.score_temperature = score_temperature
         self.domain = dict(domain) if domain else None
+        self.license = license
         super().__init__(**kwargs)
+
+
+def _is_margin(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
 def _tiny_clip(image_size: int) -> dict[str, Any]:
@@ -302,6 +323,22 @@ class Detector(PreTrainedModel):
             return scores, None
         largest = scores.max(dim=1).values
         return torch.stack([torch.zeros_like(largest), largest], dim=1), scores
+
+    def leading_kinds(self, kind_logits: torch.Tensor) -> list[tuple[str, float] | None]:
+        """The kind of forgery with the largest logit, and how far it leads the second.
+
+        Args:
+            kind_logits: (B, K), as ``DetectorOutput.kind_logits``.
+
+        Returns:
+            B of them; None where there are fewer than two kinds.
+        """
+        names = self.config.kinds or []
+        if len(names) < 2:
+            return [None] * len(kind_logits)
+        top, which = kind_logits.float().topk(2, dim=1)
+        leads = (top[:, 0] - top[:, 1]).tolist()
+        return [(names[k], lead) for k, lead in zip(which[:, 0].tolist(), leads, strict=True)]
 
     def fake_probability(self, logits: torch.Tensor) -> torch.Tensor:
         """Softmax over (real, fake) at the stored temperature: (B, 2) logits to (B,) float32."""

@@ -162,3 +162,21 @@ def test_an_old_name_in_the_environment_is_an_error_that_names_the_new_one(capsy
     assert app.run(["train-detector", "--data", "faces", "--output", "out"]) == 2
     assert "'M2F2_EMA' is now 'M2F2_EMA_DECAY'" in capsys.readouterr().err
     assert app.run(["info"]) == 0  # has no such option
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["!!int abc", "&a {b: *a}", "2001-99-99", "[" * 3000, "9" * 4000, "9" * 5000],
+    ids=["tag", "cycle", "date", "depth", "large", "longer"],
+)
+def test_no_configuration_file_is_unexpected(tmp_path, capsys, value):
+    file = tmp_path / "x.yaml"
+    file.write_text(f"batch-size: {value}", encoding="utf-8")
+    assert call("--config", str(file))[0] == 2
+    assert "Unexpected" not in capsys.readouterr().err
+
+
+def test_a_configuration_file_may_begin_with_a_mark(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("batch-size: 3", encoding="utf-8-sig")
+    assert call("--config", str(file))[1]["batch_size"] == 3
