@@ -45,10 +45,10 @@ def silence_tiff() -> bool:
     Returns:
         Whether it was found; not where libtiff is linked in statically.
     """
-    from PIL import Image
+    from PIL import _imaging
 
     try:
-        library = ctypes.CDLL(Image.core.__file__)
+        library = ctypes.CDLL(_imaging.__file__)
         for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
             function = getattr(library, name)
             function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_void_p

@@ -98,7 +98,7 @@ def expand(items: Items, *, recursive: bool = False) -> Sources:
         InputError: A folder without a supported file, or nothing but globs that match nothing.
     """
     single = isinstance(items, (str, os.PathLike, Image.Image, np.ndarray))
-    several: Iterable[Any] = [items] if single else items  # type: ignore[list-item, assignment]
+    several: Iterable[Any] = [items] if single else items  # type: ignore[assignment]
     named: list[str] = []
     sources = Sources()
     for number, item in enumerate(several, start=1):
