@@ -46,6 +46,7 @@ class DetectorConfig(PretrainedConfig):
         forgery_map: Whether the head sees the forgery map; without it there is no text part. A
             ``clip`` spec without ``text`` makes the mean of the prompt tokens the prompt's feature.
         head_normalize: Whether the head's input is divided by its L2 norm.
+        head_hidden: Width of a hidden layer (GELU) before the head's last; None as published.
         kinds: Names of the kinds of forgery the head has a logit for; the fake logit is the largest
             of them, the real logit is 0. None: two logits, real and fake.
         kind_margin: How far the largest logit of a kind must lead the second for a fake verdict to
@@ -77,6 +78,7 @@ class DetectorConfig(PretrainedConfig):
         clip_blocks: Sequence[int] = (),
         forgery_map: bool = True,
         head_normalize: bool = False,
+        head_hidden: int | None = None,
         kinds: Sequence[str] | None = None,
         kind_margin: float | None = None,
         bridge: dict[str, Any] | None = None,
@@ -107,6 +109,7 @@ class DetectorConfig(PretrainedConfig):
         self.clip_blocks = list(clip_blocks)
         self.forgery_map = forgery_map
         self.head_normalize = head_normalize
+        self.head_hidden = head_hidden
         self.kinds = list(kinds) if kinds else None
         self.kind_margin = kind_margin
         self.bridge = dict(bridge) if bridge else None
@@ -230,7 +233,10 @@ class Detector(PreTrainedModel):
                 size=bridge["size"],
             )
             size += bridge["size"]
-        self.head = _linear(size, len(config.kinds) if config.kinds else 2)
+        self.hidden: nn.Module = nn.Identity()
+        if config.head_hidden:
+            self.hidden = nn.Sequential(nn.Linear(size, config.head_hidden), nn.GELU())
+        self.head = _linear(config.head_hidden or size, len(config.kinds) if config.kinds else 2)
         self.domain = Domain(size, config.domain["size"]) if config.domain else None
         self.fingerprint: str | None = None
         self.post_init()
@@ -325,7 +331,7 @@ class Detector(PreTrainedModel):
             logits: (B, 2), order (real, fake).
             kind_logits: (B, K), or None without kinds.
         """
-        scores = self.head(features)
+        scores = self.head(self.hidden(features))
         if not self.config.kinds:
             return scores, None
         largest = scores.max(dim=1).values

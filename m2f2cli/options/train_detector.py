@@ -59,6 +59,9 @@ class ModelOptions(Options):
     head_normalize: bool = option(
         False, "Divide the head's input by its L2 norm (GenD: true).", key=True
     )
+    head_hidden: int | None = option(
+        None, "Width of a hidden layer in the head; none as published.", low=1, key=True
+    )
     kind_logits: bool = option(
         False,
         "Give each kind of forgery (manipulation, or sub-folder of fake/) a logit of its own; the "

@@ -411,6 +411,7 @@ def build_detector(
         clip_blocks=options.clip_blocks,
         forgery_map=options.forgery_map,
         head_normalize=options.head_normalize,
+        head_hidden=options.head_hidden,
         kinds=kinds if options.kind_logits else None,
         bridge=bridge,
         image_size=vision["image_size"],

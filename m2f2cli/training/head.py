@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from m2f2cli.models.detector import Detector
@@ -60,7 +61,7 @@ def fit_head(
     was_training = detector.training
     seen, other = collect(detector, batches), collect(detector, held)
     head, device = detector.head, detector.device
-    head.cpu()
+    layers = nn.ModuleList([detector.hidden, head]).cpu()
     start = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     tried: list[tuple[float, float, dict[str, torch.Tensor]]] = []
     for ridge in RIDGES:
@@ -73,7 +74,7 @@ def fit_head(
         tried.append((loss, ridge, {n: t.clone() for n, t in head.state_dict().items()}))
     _, chosen, fitted = min(tried, key=lambda entry: entry[:2])
     head.load_state_dict(fitted)
-    head.to(device)
+    layers.to(device)
     detector.train(was_training)
     return chosen
 
@@ -87,7 +88,8 @@ def _solve(
 ) -> None:
     head = detector.head
     start = head.weight.detach().clone()
-    spread = features.var(0)
+    with torch.no_grad():
+        spread = detector.hidden(features).var(0)
     share = target.mean().clamp(1e-3, 1 - 1e-3)
     weight = target / share + (1 - target) / (1 - share)
     weight = weight / weight.sum()

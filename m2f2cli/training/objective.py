@@ -23,7 +23,7 @@ from m2f2cli.options.train_detector import TrainDetectorOptions
 # Group of parameters -> how their names begin. Every parameter is in exactly one group.
 PARAMETER_GROUPS: dict[str, str] = {
     "backbone": r"backbone\.",
-    "projections": r"(backbone_proj|vision_proj|text_proj|block_norms|bridge|head)\.",
+    "projections": r"(backbone_proj|vision_proj|text_proj|block_norms|bridge|hidden|head)\.",
     "prompt_tokens": r"forgery_prompt\.",
     "alpha_vision": "alpha_vision",
     "alpha_text": "alpha_text",

@@ -141,6 +141,14 @@ def test_a_detector_of_clip_alone_reads_several_blocks(forgery_map, tmp_path):
         )
 
 
+def test_a_hidden_layer_stands_before_the_last_of_the_head():
+    model = build(head_hidden=5, kinds=["a", "b", "c"])
+    out = model(pixels(3))
+    assert model.head.in_features == 5
+    inner = torch.nn.functional.gelu(model.hidden[0](out.features))
+    assert torch.allclose(out.kind_logits, model.head(inner), atol=1e-6)
+
+
 def test_a_bridge_without_a_backbone_is_refused():
     with pytest.raises(ConfigError, match="needs a backbone"):
         build(backbone=None, bridge=BRIDGE)

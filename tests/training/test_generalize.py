@@ -202,10 +202,13 @@ def test_options_that_do_not_go_together(options, changes, words):
         options(**changes)
 
 
+@pytest.mark.parametrize("head_hidden", [None, 16])
 @pytest.mark.parametrize("kinds", [None, ["Deepfakes", "FaceSwap"]])
-def test_a_fitted_head_separates_what_fixed_features_can(kinds, options):
+def test_a_fitted_head_separates_what_fixed_features_can(kinds, head_hidden, options):
     detector = prepare(options()).model.detector
-    config = DetectorConfig.from_dict({**detector.config.to_dict(), "kinds": kinds})
+    config = DetectorConfig.from_dict(
+        {**detector.config.to_dict(), "kinds": kinds, "head_hidden": head_hidden}
+    )
     detector = randomise(Detector(config), 3)
     generator = torch.Generator().manual_seed(0)
     kind = torch.arange(24) % 3
