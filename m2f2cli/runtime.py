@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from m2f2cli import compat
 from m2f2cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -101,8 +102,10 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, stored: str | None = None) -> torch.dtype:
     """Resolve a dtype name; ``auto`` is bfloat16 on CUDA and float32 elsewhere.
+
+    On a CPU that multiplies bfloat16 itself, ``auto`` is bfloat16 for what is ``stored`` as such.
 
     Raises:
         UsageError: The name is not one of ``DTYPES``.
@@ -110,7 +113,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     import torch
 
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        native = device.type == "cpu" and stored == "bfloat16" and compat.can_pack(torch.bfloat16)
+        return torch.bfloat16 if device.type == "cuda" or native else torch.float32
     if name not in DTYPES:
         raise UsageError(f"Unknown dtype '{name}'.", f"Use one of: {', '.join(DTYPES)}.")
     dtype: torch.dtype = getattr(torch, name)

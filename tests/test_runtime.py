@@ -4,6 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from m2f2cli import compat
+from m2f2cli.runtime import pick_dtype
 
 FAULTS = """
 import resource, sys, torch
@@ -31,3 +35,21 @@ def test_freed_memory_is_kept_for_the_next_step():
         for word in ("keep", "give")
     }
     assert faults["keep"] < 1000 < 50_000 < faults["give"]
+
+
+@pytest.mark.parametrize(
+    ("native", "stored", "found"),
+    [
+        (True, "bfloat16", "bfloat16"),
+        (True, "float16", "float32"),
+        (True, None, "float32"),
+        (False, "bfloat16", "float32"),
+    ],
+)
+def test_what_is_stored_as_bfloat16_runs_so_where_the_processor_multiplies_it(
+    native, stored, found, monkeypatch
+):
+    monkeypatch.setattr(compat, "can_pack", lambda _: native)
+    cpu = torch.device("cpu")
+    assert pick_dtype("auto", cpu, stored) == getattr(torch, found)
+    assert pick_dtype("float16", cpu, stored) == torch.float16

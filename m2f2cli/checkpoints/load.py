@@ -39,9 +39,9 @@ def load_detector(name: str = "lite", *, device: str = "auto", dtype: str = "aut
             wrong shape or not finite.
     """
     where = pick_device(device)
-    kind = pick_dtype(dtype, where)
     folder = resolve_checkpoint(name)
     fields = io.read_config(folder)
+    kind = pick_dtype(dtype, where, fields.get("dtype"))
     found = fields.get("model_type")
     if found != DetectorConfig.model_type:
         asks = f"Ask it with: m2f2 explain PATH --model {name}"
