@@ -1,0 +1,125 @@
+"""The pictures that the bundled detectors learn from: labels, hold-outs, random draws.
+
+FACES is a folder with ``manifest.csv`` (file, label, dataset, identity) and the pictures of DFDC and
+of FFHQ and StyleGAN; DDVQA the folder of DD-VQA. Who is held out: of DFDC whole actors (``actors.py``),
+of the others an identity by a hash. ``select`` pictures choose between recipes and calibrate,
+``report`` pictures are measured once. Compression and size are drawn alike for both classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from m2f2cli.data.synthesis import compress_h264, forge
+
+KINDS = ("swapped or edited", "generated")
+SIDE = 224
+_FORGERIES = ("self_blend", "self_blend", "swap_blend", "mouth_warp", "expression_warp")
+_FILTERS = [Image.Resampling[n] for n in ("BILINEAR", "BICUBIC", "LANCZOS", "BOX")]
+
+
+class Picture(NamedTuple):
+    """``kind`` counts from 1 in ``KINDS``, 0 is real; ``split`` is train, select, report or drop."""
+
+    path: Path
+    source: str
+    kind: int
+    split: str
+
+
+def read_pictures(faces: Path, ddvqa: Path, actors: Path) -> list[Picture]:
+    """All pictures of the training and validation folders; ``actors`` is what actors.py wrote."""
+    by_actor = json.loads(actors.read_text())
+    found = []
+    for row in csv.DictReader((faces / "manifest.csv").open()):
+        name, source = row["file"], row["dataset"]
+        if name.startswith(("train/", "val/")):
+            split = by_actor[name] if source == "dfdc" else _by_hash(row["identity"], 12)
+            kind = 2 if source == "faces140k" else 1
+            found.append(Picture(faces / name, source, kind * (row["label"] == "fake"), split))
+    for path in sorted((ddvqa / "images" / "c40" / "train").glob("*.jpg")):
+        manipulation, person = path.stem.split("_")[:2]
+        found.append(Picture(path, "ddvqa", int(manipulation != "5"), _by_hash(person, 15)))
+    return found
+
+
+def _by_hash(identity: str, percent: int) -> str:
+    return "select" if zlib.crc32(identity.encode()) % 100 < percent else "train"
+
+
+def load(path: Path) -> Image.Image:
+    """A picture in RGB."""
+    return Image.open(path).convert("RGB")
+
+
+def draw(picture: Image.Image, source: str, rng: random.Random) -> np.ndarray:
+    """A random crop, mirrored, resized and compressed: uint8 (224, 224, 3).
+
+    Pictures of faces140k show the whole head, so their crops are smaller.
+    """
+    if rng.random() < 0.12:
+        edge = rng.randint(120, 300)
+        if rng.random() < 0.5:
+            picture = picture.resize((edge, edge), Image.Resampling.BICUBIC)
+        pixels = compress_h264(np.asarray(picture), rng.randint(20, 40))
+        picture = Image.fromarray(pixels)
+    low, high = (0.6, 0.95) if source == "faces140k" else (0.8, 1.0)
+    width, height = picture.size
+    side = rng.uniform(low, high) * min(width, height)
+    across = min(width, side * rng.uniform(1, 1.1))
+    down = min(height, side * rng.uniform(1, 1.1))
+    left, top = rng.uniform(0, width - across), rng.uniform(0, height - down)
+    box = (int(left), int(top), int(left + across), int(top + down))
+    picture = picture.crop(box)
+    if rng.random() < 0.5:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        if rng.random() < 0.6:
+            edge = rng.randint(80, 320)
+            picture = picture.resize((edge, edge), rng.choice(_FILTERS))
+        if rng.random() < 0.08:
+            picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
+        if rng.random() < 0.85:
+            picture = _jpeg(picture, rng.randint(30, 95), rng.choice((0, 2, 2)))
+    pixels = np.asarray(picture.resize((SIDE, SIDE), rng.choice(_FILTERS[:3])), np.float32)
+    if rng.random() < 0.3:
+        pixels = pixels * rng.uniform(0.85, 1.15) + rng.uniform(-15, 15)
+    if rng.random() < 0.08:
+        noise = np.random.default_rng(rng.randint(0, 2**31))
+        pixels = pixels + noise.normal(0, rng.uniform(1, 5), pixels.shape)
+    return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+def draw_forgery(base: Picture, other: Picture, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    """A pseudo-forgery made of two genuine pictures, and its mask: (224, 224, 3), (224, 224).
+
+    The mask is float32 in [0, 1]; nothing is cropped, so it stays where it was.
+    """
+    edge = (256, 256)
+    first, second = (np.asarray(load(p.path).resize(edge, _FILTERS[2])) for p in (base, other))
+    numbers = np.random.default_rng(rng.randint(0, 2**31))
+    made = forge(first, numbers, kind=rng.choice(_FORGERIES), other=second)
+    picture = Image.fromarray(made.pixels)
+    if rng.random() < 0.85:
+        picture = _jpeg(picture, rng.randint(30, 95), rng.choice((0, 2, 2)))
+    if rng.random() < 0.6:
+        edge = rng.randint(80, 320)
+        picture = picture.resize((edge, edge), rng.choice(_FILTERS))
+    pixels = np.asarray(picture.resize((SIDE, SIDE), rng.choice(_FILTERS[:3])))
+    mask = Image.fromarray(made.mask.astype(np.float32)).resize((SIDE, SIDE))
+    return pixels, np.asarray(mask)
+
+
+def _jpeg(picture: Image.Image, quality: int, subsampling: int) -> Image.Image:
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=quality, subsampling=subsampling)
+    return load(stream)  # type: ignore[arg-type]
