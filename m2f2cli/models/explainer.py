@@ -116,8 +116,8 @@ class PictureFeatures:
     def rows(self, begin: int, end: int) -> PictureFeatures:
         """Those of the pictures from ``begin`` up to and without ``end``."""
         cut = slice(begin, end)
-        found = (self.patches, self.forgery, self.logits, self.forgery_map, self.domain_distance)
-        return PictureFeatures(*(None if part is None else part[cut] for part in found))
+        found = {name: part for name, part in vars(self).items() if part is not None}
+        return PictureFeatures(**{name: part[cut] for name, part in found.items()})
 
 
 @dataclass

@@ -59,6 +59,8 @@ def test_a_detector_tells_the_distance_of_its_features(tmp_path):
     assert torch.equal(again.domain_distance, found.domain_distance)
 
 
-def test_the_check_of_textures_of_older_detectors_is_left_out():
+def test_the_check_of_textures_of_older_detectors_is_none_of_features():
     old = {"mean": [0.0] * 6, "basis": [[0.0] * 6] * 6, "limit": 2.0}
-    assert DetectorConfig(domain=old).domain is None
+    detector = Detector(DetectorConfig(image_size=32, backbone=None, domain=old))
+    assert detector.domain is None
+    assert detector.config.domain == old
