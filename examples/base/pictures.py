@@ -3,7 +3,8 @@
 FACES is a folder with ``manifest.csv`` (file, label, dataset, identity) and the pictures of DFDC
 and of FFHQ and StyleGAN; DDVQA the folder of DD-VQA. Who is held out: of DFDC whole actors
 (``actors.py``), of the others an identity by a hash. ``select`` pictures choose between recipes
-and calibrate, ``report`` pictures are measured once. Compression and size are drawn alike for both classes.
+and calibrate, ``report`` pictures are measured once. Compression and size are drawn alike for both
+classes.
 """
 
 from __future__ import annotations
