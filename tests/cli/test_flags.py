@@ -146,6 +146,40 @@ def test_printed_settings_are_a_file_that_says_the_same(
     assert len(yaml.safe_load(first)) >= 3
 
 
+@pytest.mark.parametrize(
+    ("verb", "line"),
+    [
+        ("evaluate ddvqa", "data: PATH"),
+        ("evaluate images", "folder: DIR"),
+        ("evaluate ffpp", "folder: DIR"),
+        ("calibrate images", "folder: DIR"),
+        ("robustness ddvqa", "robustness-dir: PATH"),
+        ("robustness images --min-auc 0.7", "min-auc: 0.7"),
+    ],
+)
+def test_settings_are_listed_before_there_is_anything_to_do(
+    verb: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run([*verb.split(), "--print-config"]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+    assert app.run([*verb.split(), "--print-config", "--min-auc", "7"]) == 2
+    assert "between 0 and 1" in capsys.readouterr().err
+
+
+def test_a_password_is_not_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("M2F2_DEMO_AUTH", "anna:geheim")
+    for more in ([], ["--auth", "bob:geheim"]):
+        assert app.run(["demo", "--print-config", *more]) == 0
+        shown = capsys.readouterr().out
+        assert "geheim" not in shown
+        assert yaml.safe_load(shown)["auth"] is None
+    monkeypatch.delenv("M2F2_DEMO_AUTH")
+    assert app.run(["demo", "--print-config"]) == 0
+    assert "auth: null\n" in capsys.readouterr().out
+
+
 def test_every_flag_answers_to_its_environment_variable() -> None:
     """The variable is the flag's own name; nothing is spelled twice."""
     root = typer.main.get_command(app.build())
