@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -109,7 +110,7 @@ def read_subject(options: MeasureOptions) -> Subject:
         from m2f2cli.evaluation import page  # noqa: F401 - tells now that matplotlib is missing
 
         reports.check_folder(options.report)
-    samples = read_set(options) if options.predictions is None else None
+    samples = _to_judge(options) if options.predictions is None else None
     detect = DetectOptions(
         faces=options.faces,
         batch_size=options.batch_size,
@@ -123,23 +124,32 @@ def read_subject(options: MeasureOptions) -> Subject:
     return Subject(options, detect, expectation, samples, truth)
 
 
-def _frames(options: MeasureOptions, samples: SampleSet | None) -> int:
-    """How many frames of a video are judged; 1 where there are none.
+def _to_judge(options: MeasureOptions) -> SampleSet:
+    """The pictures or videos that a model is to judge: no videos where no faces are looked for.
 
     Raises:
-        UsageError: There are video files, and nobody is to look for faces in them.
+        UsageError: Then nothing would be left.
     """
+    samples = read_set(options)
+    pictures = samples.without_videos()
+    if options.faces != "none" or len(pictures) == len(samples):
+        return samples
+    if {sample.label for sample in pictures.samples} == {0, 1}:
+        left_out = f"{len(samples) - len(pictures)} videos in '{samples.root}'"
+        return replace(pictures, remark="; ".join(filter(None, [pictures.remark, left_out])))
+    raise UsageError(
+        f"'{samples.root}' holds videos, in which faces have to be found.",
+        "Add --faces auto; or cut the faces out first, with m2f2 prepare faces.",
+    )
+
+
+def _frames(options: MeasureOptions, samples: SampleSet | None) -> int:
+    """How many frames of a video are judged; 1 where there are none."""
     if isinstance(options.data, DdvqaData):
         return 1
-    if samples is not None and isinstance(options.data, ImagesData):
-        if any(sample.is_video for sample in samples.samples) and options.faces == "none":
-            raise UsageError(
-                f"'{samples.root}' holds videos, in which faces have to be found.",
-                "Add --faces auto; or cut the faces out first, with m2f2 prepare faces.",
-            )
-        if not any(sample.is_video or sample.clip for sample in samples.samples):
-            return 1
-    return options.data.frames
+    if samples is None or any(sample.is_video or sample.clip for sample in samples.samples):
+        return options.data.frames
+    return 1
 
 
 def read_set(options: MeasureOptions) -> SampleSet:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.images import IMAGE_SUFFIXES
-from m2f2cli.data.samples import REAL, Sample, SampleSet, list_files, people_in
+from m2f2cli.data.samples import REAL, Sample, SampleSet, list_files, other_files, people_in
 from m2f2cli.data.video import VIDEO_SUFFIXES
 from m2f2cli.errors import InputError
 
@@ -41,7 +42,8 @@ def read_folder(root: Path) -> SampleSet:
     Raises:
         InputError: ``real`` or ``fake`` is missing or empty.
     """
-    found = list(_files(root)) or list(_clips(root))
+    others: Counter[str] = Counter()
+    found = list(_files(root, others)) or list(_clips(root))
     for label, word in enumerate((REAL, "fake")):
         if any(one.label == label for one in found):
             continue
@@ -65,7 +67,8 @@ def read_folder(root: Path) -> SampleSet:
         samples.append(
             Sample(one.path, one.name, one.label, kind, people, one.clip, frames=one.frames)
         )
-    return SampleSet(root, "folder", tuple(sorted(samples, key=lambda sample: sample.name)))
+    ordered = tuple(sorted(samples, key=lambda sample: sample.name))
+    return SampleSet(root, "folder", ordered, remark=other_files(others, f"'{root}'"))
 
 
 def _folders(root: Path, label: int) -> list[Path]:
@@ -74,10 +77,10 @@ def _folders(root: Path, label: int) -> list[Path]:
     return [path for path in inside if CLASSES.get(path.name.lower()) == label]
 
 
-def _files(root: Path) -> Iterator[_Found]:
+def _files(root: Path, others: Counter[str]) -> Iterator[_Found]:
     for label in (0, 1):
         for folder in _folders(root, label):
-            for path in list_files(folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES):
+            for path in list_files(folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES, others=others):
                 parts = path.relative_to(folder).parts
                 yield _Found(label, path, path.relative_to(root).as_posix(), parts)
 
