@@ -346,7 +346,8 @@ def check_same_data(log: RecordFile, sources: list[Source]) -> None:
         )
     # What follows the last line end is a cut record.
     lines = log.path.read_bytes().split(b"\n")[:-1] if log.done else []
-    digests = {row["path"]: row["sha256"] for row in map(json.loads, lines) if row.get("sha256")}
+    rows = map(json.loads, filter(bytes.strip, lines))
+    digests = {row["path"]: row["sha256"] for row in rows if row.get("sha256")}
     for name in list(digests)[:: max(1, len(digests) // _COMPARED)]:
         try:
             now = known[name].picture().sha256
@@ -436,7 +437,8 @@ def truth_of(samples: SampleSet, options: DetectOptions, split: str = "all") -> 
             names = (one.frame_name(index) for index in one.spread(options.frames))
             items += [Item(name, one.label, one.kind, one.name) for name in names]
     dataset = samples.layout if samples.layout in ("ffpp", "ddvqa") else "images"
-    return Truth(dataset, tuple(items), marked)
+    notes = (f"Left out: {samples.remark}.",) if samples.remark else ()
+    return Truth(dataset, tuple(items), marked, notes=notes)
 
 
 def is_test_set(samples: SampleSet, split: str = "all") -> bool:
