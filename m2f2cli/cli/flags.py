@@ -259,9 +259,9 @@ def _shown(kind: type[Options], given: Mapping[str, Any]) -> Options:
             name = key_of(item).replace("-", "_")
             words["blank" in item.metadata][name] = word.strip("[]")
     try:
-        return kind.from_flat(words[False] | given)
+        return kind.from_flat({**words[False], **given})
     except UsageError:
-        return kind.from_flat(words[False] | words[True] | given)
+        return kind.from_flat({**words[False], **words[True], **given})
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
