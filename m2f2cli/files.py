@@ -29,6 +29,7 @@ MARK = "stage.json"
 _PAGE = 4096
 _BUFFER = 1 << 20
 _WORTH_RESERVING = 1 << 24
+_DEEPEST = 100  # of JSON; what is written here nests to a dozen
 _PARTIAL = re.compile(r"^\..+\.(\d+)-[0-9a-f]{8}\.partial$")
 
 
@@ -202,16 +203,34 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_bytes())
+        if _depth(value) > _DEEPEST:
+            raise ValueError(f"nested deeper than {_DEEPEST} levels")
     except FileNotFoundError as error:
         raise CheckpointError(
             f"'{path.parent}' has no {path.name}, so it is no complete checkpoint.",
             f"m2f2 info '{path.parent}' says what it is.",
         ) from error
+    except RecursionError as error:
+        raise CheckpointError(f"'{path}' is not readable JSON (nested too deeply).") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' is not readable JSON ({error}).") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"'{path}' holds no JSON object.")
     return value
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and mappings nest, found level by level."""
+    depth, level = 0, [value]
+    while level:
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        depth += 1
+    return depth
 
 
 def sha256_of(path: Path) -> str:

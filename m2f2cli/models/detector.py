@@ -27,6 +27,7 @@ from m2f2cli.models.backbone import Backbone
 from m2f2cli.models.bridge import Bridge
 from m2f2cli.models.clip import ClipTower
 from m2f2cli.models.forgery_prompt import ForgeryPrompt, forgery_map
+from m2f2cli.models.schema import DETECTOR, check_detector
 
 
 class DetectorConfig(PretrainedConfig):
@@ -55,9 +56,13 @@ class DetectorConfig(PretrainedConfig):
         uncertain: ``[low, high]``: probabilities between give the verdict uncertain; or None.
         score_temperature: Divides the logits before the softmax; above 0.
         domain: ``{"mean", "basis", "limit"}`` of the domain check (``data.domain``), or None.
+
+    Raises:
+        ConfigError: A field is unknown, of another type, out of its range, or contradicts another
+            (``models.schema``).
     """
 
-    model_type = "m2f2_detector"
+    model_type = DETECTOR
 
     def __init__(  # noqa: PLR0913 - a configuration is its fields
         self,
@@ -83,6 +88,9 @@ class DetectorConfig(PretrainedConfig):
         domain: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        given = locals()
+        names = DetectorConfig.__init__.__kwdefaults__
+        check_detector(kwargs | {name: given[name] for name in names})
         self.backbone = backbone
         self.backbone_kwargs = dict(backbone_kwargs or {})
         self.clip = dict(clip) if clip is not None else _tiny_clip(image_size)
@@ -164,6 +172,7 @@ class Detector(PreTrainedModel):
         if config.backbone is not None:
             stages = [-3, -2, -1] if bridge else []
             self.backbone = Backbone(config.backbone, config.backbone_kwargs, stages=stages)
+            self.backbone.check_side(config.image_size)
         elif bridge:
             raise ConfigError("A bridge needs a backbone.", "Leave out the bridge.")
         self.clip = ClipTower(
