@@ -166,8 +166,8 @@ def test_an_old_name_in_the_environment_is_an_error_that_names_the_new_one(capsy
 
 
 def test_messages_name_flags_that_exist():
-    """Every flag in a text of the package is one of a command, of torchrun, or of the root."""
-    known = {"--help", "--nproc-per-node", "--no-"}
+    """Every flag in a text of the package is one of a command, of torchrun, or a placeholder."""
+    known = {"--help", "--name", "--nproc-per-node", "--no-"}
     rest: list[Any] = [typer.main.get_command(app.build())]
     while rest:
         part = rest.pop()
