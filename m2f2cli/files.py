@@ -148,11 +148,12 @@ def remove_stale(path: Path) -> None:
         return
     for sibling in path.parent.glob(f".{path.name}.*.partial"):
         match = _PARTIAL.match(sibling.name)
-        if match and not _alive(int(match.group(1))):
+        if match and not is_alive(int(match.group(1))):
             shutil.rmtree(sibling, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; taken for granted where the system cannot tell."""
     if os.name != "posix":
         return True
     try:
@@ -195,28 +196,27 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
+    """What a JSON text says.
+
+    Args:
+        text: The text; bytes are UTF-8, -16 or -32.
+        strict: Refuse NaN and the infinities, which are no JSON.
 
     Raises:
-        CheckpointError: The file is missing, unreadable or something else.
+        ValueError: It is no JSON, or nests deeper than ``_DEEPEST`` levels.
     """
     try:
-        value = json.loads(path.read_bytes())
-        if _depth(value) > _DEEPEST:
-            raise ValueError(f"nested deeper than {_DEEPEST} levels")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"'{path.parent}' has no {path.name}, so it is no complete checkpoint.",
-            f"m2f2 info '{path.parent}' says what it is.",
-        ) from error
+        value = json.loads(text, parse_constant=_refuse_constant if strict else None)
     except RecursionError as error:
-        raise CheckpointError(f"'{path}' is not readable JSON (nested too deeply).") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' is not readable JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"'{path}' holds no JSON object.")
+        raise ValueError("nested too deeply") from error
+    if _depth(value) > _DEEPEST:
+        raise ValueError(f"nested deeper than {_DEEPEST} levels")
     return value
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def _depth(value: Any) -> int:
@@ -231,6 +231,26 @@ def _depth(value: Any) -> int:
         ]
         depth += 1
     return depth
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: The file is missing, unreadable or something else.
+    """
+    try:
+        value = parse_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"'{path.parent}' has no {path.name}, so it is no complete checkpoint.",
+            f"m2f2 info '{path.parent}' says what it is.",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' is not readable JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"'{path}' holds no JSON object.")
+    return value
 
 
 def sha256_of(path: Path) -> str:

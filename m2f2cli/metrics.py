@@ -14,11 +14,13 @@ row of weights: how often each group was drawn. The interval is the percentile i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+SATURATED = 0.5e-6  # what a probability of 0 in a record, which has six digits, stands for at most
 BINS = 10  # of equal width over [0, 1], for calibration
 
 
@@ -78,6 +80,38 @@ def precision_area(curve: Curve) -> np.ndarray:
     called = curve.true_positives + curve.false_positives
     precision = np.divide(curve.true_positives, called, out=np.zeros_like(called), where=called > 0)
     return np.sum(np.diff(_from_zero(_shares(curve.true_positives)), axis=-1) * precision, axis=-1)
+
+
+def log_odds(probabilities: np.ndarray | float) -> np.ndarray:
+    """Logits of probabilities in [0, 1], which are taken as no closer to an end than SATURATED."""
+    clipped = np.clip(np.asarray(probabilities, dtype=np.float64), SATURATED, 1 - SATURATED)
+    return np.log(clipped) - np.log1p(-clipped)
+
+
+def confidence(probabilities: np.ndarray, threshold: float) -> np.ndarray:
+    """How sure calls by a threshold are, (N,): the distance of the two on the logit scale."""
+    return np.abs(log_odds(probabilities) - log_odds(threshold))
+
+
+def risk_coverage(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """What is wrong of the calls given in order of confidence, from the surest down.
+
+    Args:
+        curve: Ranks wrong calls (label 1) and right ones (label 0) by their confidence.
+
+    Returns:
+        Coverage, the share of calls given, and risk, the share of those that is wrong; each
+        (..., U), one for each distinct confidence. Coverage is NaN where there are no calls.
+    """
+    given = curve.true_positives + curve.false_positives
+    risk = np.divide(curve.true_positives, given, out=np.zeros_like(given), where=given > 0)
+    return _shares(given), risk
+
+
+def risk_area(curve: Curve) -> np.ndarray:
+    """Area under risk against coverage, without interpolation; arguments as there."""
+    coverage, risk = risk_coverage(curve)
+    return np.sum(np.diff(_from_zero(coverage), axis=-1) * risk, axis=-1)
 
 
 def equal_error_rate(curve: Curve) -> np.ndarray:
@@ -235,6 +269,9 @@ class Weighted(NamedTuple):
     videos: Any  # the same over videos, by the mean of their frames; None without videos
     bins: Any  # (R, BINS, 3), added-up binned facts; None as frames
     calls: Confusion  # what was called fake; no answer counts as a wrong one
+    risks: Any = None  # wrong calls against right ones by confidence; None as frames
+    # (R, 3): pictures with a probability, of those with the verdict real or fake, of those wrong
+    decided: Any = None
 
 
 class Metric(NamedTuple):
@@ -256,6 +293,15 @@ METRICS = {
     "tpr_at_fpr_1": Metric("frames", lambda of: detection_rate(of.frames, 0.01)),
     "tpr_at_fpr_5": Metric("frames", lambda of: detection_rate(of.frames, 0.05)),
     "calibration_error": Metric("bins", lambda of: binned_error(of.bins)),
+    "aurc": Metric("risks", lambda of: risk_area(of.risks), "no picture has a probability"),
+    "coverage": Metric(
+        "decided",
+        lambda of: ratio(of.decided[..., 1], of.decided[..., 0]),
+        "no picture has a probability",
+    ),
+    "risk": Metric(
+        "decided", lambda of: ratio(of.decided[..., 2], of.decided[..., 1]), "nothing was decided"
+    ),
     "accuracy": Metric("calls", lambda of: of.calls.accuracy, "there are no pictures"),
     "balanced_accuracy": Metric("calls", lambda of: of.calls.balanced_accuracy, "one class only"),
     "f1": Metric("calls", lambda of: of.calls.f1, "nothing is forged and nothing was called so"),
@@ -277,6 +323,15 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Divide; NaN where both are 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.divide(above, below)
+
+
+def wilson_interval(hits: float, total: float) -> tuple[float, float]:
+    """The 95 % interval of Wilson (1927) for a share that ``hits`` of ``total`` estimate."""
+    z = 1.959964
+    share, extra = hits / total, z * z / total
+    center = (share + extra / 2) / (1 + extra)
+    half = z / (1 + extra) * math.sqrt(share * (1 - share) / total + extra / (4 * total))
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 RESAMPLES, SEED, LEVEL = 2000, 0, 0.95

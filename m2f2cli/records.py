@@ -47,6 +47,7 @@ class FaceScore:
         in_domain: Whether the crop resembles the training crops; None where the model has no check.
         domain_distance: What ``in_domain`` was decided by, 0 or more; None as above.
         finder_score: The face finder's confidence; None without a box.
+        forgery: The kind of forgery; None unless it is fake and the model tells kinds apart there.
     """
 
     box: Box | None
@@ -57,6 +58,7 @@ class FaceScore:
     in_domain: bool | None = None
     domain_distance: float | None = None
     finder_score: float | None = None
+    forgery: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class FrameScore:
         faces_found: Faces in the frame.
         fake_probability: In [0, 1]; None when the frame shows no face, like what follows.
         crop: (x0, y0, x1, y1) judged.
-        in_domain: As in ``FaceScore``, like ``domain_distance``.
+        in_domain: As in ``FaceScore``, like ``domain_distance`` and ``forgery``.
     """
 
     index: int
@@ -79,6 +81,7 @@ class FrameScore:
     crop: Box | None = None
     in_domain: bool | None = None
     domain_distance: float | None = None
+    forgery: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ class Detection:
         reason: Why the verdict is uncertain; None otherwise.
         in_domain: Of the face that decides; for a video, of at least half the frames.
         domain_distance: Of the face that decides; for a video the mean.
+        forgery: The kind of forgery of the face that decides; for a fake video, of more than half
+            of the frames with a named kind; None as in ``FaceScore``.
         crop: Of the face that decides; None for videos.
         crop_source: ``face`` (found) or ``picture`` (taken whole); None for videos.
         faces_found: Faces found in the picture; in a video, in the frame that has most.
@@ -151,6 +156,7 @@ class Detection:
     reason: str | None = None
     in_domain: bool | None = None
     domain_distance: float | None = None
+    forgery: str | None = None
     crop: Box | None = None
     crop_source: str | None = None
     faces_found: int | None = None
@@ -340,9 +346,9 @@ def read_text(path: Path) -> str:
 
 
 CSV_COLUMNS = (
-    "path", "kind", "status", "verdict", "fake_probability", "reason", "message", "in_domain",
-    "domain_distance", "faces_found", "crop", "crop_source", "width", "height", "sha256",
-    "threshold", "model", "model_fingerprint", "schema_version",
+    "path", "kind", "status", "verdict", "fake_probability", "forgery", "reason", "message",
+    "in_domain", "domain_distance", "faces_found", "crop", "crop_source", "width", "height",
+    "sha256", "threshold", "model", "model_fingerprint", "schema_version",
 )  # fmt: skip
 
 

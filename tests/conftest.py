@@ -88,12 +88,12 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module
 
 
-def write_detector(folder: Path) -> Path:
-    """A checkpoint folder of a tiny detector with random weights."""
+def write_detector(folder: Path, **changes: Any) -> Path:
+    """A checkpoint folder of a tiny detector with random weights; changes are of its config."""
     from m2f2cli.checkpoints import io
     from m2f2cli.models.detector import Detector, DetectorConfig
 
-    model = randomise(Detector(DetectorConfig(**tiny_fields())))
+    model = randomise(Detector(DetectorConfig(**tiny_fields(**changes))))
     io.write_checkpoint(
         folder, config=model.config.to_dict(), tensors=model.state_dict(), stage={"stage": "test"}
     )

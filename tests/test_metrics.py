@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m2f2cli import metrics
 from m2f2cli.metrics import (
     Ranking,
     area,
@@ -153,3 +154,29 @@ def test_what_needs_two_classes_is_undefined_without_them(labels):
     assert np.isnan([area(curve), equal_error_rate(curve), detection_rate(curve, 0.05)]).all()
     assert np.isnan(precision_area(curve)) == (1 not in labels)
     assert np.isnan(calibration_error(np.array(labels), scores)) == (not labels)
+
+
+def test_risk_against_coverage_by_hand() -> None:
+    wrong, sure = np.array([1, 0, 0, 1]), np.array([2.0, 3.0, 2.0, 1.0])
+    coverage, risk = metrics.risk_coverage(metrics.Ranking(wrong, sure).curve())
+    assert coverage.tolist() == [0.25, 0.75, 1.0]  # equal confidences are given together
+    assert risk == pytest.approx([0, 1 / 3, 1 / 2])
+    area = metrics.risk_area(metrics.Ranking(wrong, sure).curve())
+    assert area == pytest.approx(0.25 * 0 + 0.5 / 3 + 0.25 / 2)
+    assert np.isnan(metrics.risk_area(metrics.Ranking(wrong[:0], sure[:0]).curve()))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4), st.integers(0, 3)), min_size=1))
+def test_the_area_of_risk_counts_weights_as_repeats(rows: list[tuple[bool, int, int]]) -> None:
+    wrong, sure, times = (np.array(column).astype(int) for column in zip(*rows, strict=True))
+    weighted = metrics.risk_area(metrics.Ranking(wrong, sure).curve(times[None].astype(float)))[0]
+    repeated = metrics.Ranking(wrong.repeat(times), sure.repeat(times)).curve()
+    assert weighted == pytest.approx(metrics.risk_area(repeated), nan_ok=True)
+    assert np.isnan(weighted) or 0 <= weighted <= 1
+
+
+def test_confidence_is_the_distance_from_the_threshold_on_the_logit_scale() -> None:
+    found = metrics.confidence(np.array([0.9, 0.5, 0.1, 0.0, 1.0]), 0.5)
+    assert found == pytest.approx([np.log(9), 0, np.log(9), *[np.log(1 / 0.5e-6 - 1)] * 2])
+    assert metrics.confidence(np.array([0.8]), 0.8) == 0
+    assert np.isfinite(metrics.confidence(np.array([0.0, 1.0]), 1.0)).all()

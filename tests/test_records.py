@@ -45,6 +45,7 @@ records_st = st.builds(
     fake_probability=st.none() | unit,
     in_domain=flags,
     domain_distance=distances,
+    forgery=st.none() | st.text(),
     crop=st.none() | boxes,
     faces=st.lists(
         st.builds(
@@ -54,6 +55,7 @@ records_st = st.builds(
             fake_probability=unit,
             in_domain=flags,
             domain_distance=distances,
+            forgery=st.none() | st.text(),
             finder_score=st.none() | unit,
         ),
         max_size=3,
@@ -66,6 +68,7 @@ records_st = st.builds(
             crop=st.none() | boxes,
             in_domain=flags,
             domain_distance=distances,
+            forgery=st.none() | st.text(),
         ),
         max_size=3,
     ).map(tuple),

@@ -63,6 +63,13 @@ class Description:
         """How many tensors have each type, the most frequent first."""
         return dict(Counter(tensor.dtype for tensor in self.tensors.values()).most_common())
 
+    @property
+    def license(self) -> str | None:
+        """What a detector, alone or in an explainer, may be used for, as its config says."""
+        inner = self.config.get("detector_config")
+        said = [part.get("license") for part in (self.config, inner) if isinstance(part, dict)]
+        return next((words for words in said if words and isinstance(words, str)), None)
+
     def parts(self) -> list[tuple[str, int, int]]:
         """Rows (part, tensors, parameters), grouped by the names' beginnings."""
         depth = 2 if len({_part(key, 1) for key in self.tensors}) < 3 else 1
@@ -81,6 +88,7 @@ class Description:
             "parameters": self.parameters,
             "dtypes": self.dtypes,
             "fingerprint": self.fingerprint,
+            "license": self.license,
             "stage": self.stage or None,
             "config": self.config or None,
             "missing": self.missing,

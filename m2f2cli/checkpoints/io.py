@@ -58,7 +58,7 @@ _GATHER = (
 )
 # Fields of config.json that change without the model changing.
 _BOOKKEEPING = frozenset(
-    {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+    {"_name_or_path", "architectures", "dtype", "license", "torch_dtype", "transformers_version"}
 )
 _NAMED_IN_ERRORS = 4
 # What bitsandbytes stores beside a weight that it has quantized.

@@ -74,7 +74,7 @@ def _show(printer: Output, records: Sequence[Detection], tally: Tally, output: P
 def _row(record: Detection) -> tuple[str, str, str, str]:
     if record.fake_probability is None:
         return record.path, "-", "-", f"{record.status}: {record.message}"
-    words = [words for words in (record.reason, record.note) if words]
+    words = [words for words in (record.forgery, record.reason, record.note) if words]
     if record.kind == "video":
         judged = [f for f in record.frames if f.fake_probability is not None]
         words.append(f"mean of {len(judged)} of {len(record.frames)} frames")

@@ -47,7 +47,10 @@ EXAMPLES = {
     "calibrate images": ("m2f2 calibrate images faces/ --model detector/ --split validation",),
     "calibrate ffpp": ("m2f2 calibrate ffpp ffpp_h5/ --split validation --model detector/",),
     "robustness ddvqa": ("m2f2 robustness ddvqa --data ddvqa/ --robustness-dir sweep/",),
-    "robustness images": ("m2f2 robustness images faces/ --model detector/ --report report/",),
+    "robustness images": (
+        "m2f2 robustness images faces/ --model detector/ --report report/",
+        "m2f2 robustness images faces/ --corruptions chains --robustness-dir sweep/",
+    ),
     "robustness ffpp": ("m2f2 robustness ffpp ffpp_h5/ --model detector/ --report report/",),
 }
 _SETS = {
@@ -81,8 +84,10 @@ _CALIBRATE = """Calibrate a detector on {}.
     """
 _ROBUSTNESS = """Judge {}, corrupted.
 
-    JPEG, blur, noise, scaling and brightness, each from mild to severe. The untouched set is
-    measured and reported as by 'm2f2 evaluate'; the sweep's records, plot and table are resumable.
+    JPEG, blur, noise, scaling and brightness, each from mild to severe, and chains of what happens
+    to pictures that are passed on: JPEG, half size, a screenshot, a messenger, a video. The table
+    tells how many verdicts flip. The untouched set is measured and reported as by 'm2f2 evaluate';
+    the sweep's records, plot and table are resumable.
     """
 _EXIT_CODES = """
     Exit codes: 0 done, 3 some items have no answer, 4 a gate tripped.
@@ -189,6 +194,13 @@ def _show(printer: Output, found: Evaluation) -> None:
             printer.table(
                 ("Manipulation", *(f"{name}>" for name in names)),
                 [(kind, *_cells(kinds[kind], names)) for kind in kinds],
+            )
+        if named := report["forgeries"]:
+            printer.text("")
+            names = sorted({name for row in named.values() for name in row})
+            printer.table(
+                ("Called fake, and named", *(f"{name}>" for name in names)),
+                [(kind, *(row.get(name, 0) for name in names)) for kind, row in named.items()],
             )
         if found.sweep is not None:
             printer.text("")

@@ -21,8 +21,9 @@ import typer
 
 from m2f2cli.cli.output import Output
 from m2f2cli.errors import ConfigError
-from m2f2cli.options.fields import MOVED, Options, key_of, renamed
+from m2f2cli.options.fields import MOVED, Options, key_of, parse_yaml, renamed
 
+_DEEPEST = 8  # mappings inside mappings of a configuration file
 _METAVARS: dict[Any, str] = {
     int: "N",
     int | None: "N",
@@ -209,6 +210,8 @@ def _defaults(
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if prefix.count(".") > _DEEPEST:
+        raise ConfigError(f"A configuration file nests '{prefix[:-1]}' too deeply.")
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _dotted(value, f"{prefix}{key}.")
@@ -222,8 +225,6 @@ def _settings(kind: type[Options], settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: No such option, or no value.
     """
-    import yaml
-
     options = {key_of(item): item for _, item in kind.walk()}
     found = {}
     for setting in settings:
@@ -234,8 +235,8 @@ def _settings(kind: type[Options], settings: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ConfigError(f"--set {key} has no value.", f"For example: --set {key}=1")
         try:
-            found[name.replace("-", "_")] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            found[name.replace("-", "_")] = parse_yaml(text)
+        except ValueError as error:
             raise ConfigError(f"--set {key} cannot read '{text}' as a value.") from error
     return found
 
@@ -256,17 +257,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, is no YAML or holds something else.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"There is no configuration file '{path}'.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The configuration file '{path}' cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        sentence = " ".join(str(error).split())
-        raise ConfigError(f"'{path}' is not valid YAML: {sentence}") from error
+    except ValueError as error:
+        raise ConfigError(f"'{path}' is not valid YAML: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -78,6 +78,7 @@ def _print_checkpoint(out: Output, found: Description, verbose: bool) -> None:
             "dtypes": ", ".join(f"{name} ({count})" for name, count in found.dtypes.items()),
             "stage": found.stage.get("stage", "none stored"),
             "fingerprint": found.fingerprint or "none stored",
+            **({"license": found.license} if found.license else {}),
             "missing": "; ".join(found.missing) or "nothing",
             **({"notes": "; ".join(found.notes)} if found.notes else {}),
             **({"not run": ", ".join(found.foreign)} if found.foreign else {}),

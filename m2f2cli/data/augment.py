@@ -6,14 +6,17 @@ Pictures are uint8 RGB arrays of shape (H, W, 3). Random choices are drawn from 
 
 from __future__ import annotations
 
+import fractions
 import io
 import math
 
 import numpy as np
 from PIL import Image, ImageFilter
 
+from m2f2cli.errors import ConfigError
 from m2f2cli.options.training_pictures import AugmentOptions
 
+_FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
@@ -44,6 +47,84 @@ def rescale(pixels: np.ndarray, factor: float) -> np.ndarray:
     small = (max(1, round(width * factor)), max(1, round(height * factor)))
     picture = Image.fromarray(pixels).resize(small, Image.Resampling.BILINEAR)
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def compress_h264(pixels: np.ndarray, crf: int = 40) -> np.ndarray:
+    """Encode as an H.264 video of one still picture (libx264, 4:2:0) and decode it.
+
+    FaceForensics++ calls crf 23 and 40 "c23" and "c40".
+
+    Args:
+        pixels: uint8 (H, W, 3), RGB.
+        crf: Constant rate factor, 0 (lossless) to 51.
+    """
+    import av
+
+    if not 0 <= crf <= 51:
+        raise ConfigError(f"'crf' must be between 0 and 51, not {crf}.")
+    height, width = pixels.shape[:2]
+    # 4:2:0 needs even edges.
+    coded = (max(2, round(width / 2) * 2), max(2, round(height / 2) * 2))
+    encoder = av.CodecContext.create("libx264", "w")
+    encoder.width, encoder.height = coded
+    encoder.pix_fmt = "yuv420p"
+    encoder.time_base = fractions.Fraction(1, 25)
+    encoder.options = {"crf": str(crf), "preset": "medium", "tune": "zerolatency"}
+    decoder = av.CodecContext.create("h264", "r")
+    encoder.thread_count = decoder.thread_count = 1
+    still = av.VideoFrame.from_ndarray(resized(pixels, coded), format="rgb24")
+    still = still.reformat(format="yuv420p")
+    still.pts = 0
+    packets = [*encoder.encode(still), *encoder.encode(None)]
+    decoded = [frame for packet in packets for frame in decoder.decode(packet)]
+    decoded += decoder.decode(None)
+    return resized(decoded[-1].to_ndarray(format="rgb24"), (width, height))
+
+
+def resized(
+    pixels: np.ndarray,
+    size: tuple[int, int],
+    resampling: Image.Resampling = Image.Resampling.BICUBIC,
+) -> np.ndarray:
+    """Pixels at (width, height)."""
+    if pixels.shape[1::-1] == size:
+        return np.ascontiguousarray(pixels)
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(picture.resize(size, resampling))
+
+
+def screenshot(pixels: np.ndarray, change: float, rng: np.random.Generator) -> np.ndarray:
+    """Show at another size, 1 - ``change`` to 1 + ``change`` times its own, and keep without loss.
+
+    A PNG file holds what is shown, so none is written. The size of the result differs.
+    """
+    return _scaled(pixels, rng.uniform(1 - change, 1 + change), rng)
+
+
+def messenger(pixels: np.ndarray, hops: int, rng: np.random.Generator) -> np.ndarray:
+    """Shrink to 0.7 to 1 times its size, JPEG of quality 60 to 85, once a hop."""
+    for _ in range(hops):
+        small = _scaled(pixels, rng.uniform(0.7, 1.0), rng)
+        pixels = compress_jpeg(small, int(rng.integers(60, 85, endpoint=True)))
+    return pixels
+
+
+def _scaled(pixels: np.ndarray, factor: float, rng: np.random.Generator) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return resized(pixels, size, _FILTERS[int(rng.integers(len(_FILTERS)))])
+
+
+def resend(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What a messenger, a screenshot or a video makes of a picture, drawn by chance; same shape."""
+    choice = int(rng.integers(3))
+    if choice == 0:
+        sent = messenger(pixels, int(rng.integers(1, 2, endpoint=True)), rng)
+    elif choice == 1:
+        sent = screenshot(pixels, rng.uniform(0.1, 0.5), rng)
+    else:
+        sent = compress_h264(pixels, int(rng.integers(20, 34, endpoint=True)))
+    return resized(sent, (pixels.shape[1], pixels.shape[0]))
 
 
 def add_noise(pixels: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
@@ -150,6 +231,8 @@ def augment(
         pixels = rescale(pixels, rng.uniform(*options.rescale_factor))
     if rng.random() < options.noise:
         pixels = add_noise(pixels, rng.uniform(*options.noise_sigma), rng)
+    if options.resend and rng.random() < options.resend:  # without it, the draws stay as they were
+        pixels = resend(pixels, rng)
     if rng.random() < options.jpeg:
         quality = int(rng.integers(*options.jpeg_quality, endpoint=True))
         pixels = compress_jpeg(pixels, quality)

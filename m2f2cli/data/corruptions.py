@@ -1,6 +1,9 @@
-"""What happens to pictures on their way: JPEG, blur, noise, scaling, light; five severities each.
+"""What happens to pictures on their way.
 
-The severities are published ones:
+``CORRUPTIONS``: JPEG, blur, noise, scaling, light, in five severities each. ``CHAINS``: what people
+and their programs do to a picture that they pass on, each in one severity.
+
+The severities of corruptions are published ones:
 
 * DeeperForensics-1.0 (Jiang et al., CVPR 2020, arXiv 2001.03024), by its code, ``perturbation/`` in
   github.com/EndlessSora/DeeperForensics-1.0, which LipForensics and later robustness studies of
@@ -16,13 +19,22 @@ own pixels. NumPy and Pillow only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from m2f2cli.data.augment import adjust_color, compress_jpeg, gaussian_blur, to_uint8
+from m2f2cli.data.augment import (
+    adjust_color,
+    compress_h264,
+    compress_jpeg,
+    gaussian_blur,
+    messenger,
+    rescale,
+    screenshot,
+    to_uint8,
+)
 from m2f2cli.errors import ConfigError
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -41,8 +53,8 @@ class Corruption:
 
     name: str  # as reports spell it
     parameter: str  # what the numbers are
-    values: tuple[float, ...]  # one for each of SEVERITIES, mildest first
-    source: str  # DeeperForensics-1.0 or ImageNet-C
+    values: tuple[float, ...]  # one for each severity from 1 on, mildest first
+    source: str  # DeeperForensics-1.0, ImageNet-C or m2f2
     change: Change  # gives the changed picture for pixels, a number and a source of random draws
 
     def value(self, severity: int) -> float:
@@ -51,8 +63,9 @@ class Corruption:
         Raises:
             ConfigError: There is no such severity.
         """
-        if severity not in SEVERITIES:
-            raise ConfigError(f"A severity is a number from 1 to 5, not {severity}.")
+        if not 1 <= severity <= len(self.values):
+            last = len(self.values)
+            raise ConfigError(f"A severity of '{self.name}' is from 1 to {last}, not {severity}.")
         return self.values[severity - 1]
 
     def apply(self, pixels: np.ndarray, severity: int, seed: str) -> np.ndarray:
@@ -60,12 +73,12 @@ class Corruption:
 
         Args:
             pixels: uint8 (H, W, 3), RGB; not changed.
-            severity: Of ``SEVERITIES``.
+            severity: From 1 to the number of ``values``.
             seed: Decides the random draws together with the name and the severity; the sha256 of
                 the picture gives every picture its own.
 
         Returns:
-            uint8 (H, W, 3).
+            uint8 (H, W, 3); of a screenshot or a messenger with another height and width.
         """
         value = self.value(severity)
         digest = hashlib.sha256(f"{self.name} {severity} {seed}".encode()).digest()
@@ -102,7 +115,7 @@ def _contrast(pixels: np.ndarray, factor: float, _: np.random.Generator) -> np.n
     return to_uint8(pixels.astype(np.float32) * np.float32(factor))
 
 
-_FORENSICS, _IMAGENET = "DeeperForensics-1.0", "ImageNet-C"
+_FORENSICS, _IMAGENET, _OWN = "DeeperForensics-1.0", "ImageNet-C", "m2f2"
 _TABLE = (
     Corruption(
         "jpeg", "quality", (25, 18, 15, 10, 7), _IMAGENET,
@@ -123,16 +136,39 @@ _TABLE = (
     ),
 )  # fmt: skip
 CORRUPTIONS = {corruption.name: corruption for corruption in _TABLE}
+_CHAINS = (
+    Corruption(
+        "jpeg-75", "quality", (75,), _OWN,
+        lambda pixels, quality, _: compress_jpeg(pixels, int(quality)),
+    ),
+    Corruption(
+        "half-size", "shrunk to", (0.5,), _OWN, lambda pixels, factor, _: rescale(pixels, factor)
+    ),
+    Corruption("screenshot", "resized by at most", (0.4,), _OWN, screenshot),
+    Corruption(
+        "messenger", "hops", (2,), _OWN,
+        lambda pixels, hops, rng: messenger(pixels, int(hops), rng),
+    ),
+    Corruption(
+        "h264-28", "constant rate factor", (28,), _OWN,
+        lambda pixels, crf, _: compress_h264(pixels, int(crf)),
+    ),
+)  # fmt: skip
+CHAINS = {chain.name: chain for chain in _CHAINS}
+GROUPS = {"corruptions": tuple(CORRUPTIONS), "chains": tuple(CHAINS)}
 
 
-def find_corruption(name: str) -> Corruption:
-    """A corruption by its name.
+def find_corruptions(names: Iterable[str]) -> dict[str, Corruption]:
+    """Corruptions and chains by their names, or by those of ``GROUPS`` for all of a table.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: There is none of a name.
     """
-    if name not in CORRUPTIONS:
+    every = CORRUPTIONS | CHAINS
+    single = [one for name in names for one in GROUPS.get(name, (name,))]
+    if unknown := [name for name in single if name not in every]:
         raise ConfigError(
-            f"There is no corruption '{name}'.", f"Use some of: {', '.join(CORRUPTIONS)}."
+            f"There is no corruption '{unknown[0]}'.",
+            f"Use some of: {', '.join([*GROUPS, *every])}.",
         )
-    return CORRUPTIONS[name]
+    return {name: every[name] for name in single}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import os
 import re
 from collections import Counter
@@ -21,6 +20,7 @@ import numpy as np
 from m2f2cli.data.images import IMAGE_SUFFIXES
 from m2f2cli.data.video import evenly
 from m2f2cli.errors import ConfigError, InputError
+from m2f2cli.files import parse_json
 from m2f2cli.registry import Registry
 
 REAL = "real"
@@ -308,7 +308,7 @@ def load_json(file: Path, noun: str, hint: str) -> Any:
         InputError: It is missing (``hint`` says how to come by it) or unreadable.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise InputError(f"There is no {noun} '{file}'.", "missing", hint) from error
     except (OSError, ValueError) as error:

@@ -8,7 +8,6 @@ their usual places in such a crop, jittered. Equal generators give equal forgeri
 
 from __future__ import annotations
 
-import fractions
 import math
 from typing import NamedTuple
 
@@ -22,8 +21,10 @@ from m2f2cli.data.augment import (
     compress_jpeg,
     gaussian_blur,
     rescale,
+    resized,
     to_uint8,
 )
+from m2f2cli.data.augment import compress_h264 as compress_h264
 from m2f2cli.errors import ConfigError
 
 KINDS = ("self_blend", "swap_blend", "mouth_warp", "expression_warp")
@@ -127,7 +128,7 @@ def swap_blend(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Put the inner face of ``other``, a crop of any size, on this head, colors partly matched."""
     height, width = pixels.shape[:2]
-    other = _resized(other, (width, height))
+    other = resized(other, (width, height))
     if rng.random() < 0.5:
         other = np.ascontiguousarray(other[:, ::-1])
     other = affine(
@@ -226,46 +227,6 @@ def match_color(
     gain = np.clip((wanted.std(axis=0) + 1.0) / spread, 0.5, 2.0)
     matched = (pixels - mean) * gain + wanted.mean(axis=0)
     return to_uint8(pixels + np.float32(strength) * (matched - pixels))
-
-
-def compress_h264(pixels: np.ndarray, crf: int = 40) -> np.ndarray:
-    """Encode as an H.264 video of one still picture (libx264, 4:2:0) and decode it.
-
-    FaceForensics++ calls crf 23 and 40 "c23" and "c40".
-
-    Args:
-        pixels: uint8 (H, W, 3), RGB.
-        crf: Constant rate factor, 0 (lossless) to 51.
-    """
-    import av
-
-    if not 0 <= crf <= 51:
-        raise ConfigError(f"'crf' must be between 0 and 51, not {crf}.")
-    height, width = pixels.shape[:2]
-    # 4:2:0 needs even edges.
-    coded = (max(2, round(width / 2) * 2), max(2, round(height / 2) * 2))
-    encoder = av.CodecContext.create("libx264", "w")
-    encoder.width, encoder.height = coded
-    encoder.pix_fmt = "yuv420p"
-    encoder.time_base = fractions.Fraction(1, 25)
-    encoder.options = {"crf": str(crf), "preset": "medium", "tune": "zerolatency"}
-    decoder = av.CodecContext.create("h264", "r")
-    encoder.thread_count = decoder.thread_count = 1
-    still = av.VideoFrame.from_ndarray(_resized(pixels, coded), format="rgb24")
-    still = still.reformat(format="yuv420p")
-    still.pts = 0
-    packets = [*encoder.encode(still), *encoder.encode(None)]
-    decoded = [frame for packet in packets for frame in decoder.decode(packet)]
-    decoded += decoder.decode(None)
-    return _resized(decoded[-1].to_ndarray(format="rgb24"), (width, height))
-
-
-def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Pixels at (width, height)."""
-    if pixels.shape[1::-1] == size:
-        return np.ascontiguousarray(pixels)
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
 
 
 def _recolor(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -29,7 +29,14 @@ from m2f2cli.evaluation.evaluate import (
 )
 from m2f2cli.evaluation.truth import Joined
 from m2f2cli.files import MARK, atomic_folder, json_bytes, refuse_existing
-from m2f2cli.metrics import Groups, Ranking, calibration_error
+from m2f2cli.metrics import (
+    SATURATED,
+    Groups,
+    Ranking,
+    calibration_error,
+    log_odds,
+    wilson_interval,
+)
 from m2f2cli.options.evaluate import CalibrateOptions
 from m2f2cli.runtime import Progress, no_progress
 
@@ -38,7 +45,6 @@ FEWEST = 20  # pictures of each class below which nothing is fitted
 RESAMPLES = 2000
 TEMPERATURES = (0.2, 20.0)  # between these a fitted temperature lies
 _DIGITS = 6  # of the probabilities in records
-_SATURATED = 0.5 * 10**-_DIGITS  # what a score of 0 or 1 in a record stands for, at most
 _STEPS = 80  # halvings of the interval that holds the temperature
 
 
@@ -137,7 +143,7 @@ def fit(
         raise UsageError(f"The band's level lies in [0, 1), not {band_level}.", "Try 0.95.")
     truth, scores = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
     _check_enough(truth, target_fpr)
-    z = _log_odds(scores)
+    z = log_odds(scores)
     factor, notes = _fit_factor(truth, z, temperature)
     found = np.round(_sigmoid(z / factor), _DIGITS)
     real = truth == 0
@@ -147,7 +153,7 @@ def fit(
         names = np.arange(len(truth)).astype(str) if groups is None else np.asarray(groups)
         rule = (threshold, target_fpr, band_level)
         band = _band(found[real], list(names[real]), rule, seed)
-    saturated = int(np.sum((scores <= _SATURATED) | (scores >= 1 - _SATURATED)))
+    saturated = int(np.sum((scores <= SATURATED) | (scores >= 1 - SATURATED)))
     if saturated:
         notes.append(f"{saturated} of {len(scores)} scores are 0 or 1 to {_DIGITS} digits")
     called = found >= threshold
@@ -193,15 +199,6 @@ def find_threshold(scores: np.ndarray, real: np.ndarray, target_fpr: float) -> f
     above = scores[scores > below]
     following = float(above.min()) if len(above) else below + step
     return round(min(following, math.ceil((below + following) / 2 / step) * step), _DIGITS)
-
-
-def wilson_interval(hits: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of Wilson (1927) for a share that ``hits`` of ``total`` estimate."""
-    z = 1.959964
-    share, extra = hits / total, z * z / total
-    center = (share + extra / 2) / (1 + extra)
-    half = z / (1 + extra) * math.sqrt(share * (1 - share) / total + extra / (4 * total))
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def highest_excluded(real_scores: np.ndarray, weights: np.ndarray, target_fpr: float) -> np.ndarray:
@@ -267,11 +264,6 @@ def _fit_factor(truth: np.ndarray, z: np.ndarray, present: float) -> tuple[float
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return 2 / (low + high), []
-
-
-def _log_odds(probabilities: np.ndarray) -> np.ndarray:
-    clipped = np.clip(np.asarray(probabilities, dtype=np.float64), _SATURATED, 1 - _SATURATED)
-    return np.log(clipped) - np.log1p(-clipped)
 
 
 def _sigmoid(z: np.ndarray) -> np.ndarray:

@@ -62,7 +62,8 @@ def render_page(report: Mapping[str, Any], joined: Joined) -> str:
         },
         kind_figures=list(dict.fromkeys(name for figures in kinds.values() for name in figures)),
         bars=_kind_bars(kinds),
-        score_plots=list(_score_plots(joined)),
+        forgery_names=sorted({n for row in report["forgeries"].values() for n in row}),
+        score_plots=[*_score_plots(joined), *_risk_plot(report)],
         mistakes=_mistakes(joined),
     )
 
@@ -123,6 +124,31 @@ def _score_plots(joined: Joined) -> Iterator[dict[str, str]]:
         reliability(labels, scores),
         "Reliability: share of forged pictures against the mean fake probability of ten equal "
         "bins; on the dotted line when calibrated. Numbers count pictures.",
+    )
+
+
+def _risk_plot(report: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """The plot of risk against coverage, with the point of the stored rule where it is known."""
+    curve, figures = report["risk_coverage"], report["figures"]
+    if curve is None:
+        return
+    words = (
+        "Risk and coverage: with the surest calls first, the share of wrong ones among those given "
+        "against the share that is given."
+    )
+    point = [figures.get(name) or {"value": None} for name in ("coverage", "risk")]
+    if known := all(figure["value"] is not None for figure in point):
+        coverage, risk = map(_with_interval, point)
+        words += (
+            f" The point is the stored rule: it decides {coverage}, and {risk} of that wrongly."
+        )
+    yield _plot(risk_coverage(curve, point if known else None), words)
+
+
+def _with_interval(figure: Mapping[str, Any]) -> str:
+    words = f"{figure['value']:.1%}"
+    return (
+        words if figure["low"] is None else f"{words} ({figure['low']:.1%} to {figure['high']:.1%})"
     )
 
 
@@ -247,6 +273,40 @@ def reliability(labels: np.ndarray, scores: np.ndarray) -> Figure:
     return figure
 
 
+def _reach(figure: Mapping[str, Any]) -> list[list[float]] | None:
+    """How far an interval reaches to either side of its value; None without one."""
+    value, low, high = (figure[key] for key in ("value", "low", "high"))
+    return None if low is None else [[max(value - low, 0.0)], [max(high - value, 0.0)]]
+
+
+def risk_coverage(
+    curve: Mapping[str, Sequence[float]], point: Sequence[Mapping[str, Any]] | None
+) -> Figure:
+    """The share of wrong calls against the share of calls given.
+
+    Args:
+        curve: ``coverage`` and ``risk``, each in [0, 1].
+        point: Coverage and risk of the stored rule as JSON values (``value``, ``low``, ``high``);
+            None draws no point.
+    """
+    figure, axes = _canvas()
+    axes.step(
+        [0, *curve["coverage"]], [curve["risk"][0], *curve["risk"]],
+        where="pre", color=FAKE_COLOR, linewidth=1.8, label="by confidence",
+    )  # fmt: skip
+    if point:
+        (x, across), (y, along) = ((one["value"], _reach(one)) for one in point)
+        axes.errorbar([x], [y], xerr=across, yerr=along, fmt="o", color=INK, label="stored rule")
+    axes.set(
+        xlabel="coverage: share of the pictures that is called",
+        ylabel="risk: share of those called wrongly",
+        xlim=(0, 1.02),
+        ylim=(0, None),
+    )
+    _legend_above(axes, columns=2)
+    return figure
+
+
 def bars(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Figure:
     """Figures of each manipulation as bars with their intervals.
 
@@ -306,7 +366,7 @@ def drawn(figure: Figure, form: str = "svg") -> bytes:
 
 def sweep_curves(rows: Sequence[Row], form: str = "svg") -> bytes:
     """AUC with its interval, and the share in the domain, against severity, as SVG or PNG."""
-    clean, corrupted = rows[0], rows[1:]
+    clean, corrupted = rows[0], [row for row in rows if row.corruption in CORRUPTIONS]
     names = list(dict.fromkeys(row.corruption for row in corrupted))
     across = max(1, min(4, len(names)))
     down = max(1, -(-len(names) // across))

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from m2f2cli.data.conversations import plain
 from m2f2cli.errors import InputError
+from m2f2cli.files import parse_json
 from m2f2cli.records import SCHEMA_VERSION, STATUSES, VERDICTS, read_text
 
+OTHERS = "was made by another model, or with another threshold, than the first"
 CSV_HEADER = ["image_id", "ground_truth", "prediction"]
+# Of the columns of ``m2f2 detect``'s tables, those that every version writes and that are read.
+_OF_A_TABLE = ("path", "kind", "status", "fake_probability", "threshold", "schema_version")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Prediction:
     question: str | None = None  # the prompt
     status: str = "ok"  # a key of records.STATUSES
     in_domain: bool | None = None  # as in records.Detection
+    forgery: str | None = None  # as there
 
     def same_answer(self, other: Prediction) -> bool:
         """Whether two rows say the same; marks of the tokeniser do not count."""
@@ -79,12 +83,15 @@ def read_predictions(path: Path) -> Predictions:
     text = read_text(path)
     if text.lstrip().startswith("{"):
         return _read_lines(path, text)
-    if [word.strip() for word in text.partition("\n")[0].split(",")] == CSV_HEADER:
+    header = [word.strip() for word in text.partition("\n")[0].split(",")]
+    if header == CSV_HEADER:
         return _read_frames(path, text)
+    if set(_OF_A_TABLE) <= set(header):
+        return _read_table(path, text, header)
     raise InputError(
         f"'{path}' is no file of answers that m2f2 knows.",
-        hint="It reads the .jsonl records of 'm2f2 detect --output', the published .jsonl answers "
-        f"and the published CSV with the header '{','.join(CSV_HEADER)}'.",
+        hint="It reads the records of 'm2f2 detect --output' (.jsonl, .csv), the published .jsonl "
+        f"answers and the published CSV with the header '{','.join(CSV_HEADER)}'.",
     )
 
 
@@ -99,8 +106,8 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, parse_constant=refuse_constant)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line, strict=True)
+        except ValueError as error:
             fault = "is cut off" if number == len(lines) else f"is no JSON ({error})"
             raise InputError(
                 f"Line {number} of '{path}' {fault}.",
@@ -144,11 +151,6 @@ def probability(value: object, key: str) -> float:
     return float(value)
 
 
-def refuse_constant(word: str) -> float:
-    """For ``json.loads``: NaN and the infinities are no JSON."""
-    raise ValueError(f"{word} is not a JSON number")
-
-
 def _read_lines(path: Path, text: str) -> Predictions:
     notes: tuple[str, ...] = ()
     body, newline, last = text.rpartition("\n")
@@ -166,7 +168,7 @@ def _read_lines(path: Path, text: str) -> Predictions:
             rows.append(_READERS[layout](row))
             made_by = made_by or _made_by(row)
             if layout == "detections" and made_by != _made_by(row):
-                raise BadRow("was made by another model, or with another threshold, than the first")
+                raise BadRow(OTHERS)
         except BadRow as error:
             raise bad_line(path, number, str(error)) from error
     return Predictions(path, layout, tuple(rows), notes=notes, **made_by)
@@ -174,7 +176,7 @@ def _read_lines(path: Path, text: str) -> Predictions:
 
 def _is_json(line: str) -> bool:
     try:
-        json.loads(line)
+        parse_json(line)
     except ValueError:
         return False
     return True
@@ -218,6 +220,7 @@ def _detection(row: Mapping[str, Any]) -> Prediction:
         verdict=verdict,
         status=status,
         in_domain=value_of(row, "in_domain", bool),
+        forgery=value_of(row, "forgery", str),
     )
 
 
@@ -240,27 +243,68 @@ def _read_frames(path: Path, text: str) -> Predictions:
     """The published CSV: ``ground_truth`` 1 is real, ``prediction`` is the probability of real."""
     rows = []
     labels: dict[str, int] = {}
-    reader = csv.reader(io.StringIO(text))
-    next(reader)
-    for row in reader:
-        if not row:
-            continue
+    for line, row in csv_rows(path, text):
         if len(row) != len(CSV_HEADER):
-            raise bad_line(path, reader.line_num, f"has {len(row)} columns, not {len(CSV_HEADER)}")
+            raise bad_line(path, line, f"has {len(row)} columns, not {len(CSV_HEADER)}")
         name, truth, score = (word.strip() for word in row)
         if truth not in ("0", "1"):
-            raise bad_line(path, reader.line_num, f"has {truth!r} for 'ground_truth', not 0 or 1")
+            raise bad_line(path, line, f"has {truth!r} for 'ground_truth', not 0 or 1")
         label = 1 - int(truth)
         if labels.setdefault(name, label) != label:
-            raise bad_line(path, reader.line_num, f"gives '{name}' another label than before")
-        try:
-            real = float(score)
-        except ValueError:
-            real = math.nan
+            raise bad_line(path, line, f"gives '{name}' another label than before")
+        real = _float(score)
         if not 0 <= real <= 1:
             fault = f"has {score!r} for 'prediction', which is no probability in [0, 1]"
-            raise bad_line(path, reader.line_num, fault)
+            raise bad_line(path, line, fault)
         rows.append(Prediction(name, fake_probability=1 - real))
     if not rows:
         raise InputError(f"'{path}' holds no rows.", "empty")
     return Predictions(path, "frames", tuple(rows), labels=labels)
+
+
+def _read_table(path: Path, text: str, header: Sequence[str]) -> Predictions:
+    """The table that ``m2f2 detect --output FILE.csv`` writes: the values of its records."""
+    rows: list[Prediction] = []
+    made_by: dict[str, Any] = {}
+    for line, cells in csv_rows(path, text):
+        if len(cells) != len(header):
+            raise bad_line(path, line, f"has {len(cells)} columns, not {len(header)}")
+        found: dict[str, Any] = {k: v or None for k, v in zip(header, cells, strict=True)}
+        for key in ("fake_probability", "threshold", "schema_version"):
+            if found[key] is not None:
+                found[key] = _float(found[key])
+        domain = found.get("in_domain")
+        found["in_domain"] = {"True": True, "False": False}.get(domain or "", domain)
+        try:
+            rows.append(_detection(found))
+            made_by = made_by or _made_by(found)
+            if made_by != _made_by(found):
+                raise BadRow(OTHERS)
+        except BadRow as error:
+            raise bad_line(path, line, str(error)) from error
+    if not rows:
+        raise InputError(f"'{path}' holds no rows.", "empty")
+    return Predictions(path, "detections", tuple(rows), **made_by)
+
+
+def csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows below the heading of a CSV file with their line numbers, without empty ones.
+
+    Raises:
+        InputError: A line is no CSV, or a field is longer than a line of text can be.
+    """
+    reader = csv.reader(io.StringIO(text))
+    try:
+        next(reader)
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise bad_line(path, reader.line_num, f"is no line of a CSV file: {error}") from error
+
+
+def _float(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        return math.nan

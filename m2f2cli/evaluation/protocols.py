@@ -154,6 +154,23 @@ def difference(
     )
 
 
+def risk_curve(scored: Joined) -> dict[str, list[float]] | None:
+    """Risk against coverage (see ``metrics.risk_coverage``), at about each percent of coverage.
+
+    None where the answers carry no probabilities.
+    """
+    given = [i for i in scored.items if i.fake_probability is not None]
+    if scored.task != "scores" or not given:
+        return None
+    scores = np.array([item.fake_probability for item in given], dtype=np.float64)
+    fake = np.array([item.label == FAKE for item in given])
+    wrong = (scores >= scored.threshold_used) != fake
+    sure = metrics.confidence(scores, scored.threshold_used)
+    coverage, risk = metrics.risk_coverage(Ranking(wrong.astype(np.int64), sure).curve())
+    kept = np.unique(np.searchsorted(coverage, np.linspace(0.01, 1, 100) - 1e-9))
+    return {"coverage": coverage[kept].tolist(), "risk": risk[kept].tolist()}
+
+
 def count_items(scored: Joined) -> dict[str, int]:
     """How many items of which sort; ``videos`` is 0 where no group has several items."""
     items = scored.items
@@ -237,7 +254,11 @@ class _Pictures:
             if self._ranks and kind != "real":
                 keep = has & ((kinds == kind) | ~fake)
                 self._kind_ranks[kind] = self._ranking(labels, scores, keep)
-        self._videos = None
+        self._videos: Ranking | None = None
+        self._risks: Ranking | None = None
+        self._decided: np.ndarray | None = None
+        if scored.task == "scores":
+            self._judge(scored, called != fake, has)
         if self._ranks:
             self._frames = self._ranking(labels, scores, has)
             self._bins = self.groups.sums(metrics.binned(fake, scores) * has[:, None, None])
@@ -248,6 +269,18 @@ class _Pictures:
                 self._videos = Ranking(self.groups.strata[seen], means[seen], seen)
         self.undefined = self._reasons(labels[has] if self._ranks else labels)
         self.definition = self._define(scored, bool(has.any()))
+
+    def _judge(self, scored: Joined, wrong: np.ndarray, has: np.ndarray) -> None:
+        """Note which calls are wrong by their confidence, and what the stored rule decided."""
+        scores = np.array([item.fake_probability or 0.0 for item in scored.items])
+        sure = metrics.confidence(scores, scored.threshold_used)
+        self._risks = self._ranking(wrong.astype(np.int64), sure, has)
+        verdicts = np.array([item.verdict or "" for item in scored.items])
+        if (verdicts != "").any():
+            decided = has & ((verdicts == "real") | (verdicts == "fake"))
+            words = np.where([item.label == FAKE for item in scored.items], "fake", "real")
+            facts = [has, decided, decided & (verdicts != words)]
+            self._decided = self.groups.sums(np.stack(facts, axis=1))
 
     def _ranking(self, labels: np.ndarray, scores: np.ndarray, keep: np.ndarray) -> Ranking:
         return Ranking(labels[keep], scores[keep], self.groups.of_item[keep])
@@ -265,7 +298,9 @@ class _Pictures:
         videos = self._videos.curve(weights) if self._videos else None
         bins = np.tensordot(weights, self._bins, 1) if self._ranks else None
         calls = Confusion(*np.moveaxis(weights @ self._cells, -1, 0))
-        of = metrics.Weighted(frames, videos, bins, calls)
+        risks = self._risks.curve(weights) if self._risks else None
+        decided = weights @ self._decided if self._decided is not None else None
+        of = metrics.Weighted(frames, videos, bins, calls, risks, decided)
         found = {
             name: metric.compute(of)
             for name, metric in METRICS.items()

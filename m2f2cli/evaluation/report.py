@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -16,10 +17,9 @@ from typing import Any, NamedTuple
 
 from m2f2cli.environment import library_versions
 from m2f2cli.errors import InputError, UsageError
-from m2f2cli.evaluation.predictions import refuse_constant
-from m2f2cli.evaluation.protocols import Measures
+from m2f2cli.evaluation.protocols import Measures, risk_curve
 from m2f2cli.evaluation.truth import FAKE, REAL, UNKNOWN, Item, Joined
-from m2f2cli.files import atomic_write
+from m2f2cli.files import atomic_write, parse_json
 from m2f2cli.records import STATUSES, VERDICTS, read_text, to_line
 
 SCHEMA_VERSION, KIND = 1, "evaluation"
@@ -70,8 +70,19 @@ def build_report(
             kind: {name: asdict(figure) for name, figure in figures.items()}
             for kind, figures in measures.per_kind.items()
         },
+        "forgeries": count_forgeries(scored),
+        "risk_coverage": risk_curve(scored),
         "notes": list(dict.fromkeys((*scored.notes, *measures.notes))),
     }
+
+
+def count_forgeries(scored: Joined) -> dict[str, dict[str, int]]:
+    """How often each kind of forgery was named, by the true manipulation, ``real`` for none."""
+    found: dict[str, dict[str, int]] = {}
+    for kind, name in sorted((i.kind, i.forgery) for i in scored.items if i.forgery is not None):
+        row = found.setdefault(kind, {})
+        row[name] = row.get(name, 0) + 1
+    return found
 
 
 def sha256_of(data: bytes) -> str:
@@ -126,16 +137,15 @@ class SavedReport(NamedTuple):
     scored: Joined  # the joined items beside it
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a strict JSON object.
+def read_object(path: Path) -> dict[str, Any]:
+    """The strict JSON object in a file.
 
     Raises:
         InputError: The file is missing, empty, cut off, no JSON, or holds NaN or no object.
     """
-    text = read_text(path)
     try:
-        found = json.loads(text, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(read_text(path), strict=True)
+    except ValueError as error:
         raise InputError(f"'{path}' is not valid JSON: {error}.") from error
     if not isinstance(found, dict):
         raise InputError(f"'{path}' does not hold a JSON object.")
@@ -154,7 +164,7 @@ def read_report(path: Path) -> SavedReport:
             those that the report was made of.
     """
     file = path / REPORT if path.is_dir() else path
-    report = read_json(file)
+    report = read_object(file)
     if not _is_report(report):
         raise InputError(
             f"'{file}' is not a report of 'm2f2 evaluate'.", hint="Name a folder made by --report."
@@ -184,24 +194,55 @@ def read_report(path: Path) -> SavedReport:
         raise InputError(f"'{file}' is malformed: {error!r}.") from error
 
 
+_TEXTS: tuple[Any, ...] = (str, None)
+# What is read of report.json, and all of a line of scored.jsonl: types, lists of one type, the
+# values or types that may stand there, and ranges.
+_REPORT: dict[str, Any] = {
+    "created": str, "dataset": str, "task": str, "split": str, "notes": [str],
+    "protocol": {"name": str, "sha256": str},
+    "model": {"name": _TEXTS, "fingerprint": _TEXTS, "threshold": (range(2), None)},
+    "data": {"fingerprint": str, "missing": [str], "duplicates": [str], "unknown": [str]},
+}  # fmt: skip
+_ITEM: dict[str, Any] = {
+    "name": str, "kind": str, "group": str, "label": (REAL, FAKE, UNKNOWN),
+    "verdict": (None, *VERDICTS), "status": tuple(STATUSES), "fake_probability": (range(2), None),
+    "answer": _TEXTS, "question": _TEXTS, "file": _TEXTS, "in_domain": (bool, None),
+    "forgery": _TEXTS, "references": [str],
+}  # fmt: skip
+
+
+def _misfit(value: Any, shape: Any, at: str = "") -> str | None:
+    """Where a JSON value is not of a shape; None where it is."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return at or "no object"
+        inner = (_misfit(value.get(key), part, f"{at}{key}.") for key, part in shape.items())
+        return next(filter(None, inner), None)
+    if isinstance(shape, tuple):
+        fits = any(_misfit(value, part, "x") is None for part in shape)
+    elif isinstance(shape, list):
+        fits = isinstance(value, list) and all(isinstance(one, shape[0]) for one in value)
+    elif isinstance(shape, range):  # from its first number to its last
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = number and shape[0] <= value <= shape[-1]
+    elif isinstance(shape, type):
+        fits = isinstance(value, shape)
+    else:
+        fits = type(value) is type(shape) and value == shape
+    return None if fits else at.rstrip(".")
+
+
 def _read_items(report: Mapping[str, Any], data: bytes) -> Joined:
+    if fault := _misfit(report, _REPORT):
+        raise TypeError(fault)
     items, references = [], {}
     for number, line in enumerate(data.splitlines(), start=1):
-        row = json.loads(line)
+        row = parse_json(line, strict=True)
+        if fault := _misfit(row, _ITEM):
+            raise ValueError(f"line {number} of {ITEMS}: {fault}")
         texts = tuple(row.pop("references"))
         row["file"] = None if row["file"] is None else Path(row["file"])
         item = Item(**row)
-        score = item.fake_probability
-        sound = (
-            isinstance(item.name, str)
-            and isinstance(item.group, str)
-            and item.label in (REAL, FAKE, UNKNOWN)
-            and item.verdict in (None, *VERDICTS)
-            and item.status in STATUSES
-            and (score is None or (isinstance(score, (int, float)) and math.isfinite(score)))
-        )
-        if not sound:
-            raise ValueError(f"line {number} of {ITEMS}")
         items.append(item)
         if texts:
             references[item.name] = texts
@@ -299,7 +340,7 @@ def read_expectation(path: Path) -> Expectation:
     Raises:
         InputError: The file cannot be read, expects nothing, or a value is no number.
     """
-    found = read_json(path)
+    found = read_object(path)
     identity = {}
     if _is_report(found):
         paths = ("dataset", "protocol.sha256", "data.fingerprint")
@@ -343,6 +384,8 @@ def _number(path: Path, key: str, value: Any, low: float = -math.inf) -> float:
         )
     if value < low:
         raise InputError(f"'{path}' gives '{key}' as {value}, below {low:g}.")
+    if abs(value) > sys.float_info.max:
+        raise InputError(f"'{path}' gives '{key}' too large a number.")
     return float(value)
 
 

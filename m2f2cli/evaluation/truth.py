@@ -7,7 +7,6 @@ HDF5 files come from ``evaluate.truth_of``.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter
@@ -27,6 +26,7 @@ from m2f2cli.evaluation.predictions import (
     json_lines,
     value_of,
 )
+from m2f2cli.files import parse_json
 from m2f2cli.records import read_text
 
 TASKS = ("scores", "judgement", "explanation")
@@ -51,6 +51,7 @@ class Item:
     status: str = "ok"  # a key of records.STATUSES
     # Whether the picture resembles the training pictures; None without a check
     in_domain: bool | None = None
+    forgery: str | None = None  # the kind that a fake verdict names; None as in records.Detection
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,7 @@ def _answered(item: Item, rows: Sequence[Prediction], task: str) -> Item:
         question=row.question or item.question,
         status=row.status,
         in_domain=row.in_domain,
+        forgery=row.forgery,
     )
 
 
@@ -344,7 +346,7 @@ def _annotated(data: Path, split: str) -> Truth:
     for file in sorted(folder.rglob("*.json")):
         kind = renamed.get(file.parent.name, file.parent.name)
         try:
-            annotated = json.loads(file.read_text(encoding="utf-8"))
+            annotated = parse_json(file.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise InputError(f"'{file}' is not a DD-VQA annotation file: {error}.") from error
         if not isinstance(annotated, dict):

@@ -265,11 +265,14 @@ class Score(NamedTuple):
         fake_probability: In [0, 1].
         domain_distance: 0 or more; None where the model has no check.
         forgery_map: float32 (g, g), cosines in [-1, 1]; None when absent or not asked for.
+        kind: The likeliest kind of forgery, and how far its logit leads the second, 0 or more; None
+            of a model that does not tell two kinds apart.
     """
 
     fake_probability: float
     domain_distance: float | None = None
     forgery_map: np.ndarray | None = None
+    kind: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -340,6 +343,7 @@ class DetectPipeline:
             0.5 if chosen is None else float(chosen),
             (float(band[0]), float(band[1])) if band else None,
             float(config.domain["limit"]) if config.domain else None,
+            config.kind_margin,
         )
 
     @property
@@ -406,7 +410,10 @@ class DetectPipeline:
                 found = seen.forgery_map.float().cpu().numpy()
                 # As the picture is, where the crop was turned.
                 maps = [np.rot90(m, -crop.turn) for m, crop in zip(found, some, strict=True)]
-            for crop, chance, where in zip(some, chances, maps, strict=True):
+            kinds: Iterable[tuple[str, float] | None] = [None] * len(some)
+            if (logits := getattr(seen, "kind_logits", None)) is not None:
+                kinds = self.detector.leading_kinds(logits)
+            for crop, chance, where, kind in zip(some, chances, maps, kinds, strict=True):
                 if not 0 <= chance <= 1:
                     raise M2F2Error(
                         "The model's answer is not a number.",
@@ -414,7 +421,8 @@ class DetectPipeline:
                     )
                 distance = crop.domain_distance
                 rounded = None if distance is None else round(distance, DIGITS)
-                scores.append(Score(round(chance, DIGITS), rounded, where))
+                kind = kind and (kind[0], round(kind[1], DIGITS))
+                scores.append(Score(round(chance, DIGITS), rounded, where, kind))
         return scores
 
     def _look(self, crops: Sequence[Crop]) -> Any:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -71,7 +71,7 @@ class RecordFile:
         layout: Of the records.
 
     Attributes:
-        done: Item to (status, verdict) of every record in the file.
+        done: Item to (status, verdict, kind of forgery) of every record in the file.
 
     Raises:
         UsageError: The file holds something else than records.
@@ -81,7 +81,7 @@ class RecordFile:
     def __init__(self, path: Path, *, overwrite: bool = False, layout: Layout = DETECTIONS) -> None:
         self.path = path
         self._layout = layout
-        self.done: dict[str, tuple[str, str | None]] = {}
+        self.done: dict[str, tuple[str, str | None, str | None]] = {}
         self._made_with: dict[str, Any] = {}
         self._size = 0
         self._bound = False
@@ -123,7 +123,9 @@ class RecordFile:
         made_with = {item.name: about.get(item.name) for item in fields(kind)}
         self._made_with = self._made_with or made_with
         self._compare(made_with, self._made_with)
-        self.done[row[key]] = (str(about.get("status")), about.get("verdict"))
+        named = about.get("forgery")  # older records have none
+        forgery = named if isinstance(named, str) else None
+        self.done[row[key]] = (str(about.get("status")), about.get("verdict"), forgery)
 
     def _may_begin(self, line: bytes) -> bool:
         return line.startswith(self._layout.start) or self._layout.start.startswith(line)
@@ -177,7 +179,8 @@ class RecordFile:
             os.lseek(self._handle, self._size, os.SEEK_SET)
             raise _cannot_write(self.path, error) from error
         self._size += len(line)
-        self.done[record.path] = (record.status, record.verdict)
+        forgery = record.forgery if isinstance(record, Detection) else None
+        self.done[record.path] = (record.status, record.verdict, forgery)
 
     def _check_present(self) -> None:
         """Refuse to write into a file that was removed, whose records nobody would find."""
@@ -211,7 +214,8 @@ class RecordFile:
 class Tally:
     """How many items of a run came out how; ``failed`` are those without a verdict.
 
-    All include those that an earlier, resumed run had recorded, which ``earlier`` counts.
+    ``forgeries`` counts the fake ones by their kind, where it is named. All include those that an
+    earlier, resumed run had recorded, which ``earlier`` counts.
     """
 
     real: int = 0
@@ -219,16 +223,21 @@ class Tally:
     uncertain: int = 0
     failed: int = 0
     earlier: int = 0
+    forgeries: dict[str, int] = field(default_factory=dict)
 
-    def count(self, verdict: str | None) -> None:
-        """Add one item, by its verdict."""
+    def count(self, verdict: str | None, forgery: str | None = None) -> None:
+        """Add one item, by its verdict and kind of forgery."""
         name = verdict if verdict in VERDICTS else "failed"
         setattr(self, name, getattr(self, name) + 1)
+        if forgery is not None:
+            self.forgeries[forgery] = self.forgeries.get(forgery, 0) + 1
 
     def sentence(self) -> str:
         """The counts in words."""
         judged = self.real + self.fake + self.uncertain
-        words = f"{judged} judged: {self.fake} fake, {self.real} real, {self.uncertain} uncertain"
+        kinds = ", ".join(f"{count} {name}" for name, count in sorted(self.forgeries.items()))
+        fake = f"{self.fake} fake ({kinds})" if kinds else f"{self.fake} fake"
+        words = f"{judged} judged: {fake}, {self.real} real, {self.uncertain} uncertain"
         if self.failed:
             words += f"; {self.failed} without a verdict"
         if self.earlier:
@@ -311,13 +320,13 @@ def record_new(
     for source in sources:
         if source.path in done:
             tally.earlier += 1
-            tally.count(done[source.path][1])
+            tally.count(*done[source.path][1:])
     if not left and log is not None:
         log.bind(settings())
     for record in run(left) if left else ():
         if log is not None:
             log.append(record)
-        tally.count(record.verdict)
+        tally.count(record.verdict, record.forgery)
         yield record
 
 

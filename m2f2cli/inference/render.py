@@ -111,6 +111,8 @@ def _labels(
         face = faces.get(crop.crop)
         verdict = face.verdict if face else str(record.verdict)
         words = f"{verdict} {score:.2f}" if face else f"frame {view.index}: {score:.2f}"
+        if face and face.forgery:
+            words += f", {face.forgery}"
         labels.append((crop.crop, verdict, words))
     return labels
 

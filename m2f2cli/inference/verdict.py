@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,11 +25,13 @@ class Judgement(NamedTuple):
         verdict: ``real``, ``fake`` or ``uncertain``.
         reason: Why it is uncertain; None otherwise.
         in_domain: Whether the input resembles the training crops; None without a check.
+        forgery: The kind of forgery; None unless it is fake and one kind leads clearly.
     """
 
     verdict: str
     reason: str | None
     in_domain: bool | None
+    forgery: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,13 @@ class Rule:
         threshold: Probability from which the verdict is fake, in [0, 1].
         uncertain: (low, high), both ends included, or None.
         domain_limit: Largest domain distance the model answers for, or None.
+        kind_margin: How far a kind of forgery must lead the next to be named; None names none.
     """
 
     threshold: float
     uncertain: tuple[float, float] | None = None
     domain_limit: float | None = None
+    kind_margin: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -55,8 +60,19 @@ class Rule:
                 "For example: --uncertain 0.4:0.6, or --uncertain none.",
             )
 
-    def judge(self, fake_probability: float, domain_distance: float | None) -> Judgement:
-        """Decide about one crop; without a distance, the domain is not checked."""
+    def judge(
+        self,
+        fake_probability: float,
+        domain_distance: float | None,
+        kind: tuple[str, float] | None = None,
+    ) -> Judgement:
+        """Decide about one crop.
+
+        Args:
+            fake_probability: In [0, 1].
+            domain_distance: 0 or more; with None the domain is not checked.
+            kind: As ``pipeline.Score.kind``.
+        """
         in_domain = None
         if self.domain_limit is not None and domain_distance is not None:
             in_domain = domain_distance <= self.domain_limit
@@ -67,7 +83,10 @@ class Rule:
                     f"(distance {domain_distance:.2f}, limit {self.domain_limit:.2f})",
                     in_domain,
                 )
-        return self._by_score(fake_probability, in_domain)
+        found = self._by_score(fake_probability, in_domain)
+        if found.verdict == "fake" and kind is not None and self.kind_margin is not None:
+            return found._replace(forgery=kind[0] if kind[1] >= self.kind_margin else None)
+        return found
 
     def judge_frames(self, frames: Sequence[FrameScore]) -> tuple[float, float | None, Judgement]:
         """Decide about a video by the mean over its frames that show a face.
@@ -77,7 +96,8 @@ class Rule:
 
         Returns:
             The mean probability, the mean domain distance (None without one), and the judgement;
-            the video is in the domain when at least half of those frames are.
+            the video is in the domain when at least half of those frames are, and a fake one is of
+            the kind that more than half of its frames with a named kind have.
         """
         judged = [frame for frame in frames if frame.fake_probability is not None]
         scores = [frame.fake_probability or 0.0 for frame in judged]
@@ -85,15 +105,18 @@ class Rule:
         distances = [f.domain_distance for f in judged if f.domain_distance is not None]
         distance = round(math.fsum(distances) / len(distances), DIGITS) if distances else None
         known = [frame.in_domain for frame in judged if frame.in_domain is not None]
-        if not known:
-            return mean, distance, self._by_score(mean, None)
         outside = len(known) - sum(known)
         if 2 * outside > len(known):
             reason = (
                 f"{outside} of {len(known)} frames are unlike the pictures the model was trained on"
             )
             return mean, distance, Judgement("uncertain", reason, False)
-        return mean, distance, self._by_score(mean, True)
+        found = self._by_score(mean, True if known else None)
+        named = Counter(frame.forgery for frame in judged if frame.forgery is not None)
+        if found.verdict == "fake" and named:
+            name, count = named.most_common(1)[0]
+            found = found._replace(forgery=name if 2 * count > named.total() else None)
+        return mean, distance, found
 
     def _by_score(self, score: float, in_domain: bool | None) -> Judgement:
         if self.uncertain and self.uncertain[0] <= score <= self.uncertain[1]:
@@ -153,6 +176,7 @@ def assemble(
         reason=first.reason,
         in_domain=first.in_domain,
         domain_distance=first.domain_distance,
+        forgery=first.forgery,
         crop=first.crop,
         crop_source="picture" if first.box is None else "face",
         faces=tuple(ranked[0]),
@@ -164,7 +188,7 @@ def faces_of(view: View, scores: Mapping[bytes, Score], rule: Rule) -> list[Face
     faces = []
     for crop in view.crops:
         score = scores[crop.digest]
-        judgement = rule.judge(score.fake_probability, score.domain_distance)
+        judgement = rule.judge(score.fake_probability, score.domain_distance, score.kind)
         faces.append(
             FaceScore(
                 box=crop.box,
@@ -189,4 +213,5 @@ def _frame(view: View, first: FaceScore | None) -> FrameScore:
         crop=first.crop,
         in_domain=first.in_domain,
         domain_distance=first.domain_distance,
+        forgery=first.forgery,
     )

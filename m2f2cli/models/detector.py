@@ -47,6 +47,9 @@ class DetectorConfig(PretrainedConfig):
         head_normalize: Whether the head's input is divided by its L2 norm.
         kinds: Names of the kinds of forgery the head has a logit for; the fake logit is the largest
             of them, the real logit is 0. None: two logits, real and fake.
+        kind_margin: How far the largest logit of a kind must lead the second for a fake verdict to
+            name that kind, 0 or more; None: it is never named, nor is it with fewer than two kinds.
+        license: A sentence on what the weights may be used for, or None; ``m2f2 info`` shows it.
         bridge: ``{"width", "heads", "size", "clip_layers": [three block numbers]}`` or None.
         image_size: Side of the input in pixels.
         image_mean: Mean of the three channels taken off the input, in [0, 1].
@@ -77,6 +80,7 @@ class DetectorConfig(PretrainedConfig):
         forgery_map: bool = True,
         head_normalize: bool = False,
         kinds: Sequence[str] | None = None,
+        kind_margin: float | None = None,
         bridge: dict[str, Any] | None = None,
         image_size: int = 336,
         image_mean: list[float] | None = None,
@@ -86,6 +90,7 @@ class DetectorConfig(PretrainedConfig):
         uncertain: list[float] | None = None,
         score_temperature: float = 1.0,
         domain: dict[str, Any] | None = None,
+        license: str | None = None,
         **kwargs: Any,
     ) -> None:
         given = locals()
@@ -101,6 +106,7 @@ class DetectorConfig(PretrainedConfig):
         self.forgery_map = forgery_map
         self.head_normalize = head_normalize
         self.kinds = list(kinds) if kinds else None
+        self.kind_margin = kind_margin
         self.bridge = dict(bridge) if bridge else None
         self.image_size = image_size
         self.image_mean = list(image_mean or CLIP_MEAN)
@@ -110,6 +116,7 @@ class DetectorConfig(PretrainedConfig):
         self.uncertain = list(uncertain) if uncertain else None
         self.score_temperature = score_temperature
         self.domain = dict(domain) if domain else None
+        self.license = license
         super().__init__(**kwargs)
 
 
@@ -311,6 +318,22 @@ class Detector(PreTrainedModel):
             return scores, None
         largest = scores.max(dim=1).values
         return torch.stack([torch.zeros_like(largest), largest], dim=1), scores
+
+    def leading_kinds(self, kind_logits: torch.Tensor) -> list[tuple[str, float] | None]:
+        """The kind of forgery with the largest logit, and how far it leads the second.
+
+        Args:
+            kind_logits: (B, K), as ``DetectorOutput.kind_logits``.
+
+        Returns:
+            B of them; None where there are fewer than two kinds.
+        """
+        names = self.config.kinds or []
+        if len(names) < 2:
+            return [None] * len(kind_logits)
+        top, which = kind_logits.float().topk(2, dim=1)
+        leads = (top[:, 0] - top[:, 1]).tolist()
+        return [(names[k], lead) for k, lead in zip(which[:, 0].tolist(), leads, strict=True)]
 
     def fake_probability(self, logits: torch.Tensor) -> torch.Tensor:
         """Softmax over (real, fake) at the stored temperature: (B, 2) logits to (B,) float32."""

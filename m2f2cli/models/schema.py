@@ -383,6 +383,8 @@ _DETECTOR = Part(
         "uncertain": maybe(listing(_SHARE, 2, 2)),
         "score_temperature": number(0, 1000, above=True),
         "domain": _DOMAIN,
+        "kind_margin": maybe(number(0, 1e6)),
+        "license": maybe(TEXT),
     },
 )
 _ROPE = Part(

@@ -211,6 +211,11 @@ class CalibrateOptions(EvaluateOptions):
 class RobustnessOptions(MeasureOptions):
     """How corrupted pictures are measured."""
 
+    corruptions: tuple[str, ...] = option(
+        ("corruptions", "chains"),
+        "A corruption or chain to judge under, or all of either; may be repeated.",
+        group="Robustness",
+    )
     robustness_dir: Path | None = option(
         None,
         "Folder of that sweep's records, plot and table, resumable. Default: robustness in the "

@@ -25,6 +25,8 @@ T = TypeVar("T")
 Kind = TypeVar("Kind", bound="Options")
 
 
+_LARGEST = 2**63  # whole numbers stay below
+
 # What options were called before, as flags without dashes: an old name on the command line, in a
 # file or in the environment is an error that names the new one, where the command has that.
 RENAMED = {
@@ -279,6 +281,24 @@ class Options:
         return "\n\n".join("\n".join((title, *lines)) for title, lines in blocks.items()) + "\n"
 
 
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        ValueError: It is no YAML, or a value is not what its form promises, as ``2001-99-99``; the
+            message is one line.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        # PyYAML hands on whatever reading a number, date or flag raises.
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 _hints = cache(typing.get_type_hints)
 
 
@@ -302,6 +322,8 @@ def _convert(flag: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) != len(inner):
             raise ConfigError(f"{flag} needs {len(inner)} values, not {value!r}.")
         return tuple(_convert(flag, one, want) for one, want in zip(value, inner, strict=True))
+    if isinstance(value, (str, Path)) and "\0" in str(value):
+        raise ConfigError(f"{flag} has a NUL in it.")
     if kind is Path and isinstance(value, (str, Path)) and str(value):
         return Path(value)
     if isinstance(value, bool) == (kind is bool):
@@ -312,6 +334,8 @@ def _convert(flag: str, value: Any, kind: Any) -> Any:
         if kind is int and isinstance(value, float) and value.is_integer():
             return int(value)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    if isinstance(value, int) and abs(value) >= _LARGEST:  # too long to be written out
+        value = "a huge one"
     raise ConfigError(f"{flag} needs {names.get(kind, 'a path')}, not {value!r}.")
 
 
@@ -320,6 +344,8 @@ def _number(flag: str, value: int | str) -> float:
         return float(value)
     except ValueError as error:
         raise ConfigError(f"{flag} needs a number, not {value!r}.") from error
+    except OverflowError as error:
+        raise ConfigError(f"{flag} is too large a number.") from error
 
 
 def _check(flag: str, value: Any, limits: Limits) -> None:
@@ -334,6 +360,8 @@ def _check(flag: str, value: Any, limits: Limits) -> None:
         raise ConfigError(f"{flag} is empty.", f"Leave out {flag} to get its default.")
     numbers = [n for n in values if isinstance(n, (int, float)) and not isinstance(n, bool)]
     for number in numbers:
+        if isinstance(number, int) and abs(number) >= _LARGEST:
+            raise ConfigError(f"{flag} is too large a number.")
         if not math.isfinite(number):
             raise ConfigError(f"{flag} needs a finite number, not {number}.")
         if number < limits.low or (limits.open_low and number == limits.low):

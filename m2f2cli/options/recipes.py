@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from m2f2cli.errors import ConfigError
+from m2f2cli.options.fields import parse_yaml
 from m2f2cli.registry import Registry
 
 _FOLDER = Path(__file__).parent.parent / "assets" / "recipes"
@@ -46,11 +47,9 @@ def read_recipe(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: There is no such recipe, or its file cannot be read.
     """
-    import yaml
-
     file = RECIPES.get(name)
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = parse_yaml(Path(file).read_text(encoding="utf-8"))
         return {str(key).replace("-", "_"): value for key, value in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"The recipe '{name}' cannot be read: {error}.") from error

@@ -49,6 +49,12 @@ class AugmentOptions(Options):
     jpeg_quality: tuple[int, int] = option(
         (30, 100), "Its quality (published: 30 100).", low=1, high=100, key=True
     )
+    resend: float = option(
+        0.0,
+        "Share put through a messenger, a screenshot or a video, drawn by chance.",
+        **_P,
+        key=True,
+    )
     erase: float = option(0.0, "Share with a rectangle erased.", **_P, key=True)
     erase_area: tuple[float, float] = option(
         (0.02, 0.1), "The rectangle's area as a fraction.", **_P, key=True

@@ -100,6 +100,10 @@ def sentences(record: Detection, face: FaceScore | None = None) -> list[str]:
         )
     elif about.verdict == "uncertain":
         said.append("It lies in that band.")
+    elif about.forgery:
+        said.append(
+            f"Of the kinds of forgery that it knows, this looks most like: {about.forgery}."
+        )
     if video:
         judged = sum(frame.fake_probability is not None for frame in record.frames)
         said.append(f"{judged} of the {len(record.frames)} frames looked at show a face.")
@@ -225,7 +229,7 @@ def table(records: Sequence[Detection]) -> str:
             "path": record.path,
             "headline": headline(record),
             "score": record.fake_probability,
-            "why": record.message or record.reason or record.note or "",
+            "why": record.message or record.reason or record.forgery or record.note or "",
         }
         for record in records
     ]

@@ -1,4 +1,4 @@
-"""What stands between the network and the page: password, host, known addresses, sizes, uploads.
+"""What stands between the network and the page: password, origin, addresses, sizes, uploads.
 
 The web framework behind it offers more than the page needs, among it fetching of addresses and of
 files. Only what is listed here gets through. Each uploaded file lies in a folder of its own and is
@@ -7,14 +7,17 @@ deleted as soon as it was answered.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import logging
 import os
 import re
 import secrets
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +31,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m2f2cli.errors import InputError, M2F2Error
+from m2f2cli.files import is_alive
 
 MAX_FILES = 50  # of one request
 MAX_JSON = 2**20  # bytes
@@ -38,6 +42,8 @@ _GET = re.compile(
 )
 _POST = re.compile(rf"{_API}/(upload|queue/join|call/\w+|cancel|reset)/?")
 _FILE = f"{_API}/file="
+# What stays open while a page is looked at, or until an answer comes.
+_STREAM = re.compile(rf"{_API}/(queue/data|heartbeat/\w+|call/\w+/\w+)")
 # The page's own scripts and styles stand in it; nothing is loaded from, or sent to, anywhere else.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -51,20 +57,26 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
 )
 MAX_BYTES = 100 * 2**20  # of one request
-MAX_STORED = 20 * MAX_BYTES
+MAX_STORED = 20 * MAX_BYTES  # of all uploads, those on their way too
+MAX_COMING = 3 * MAX_BYTES  # on their way from one visitor
+MAX_OPEN = 128  # requests of one visitor at a time, and as many streams
+PAUSE = 30.0  # seconds without a byte of a body after which its request is dropped
+MAX_SENDING = 600.0  # seconds for a whole body
 MAX_AGE = 600.0  # seconds; a file that nobody asked about in that time is deleted
 _NAME = re.compile(r"[^\w.\- ()]")
+_FOLDER = re.compile(r"m2f2-demo-(\d+)-\w+")  # the number is that of the process
+_log = logging.getLogger("m2f2.demo")
 
 
 class Uploads:
     """A private folder for what visitors send. Nothing outside it is ever read for them.
 
-    ``folder`` is empty and ours alone, by default a new one; the page's own pictures may lie in it
-    beside what was sent.
+    ``folder`` is empty and ours alone, by default a new one, before which those of killed pages are
+    removed; the page's own pictures may lie in it beside what was sent.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = (folder or Path(tempfile.mkdtemp(prefix="m2f2-demo-"))).resolve()
+        self.folder = (folder or _private_folder()).resolve()
         self._sent = self.folder / "sent"
         self._sent.mkdir()
 
@@ -77,16 +89,29 @@ class Uploads:
 
         Raises:
             M2F2Error: There is no room for it.
+            OSError: The disk refuses; nothing of it is left.
         """
         self.sweep()
-        if sum(_size(path) for path in self._sent.glob("*/*")) > MAX_STORED:
+        if self.size() > MAX_STORED:
             raise M2F2Error("Too many files are waiting here.", "Try again in a few minutes.")
         place = self._sent / secrets.token_hex(16)
-        place.mkdir()
         path = place / (_NAME.sub("_", Path(name).name)[-100:].lstrip(".") or "file")
-        with open(path, "wb") as file:
-            shutil.copyfileobj(content, file)
+        try:
+            place.mkdir()
+            with open(path, "wb") as file:
+                shutil.copyfileobj(content, file)
+        except OSError:
+            self.drop(str(path))
+            raise
         return str(path)
+
+    def size(self) -> int:
+        """Bytes of all files that were sent."""
+        return sum(_size(path) for path in self._sent.glob("*/*"))
+
+    def drop(self, path: str) -> None:
+        """Delete one file of ``store``."""
+        shutil.rmtree(Path(path).parent, ignore_errors=True)
 
     def holds(self, path: object) -> bool:
         """Whether something is the path of a file that was sent."""
@@ -115,7 +140,7 @@ class Uploads:
         try:
             yield path, name or Path(path).name
         finally:
-            shutil.rmtree(Path(path).parent, ignore_errors=True)
+            self.drop(path)
 
     def sweep(self) -> None:
         """Delete what nobody asked about in ``MAX_AGE`` seconds."""
@@ -128,6 +153,14 @@ class Uploads:
     def close(self) -> None:
         """Delete everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _private_folder() -> Path:
+    for left in Path(tempfile.gettempdir()).glob("m2f2-demo-*"):
+        owner = _FOLDER.fullmatch(left.name)
+        if owner and (int(owner[1]) == os.getpid() or not is_alive(int(owner[1]))):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"m2f2-demo-{os.getpid()}-"))
 
 
 def _size(path: Path) -> int:
@@ -152,6 +185,7 @@ class Gate:
         uploads: Where files go, and the only place that files are served from.
         password: ``USER:PASS`` that every request has to bring (HTTP Basic); None for none.
         hosts: Names that requests may call this server by; empty for any.
+        takes: How many values each function of ``app`` takes, by its name and by its number.
     """
 
     def __init__(
@@ -160,9 +194,13 @@ class Gate:
         uploads: Uploads,
         password: str | None = None,
         hosts: Iterable[str] = (),
+        takes: Mapping[str, int] | None = None,
     ) -> None:
         self._app, self._uploads, self._hosts = app, uploads, frozenset(hosts)
         self._password = None if password is None else password.encode()
+        self._takes = takes or {}
+        self._open: Counter[tuple[str, bool]] = Counter()  # requests and streams of each visitor
+        self._coming: Counter[str] = Counter()  # bytes of bodies of each visitor
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -174,11 +212,18 @@ class Gate:
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
+                # Leave for other sites to read the answers is never given.
+                own = [
+                    pair
+                    for pair in message.get("headers", ())
+                    if not pair[0].lower().startswith(b"access-control-")
+                ]
+                message = {**message, "headers": [*own, *_HEADERS]}
             await send(message)
 
         try:
-            await self._pass(scope, receive, guarded)
+            with self._admitted(_visitor(scope), bool(_STREAM.fullmatch(scope["path"]))):
+                await self._pass(scope, receive, guarded)
         except HTTPException as refusal:
             answer = JSONResponse({"detail": refusal.detail}, refusal.status_code, refusal.headers)
             await answer(scope, receive, guarded)
@@ -200,20 +245,69 @@ class Gate:
         elif method != "POST" or not _POST.fullmatch(path):
             raise HTTPException(404 if method == "POST" else 405, "There is nothing here.")
         elif path.startswith(f"{_API}/upload"):
-            request = Request(scope, _limited(receive, headers, MAX_BYTES))
-            await JSONResponse(await self._stored(request))(scope, receive, send)
+            with self._limited(scope, receive, MAX_BYTES) as limited:
+                paths = await self._stored(Request(scope, limited))
+            await JSONResponse(paths)(scope, receive, send)
         else:
-            try:
-                body = await Request(scope, _limited(receive, headers, MAX_JSON)).body()
-            except ClientDisconnect as error:
-                raise HTTPException(400, "The request was cut off.") from error
-            self._check_files(body)
+            with self._limited(scope, receive, MAX_JSON) as limited:
+                body = await _whole(Request(scope, limited))
+            self._check_body(path, body)
             await self._app(scope, _replayed(body, receive), send)
 
+    @contextmanager
+    def _admitted(self, visitor: str, stream: bool) -> Iterator[None]:
+        """Refuse more requests, or streams, of one visitor than may be open together."""
+        if self._open[visitor, stream] >= MAX_OPEN:
+            raise HTTPException(429, "Too many requests of yours are open. Try again later.")
+        self._open[visitor, stream] += 1
+        try:
+            yield
+        finally:
+            self._open[visitor, stream] -= 1
+            self._open += Counter()  # forgets who has left
+
+    @contextmanager
+    def _limited(self, scope: Scope, receive: Receive, limit: int) -> Iterator[Receive]:
+        """Stop reading a body that is too long, too slow, or more than there is room for.
+
+        One that says so itself is not begun.
+        """
+        too_long = HTTPException(413, f"More than {limit / 2**20:.0f} MB are not taken.")
+        length = Headers(scope=scope).get("content-length", "0")
+        if not length.isdecimal() or int(length) > limit:
+            raise too_long
+        visitor, seen = _visitor(scope), 0
+        room = MAX_STORED - self._uploads.size()
+        end = time.monotonic() + MAX_SENDING
+
+        async def counted() -> Message:
+            nonlocal seen
+            wait = min(PAUSE, end - time.monotonic())
+            try:
+                message = await asyncio.wait_for(receive(), max(wait, 0.0))
+            except asyncio.TimeoutError as error:
+                raise HTTPException(408, "The request took too long to arrive.") from error
+            size = len(message.get("body", b""))
+            seen += size
+            self._coming[visitor] += size
+            if seen > limit:
+                raise too_long
+            if self._coming[visitor] > MAX_COMING or self._coming.total() > room:
+                raise HTTPException(503, "Too many files are being sent. Try again in a minute.")
+            return message
+
+        try:
+            yield counted
+        finally:
+            self._coming[visitor] -= seen
+            self._coming += Counter()
+
     def _check_visitor(self, headers: Headers) -> None:
-        name = re.sub(r":\d+$", "", headers.get("host", "")).lower()
-        if self._hosts and name not in self._hosts:
+        host, origin = headers.get("host", "").lower(), headers.get("origin")
+        if self._hosts and re.sub(r":\d+$", "", host) not in self._hosts:
             raise HTTPException(421, "This server does not go by that name.")
+        if origin is not None and origin.lower().partition("://")[2] != host:
+            raise HTTPException(403, "Another site's page may not ask for anything here.")
         if self._password is None:
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
@@ -227,8 +321,11 @@ class Gate:
             asked = {"www-authenticate": 'Basic realm="m2f2", charset="UTF-8"'}
             raise HTTPException(401, "A user name and a password are needed.", asked)
 
-    def _check_files(self, body: bytes) -> None:
-        """Refuse a request that names a file which is no upload, or an address to fetch."""
+    def _check_body(self, path: str, body: bytes) -> None:
+        """Refuse a request that names a file which is no upload, or an address to fetch.
+
+        Also one for a function that is not there, or with too few values for it.
+        """
         try:
             content = json.loads(body or b"null")
         except (ValueError, RecursionError) as error:
@@ -242,39 +339,52 @@ class Gate:
                 pending += item.values()
             elif isinstance(item, list):
                 pending += item
+        values = content.get("data") if isinstance(content, dict) else None
+        if not isinstance(values, list) or not self._takes:
+            return  # the page says what is wrong with it
+        function = path.partition("/call/")[2].strip("/") or str(content.get("fn_index"))
+        needed = self._takes.get(function)
+        if needed is None:
+            raise HTTPException(404, "There is no such function.")
+        if len(values) < needed:
+            raise HTTPException(400, f"'data' holds {len(values)} values, {needed} are needed.")
 
     async def _stored(self, request: Request) -> list[str]:
         """The paths of the files that a form holds."""
+        paths: list[str] = []
         try:
             async with request.form(max_files=MAX_FILES, max_fields=8) as form:
-                sent = [item for item in form.getlist("files") if not isinstance(item, str)]
-                paths = [self._uploads.store(f.filename or "", f.file) for f in sent]
-        except MultiPartException as error:
-            raise HTTPException(400, "The upload cannot be read.") from error
+                for item in form.getlist("files"):
+                    if not isinstance(item, str):
+                        paths.append(self._uploads.store(item.filename or "", item.file))
+            if not paths:
+                raise HTTPException(400, "The upload holds no file.")
+            return paths
+        except (MultiPartException, ClientDisconnect) as error:
+            refusal = HTTPException(400, "The upload cannot be read, or was cut off.")
+            cause: Exception = error
         except M2F2Error as error:
-            raise HTTPException(503, f"{error.message} {error.hint}") from error
-        if not paths:
-            raise HTTPException(400, "The upload holds no file.")
-        return paths
+            refusal, cause = HTTPException(503, f"{error.message} {error.hint}"), error
+        except OSError as error:
+            _log.error("An upload could not be kept: %s", error.strerror or error)
+            refusal = HTTPException(503, "There is no room for files here. Try again later.")
+            cause = error
+        for path in paths:
+            self._uploads.drop(path)
+        raise refusal from cause
 
 
-def _limited(receive: Receive, headers: Headers, limit: int) -> Receive:
-    """Stop reading a body that is too long; one that says so itself is not begun."""
-    refusal = HTTPException(413, f"More than {limit / 2**20:.0f} MB are not taken.")
-    length = headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > limit:
-        raise refusal
-    seen = 0
+def _visitor(scope: Scope) -> str:
+    """The address that a request comes from."""
+    client = scope.get("client")
+    return str(client[0]) if client else ""
 
-    async def counted() -> Message:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > limit:
-            raise refusal
-        return message
 
-    return counted
+async def _whole(request: Request) -> bytes:
+    try:
+        return await request.body()
+    except ClientDisconnect as error:
+        raise HTTPException(400, "The request was cut off.") from error
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -186,7 +186,12 @@ def application(model: Any, *, options: ExplainOptions, address: Address, upload
         css_paths=[page.ASSETS / "page.css"],
     )
     hosts = (*_LOCAL, address.host) if address.is_local else ()
-    return Gate(app, uploads=uploads, password=address.auth, hosts=hosts)
+    takes = {
+        str(name): len(function.inputs)
+        for number, function in blocks.fns.items()
+        for name in (number, function.api_name)
+    }
+    return Gate(app, uploads=uploads, password=address.auth, hosts=hosts, takes=takes)
 
 
 def web_server(app: Any, uploads: Uploads, ready: Callable[[], object]) -> Any:
@@ -195,6 +200,8 @@ def web_server(app: Any, uploads: Uploads, ready: Callable[[], object]) -> Any:
     ``ready`` is called once requests are answered; uploads nobody asks about are deleted meanwhile.
     """
     import uvicorn
+
+    from m2f2cli.serving.connection import Connection
 
     async def attended(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "lifespan":
@@ -215,6 +222,7 @@ def web_server(app: Any, uploads: Uploads, ready: Callable[[], object]) -> Any:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.ERROR)
     config = uvicorn.Config(
         attended,
+        http=Connection,
         lifespan="on",
         log_config=None,
         log_level="critical",

@@ -366,8 +366,8 @@ def build_detector(
 ) -> Detector:
     """Build the detector that training starts from, in float32 on the CPU.
 
-    It stores the margin of the face crops it will see, and has no domain check: that describes the
-    pictures of another training. ``kinds`` are those of forgery in the data.
+    It stores the margin of the face crops it will see, and has neither a domain check nor a
+    ``kind_margin``: those describe another training. ``kinds`` are those of forgery in the data.
 
     Raises:
         CheckpointError: A weights file, CLIP folder or starting detector is missing or does not
@@ -423,7 +423,8 @@ def build_detector(
 
 def _from_detector(name: str, crop_margin: float) -> Detector:
     parent = load_detector(name, device="cpu", dtype="float32")
-    changed = {"domain": None, "crop": {**parent.config.crop, "margin": crop_margin}}
+    crop = {**parent.config.crop, "margin": crop_margin}
+    changed = {"domain": None, "kind_margin": None, "crop": crop}
     detector = Detector(DetectorConfig.from_dict(parent.config.to_dict() | changed))
     detector.load_state_dict(parent.state_dict())
     detector.fingerprint = parent.fingerprint

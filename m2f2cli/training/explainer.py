@@ -9,7 +9,6 @@ Everything else stays as it is, bit by bit: the word embeddings, the head, the d
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from m2f2cli.checkpoints.load import load_explainer
 from m2f2cli.data.conversations import Conversation, Pictures, parse_verdict
 from m2f2cli.data.transforms import explainer_views
 from m2f2cli.errors import ConfigError, M2F2Error, MissingExtraError
+from m2f2cli.files import parse_json
 from m2f2cli.models.explainer import Explainer
 from m2f2cli.models.processing import ExplainerProcessor
 from m2f2cli.models.tokenizer import decode
@@ -196,7 +196,7 @@ def read_deepspeed(name: str | None) -> dict[str, Any] | None:
         raise MissingExtraError("deepspeed", "train", "--deepspeed")
     path = _DEEPSPEED_FILES / f"{name}.json" if name in DEEPSPEED else Path(name)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"DeepSpeed's settings '{path}' cannot be read: {error}.") from error
     if not isinstance(found, dict):

@@ -6,7 +6,6 @@ processes nor a resumed run change what the network sees.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,15 +16,16 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from m2f2cli.data.augment import augment
+from m2f2cli.data.augment import augment, compress_h264
 from m2f2cli.data.clips import FrameReader
 from m2f2cli.data.images import read_picture
 from m2f2cli.data.readers.ddvqa import read_judgements
 from m2f2cli.data.samples import REAL, Sample, SampleSet, check_classes
-from m2f2cli.data.synthesis import Forgery, compress_h264, forge
+from m2f2cli.data.synthesis import Forgery, forge
 from m2f2cli.data.transforms import preprocess
 from m2f2cli.data.video import evenly
 from m2f2cli.errors import ConfigError, InputError
+from m2f2cli.files import parse_json
 from m2f2cli.models.detector import Detector, DetectorConfig
 from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.training.sampler import AUGMENT, MIXUP, BatchSampler, EpochOrder
@@ -174,11 +174,11 @@ def _soft_labels(path: Path, train: SampleSet) -> dict[str, float]:
     """Mean teacher probability of each training picture that has one."""
     found: dict[str, list[float]] = {}
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8-sig").splitlines():
             if line.strip():
-                row = json.loads(line)
+                row = parse_json(line)
                 found.setdefault(row["sample"], []).append(float(row["fake_probability"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(
             f"The soft labels '{path}' cannot be read: {type(error).__name__} {error}.",
             hint='Each line is {"sample": "fake/1.png", "fake_probability": 0.9}.',

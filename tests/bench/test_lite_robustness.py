@@ -33,6 +33,7 @@ def test_table_of_the_card(tmp_path):
         samples,
         model="lite",
         folder=tmp_path / "sweep",
+        corruptions=("corruptions",),
         split="test",
     )
     seconds = time.perf_counter() - started

@@ -23,6 +23,7 @@ from PIL import Image
 
 from m2f2cli.cli import app
 from m2f2cli.records import Detection
+from tests.conftest import write_detector
 from tests.inference.conftest import noise_picture
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -57,6 +58,29 @@ def test_the_table_is_for_people_and_the_rest_goes_to_stderr(
     quiet = capsys.readouterr()
     assert quiet.err == ""
     assert quiet.out == captured.out
+
+
+def test_the_kind_of_forgery_is_in_table_record_and_csv(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_detector(
+        here / "kinds", kinds=["swapped or edited", "generated"], kind_margin=0.0, threshold=0.0
+    )
+    command = ["detect", "in", "--model", str(model)]
+    assert app.run([*command, "--output", "out.jsonl"]) == 0
+    named = {row["path"]: row["forgery"] for row in lines("out.jsonl")}
+    assert set(named.values()) <= {"swapped or edited", "generated"}
+    assert [row["faces"][0]["forgery"] for row in lines("out.jsonl")] == list(named.values())
+    capsys.readouterr()
+    assert app.run(command) == 0
+    captured = capsys.readouterr()
+    for row, (path, kind) in zip(captured.out.splitlines()[1:], named.items(), strict=True):
+        assert row.split()[:2] == [path, "fake"]
+        assert f" {kind}; taken whole" in row
+    assert captured.err.startswith("3 judged: 3 fake (")
+    assert app.run([*command, "--output", "out.csv"]) == 0
+    with open("out.csv", newline="", encoding="utf-8") as file:
+        assert {row["path"]: row["forgery"] for row in csv.DictReader(file)} == named
 
 
 def test_json_is_one_object(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,6 +175,29 @@ def record(name: str, score: float) -> dict:
     }  # fmt: skip
 
 
+def test_named_kinds_of_forgery_are_counted_by_manipulation(capsys, tmp_path):
+    names = {"a": None, "b": "edited", "c": "generated", "d": "generated", "e": "edited"}
+    truth = [("a", 0, "real"), ("b", 0, "real"), ("c", 1, "GAN"), ("d", 1, "GAN"), ("e", 1, "GAN")]
+    rows = [record(name, 0.9) | {"forgery": named} for name, named in names.items()]
+    told = [{"path": name, "label": label, "kind": kind} for name, label, kind in truth]
+    command = ["evaluate", "images", "--predictions", lines(tmp_path / "p.jsonl", rows)]
+    command += ["--truth", lines(tmp_path / "t.jsonl", told), "--resamples", "0"]
+    report = printed(capsys, *command, "--report", str(tmp_path / "r"))
+    counted = {"GAN": {"edited": 1, "generated": 2}, "real": {"edited": 1}}
+    assert report["forgeries"] == counted
+    assert app.run(command) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["GAN", "1", "2"] in table
+    assert ["real", "1", "0"] in table
+    page = (tmp_path / "r" / "index.html").read_text()
+    assert "How often a kind of forgery was named" in page
+    plain = [
+        {k: v for k, v in row.items() if k != "forgery"} for row in rows
+    ]  # as older versions wrote them
+    command[3] = lines(tmp_path / "old.jsonl", plain)
+    assert printed(capsys, *command)["forgeries"] == {}
+
+
 def test_a_model_is_run_first_and_resumed(pictures, tiny_detector_folder, capsys, tmp_path):
     report = tmp_path / "r"
     command = ["evaluate", "images", str(pictures), "--model", str(tiny_detector_folder)]
@@ -227,8 +250,15 @@ def test_a_sweep_of_spoilt_pictures_goes_with_it(tiny_detector_folder, capsys, t
     assert app.run(["robustness", "ddvqa", "--predictions", "a"]) == 2
     assert "--predictions" in capsys.readouterr().err
     command += ["--resamples", "0", "--robustness-dir", str(tmp_path / "s")]
+    assert app.run([*command, "--corruptions", "fog"]) != 0
+    assert "Use some of: corruptions, chains, jpeg" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+    command += ["--corruptions", "chains", "--corruptions", "contrast"]
     assert app.run(command) == 0
-    assert "Corruption" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "Corruption" in table
+    assert "Flipped" in table
+    assert "messenger" in table
     assert (tmp_path / "s" / "robustness.json").is_file()
 
 

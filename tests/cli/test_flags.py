@@ -181,3 +181,21 @@ def test_messages_name_flags_that_exist():
                 named = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", node.value)
                 unknown += [f"{file.name}:{node.lineno} {n}" for n in named if n not in known]
     assert unknown == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["!!int abc", "&a {b: *a}", "2001-99-99", "[" * 3000, "9" * 4000, "9" * 5000],
+    ids=["tag", "cycle", "date", "depth", "large", "longer"],
+)
+def test_no_configuration_file_is_unexpected(tmp_path, capsys, value):
+    file = tmp_path / "x.yaml"
+    file.write_text(f"batch-size: {value}", encoding="utf-8")
+    assert call("--config", str(file))[0] == 2
+    assert "Unexpected" not in capsys.readouterr().err
+
+
+def test_a_configuration_file_may_begin_with_a_mark(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("batch-size: 3", encoding="utf-8-sig")
+    assert call("--config", str(file))[1]["batch_size"] == 3

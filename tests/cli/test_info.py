@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from m2f2cli import environment
-from m2f2cli.checkpoints import io, keymaps
+from m2f2cli.checkpoints import configs, io, keymaps
 from m2f2cli.cli.app import run
+from m2f2cli.options.train_detector import ModelOptions
+from m2f2cli.training.detector import build_detector
 from tests.checkpoints import published
+from tests.conftest import write_detector
 
 
 @pytest.fixture
@@ -50,6 +53,34 @@ def test_the_installation(info, as_json):
     assert extras["test"]["present"]
     assert extras["quant"]["install"] == "pip install 'm2f2cli[quant]'"
     assert "all" not in extras
+
+
+def test_a_license_is_shown_inherited_and_no_part_of_the_fingerprint(
+    info, as_json, tmp_path, tiny_detector_folder
+):
+    said = "For research and non-commercial use: learnt from FF++."
+    folder = write_detector(tmp_path / "licensed", license=said, kind_margin=1.0)
+    assert said in info(folder)[1]
+    assert as_json(folder)["license"] == said
+    assert "license" not in info(tiny_detector_folder)[1]
+    assert as_json(tiny_detector_folder)["license"] is None
+    written = io.read_config(folder)
+    assert io.combine(written, {}) == io.combine(written | {"license": None}, {})
+    assert io.combine(written, {}) != io.combine(written | {"kind_margin": None}, {})
+    child = build_detector(ModelOptions(model=str(folder)), 0.3).config
+    assert (child.license, child.kind_margin) == (said, None)
+    around = configs.explainer_config(detector=written, text={}, aspect="square", dtype="float32")
+    (folder / "config.json").write_text(json.dumps(around))
+    assert said in info(folder)[1]
+
+
+@pytest.mark.parametrize("license", [3, ["research"], {"a": 1}])
+def test_a_license_that_is_no_sentence_is_said(info, tmp_path, license):
+    folder = write_detector(tmp_path / "d")
+    (folder / "config.json").write_text(json.dumps(io.read_config(folder) | {"license": license}))
+    code, out, err = info(folder)
+    assert (code, err) == (0, "")
+    assert "license is" in out
 
 
 def test_extras_are_read_from_the_metadata(monkeypatch):

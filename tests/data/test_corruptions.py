@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f2cli.data.corruptions import CORRUPTIONS, SEVERITIES, find_corruption
+from m2f2cli.data.augment import augment, compress_h264, compress_jpeg, rescale
+from m2f2cli.data.corruptions import CHAINS, CORRUPTIONS, SEVERITIES, find_corruptions
 from m2f2cli.errors import ConfigError
+from m2f2cli.options.training_pictures import AugmentOptions
 
 ALL = pytest.mark.parametrize("name", CORRUPTIONS)
 
@@ -125,8 +127,59 @@ def test_the_smallest_pictures_survive(name, shape):
 
 def test_unknown_names_and_severities_are_refused():
     with pytest.raises(ConfigError, match="no corruption 'fog'") as caught:
-        find_corruption("fog")
+        find_corruptions(["jpeg", "fog"])
     assert "jpeg" in str(caught.value.hint)
     for severity in (0, 6, -1):
         with pytest.raises(ConfigError, match="1 to 5"):
-            find_corruption("jpeg").value(severity)
+            CORRUPTIONS["jpeg"].value(severity)
+        if severity != 1:
+            with pytest.raises(ConfigError, match="messenger"):
+                CHAINS["messenger"].value(severity)
+
+
+def test_the_published_chains_and_that_they_are_found_by_name_or_together():
+    published = ["jpeg-75", "half-size", "screenshot", "messenger", "h264-28"]
+    assert list(find_corruptions(["chains"])) == published
+    assert list(find_corruptions(["messenger", "jpeg"])) == ["messenger", "jpeg"]
+    assert list(find_corruptions(["corruptions", "chains"])) == [*CORRUPTIONS, *published]
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_depends_on_the_picture_alone(name, picture):
+    before = picture.copy()
+    first, again, other = (CHAINS[name].apply(picture, 1, seed) for seed in "aab")
+    assert (picture == before).all()
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, picture)
+    drawn = name in ("screenshot", "messenger")
+    assert np.array_equal(first, other) != drawn
+    for shape in ((1, 1), (1, 40), (3, 2)):
+        assert CHAINS[name].apply(np.full((*shape, 3), 100, np.uint8), 1, "a").dtype == np.uint8
+
+
+def test_what_the_chains_do(picture):
+    assert (CHAINS["jpeg-75"].apply(picture, 1, "a") == compress_jpeg(picture, 75)).all()
+    assert (CHAINS["half-size"].apply(picture, 1, "a") == rescale(picture, 0.5)).all()
+    assert (CHAINS["h264-28"].apply(picture, 1, "a") == compress_h264(picture, 28)).all()
+    for name, low, high in (("screenshot", 0.6, 1.4), ("messenger", 0.49, 1.0)):
+        factors = []
+        for seed in range(40):
+            height, width = CHAINS[name].apply(picture, 1, str(seed)).shape[:2]
+            assert height / width == pytest.approx(120 / 90, rel=0.03)
+            factors.append(height / 120)
+        assert low - 0.01 <= min(factors) < max(factors) <= high + 0.01
+        assert max(factors) - min(factors) > 0.7 * (high - low)
+
+
+def test_training_pictures_are_sent_by_chance_and_keep_their_shape(picture):
+    nothing = {"flip": 0.0, "blur": 0.0, "jpeg": 0.0}
+
+    def changed(seed, **options):
+        rng = np.random.default_rng(seed)
+        return augment(picture, None, AugmentOptions(**nothing, **options), rng)[0]
+
+    sent = [changed(seed, resend=1.0) for seed in range(12)]
+    assert {result.shape for result in sent} == {picture.shape}
+    assert all(not np.array_equal(result, picture) for result in sent)
+    assert np.array_equal(sent[3], changed(3, resend=1.0))
+    assert np.array_equal(changed(3), picture)

@@ -12,9 +12,8 @@ from m2f2cli.evaluation.calibrate import (
     find_threshold,
     fit,
     highest_excluded,
-    wilson_interval,
 )
-from m2f2cli.metrics import roc_auc
+from m2f2cli.metrics import roc_auc, wilson_interval
 from tests.evaluation.reports import calibrated
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from m2f2cli.evaluation import page as plots
 from m2f2cli.evaluation.page import render_page
+from m2f2cli.evaluation.protocols import Figure
 from m2f2cli.evaluation.report import build_report, find_mistakes
 from m2f2cli.evaluation.truth import Item
 from tests.evaluation.reports import (
@@ -73,7 +74,7 @@ def read(scored, **measures) -> Checker:
 def test_a_page_of_scores_has_all_plots_and_figures():
     checker = read(scores_set())
     assert [alt.split()[0] for alt in checker.values("img", "alt")] == [
-        "Bars:", "ROC", "Histogram", "Reliability:",
+        "Bars:", "ROC", "Histogram", "Reliability:", "Risk",
     ]  # fmt: skip
     for words in ("frame_auc 0.8750 0.8000 – 0.9300", "video_auc – no videos", "Deepfakes 0.9000"):
         assert words in checker.text
@@ -81,6 +82,19 @@ def test_a_page_of_scores_has_all_plots_and_figures():
     assert "A note with <brackets>." in checker.text
     assert checker.values("html", "lang") == ["en"]
     assert "width=device-width, initial-scale=1" in checker.values("meta", "content")
+
+
+def test_the_curve_of_risk_shows_where_the_stored_rule_stands():
+    point = {"coverage": Figure(0.8, 0.7, 0.9), "risk": Figure(0.05, 0.0, 0.125)}
+    stands = "it decides 80.0% (70.0% to 90.0%), and 5.0% (0.0% to 12.5%) of that wrongly"
+    assert stands in read(scores_set(), **point).text
+    bare = {name: Figure(figure.value) for name, figure in point.items()}
+    assert "it decides 80.0%, and 5.0% of that wrongly" in read(scores_set(), **bare).text
+    nothing = {**point, "risk": Figure(None, note="nothing was decided")}
+    for figures in ({}, nothing):
+        text = read(scores_set(), **figures).text
+        assert "Risk and coverage" in text
+        assert "stored rule" not in text
 
 
 @pytest.mark.parametrize(("label", "word"), [(0, "forged"), (1, "real")])

@@ -9,7 +9,7 @@ import pytest
 
 from m2f2cli.errors import InputError
 from m2f2cli.evaluation.predictions import read_predictions
-from m2f2cli.records import to_line
+from m2f2cli.records import to_csv, to_line
 from tests.detections import EXAMPLE, SETTINGS
 
 
@@ -131,3 +131,35 @@ def test_missing_empty_and_binary_files_are_named(tmp_path):
         read_predictions(tmp_path / "picture")
     with pytest.raises(InputError, match="cannot be read"):
         read_predictions(tmp_path)
+
+
+def test_the_table_of_detect(tmp_path):
+    failed = replace(EXAMPLE, path="b.jpg", status="no_face", verdict=None, fake_probability=None)
+    file = tmp_path / "verdicts.csv"
+    file.write_text(to_csv([replace(EXAMPLE, path="a,\n.jpg"), failed]), encoding="utf-8")
+    found = read_predictions(file)
+    assert (found.layout, found.task, len(found.rows)) == ("detections", "scores", 2)
+    assert (found.threshold, found.model, found.model_fingerprint) == (0.5, "lite", "sha256:00")
+    first, second = found.rows
+    assert (first.name, first.fake_probability, first.verdict) == ("a,\n.jpg", 0.75, "fake")
+    assert first.in_domain is True
+    assert (second.fake_probability, second.status) == (None, "no_face")
+
+
+@pytest.mark.parametrize(
+    "change", [("0.75", "high"), (",ok,", ",fine,"), (",0.5,", ",0.6,"), ("True", "so")]
+)
+def test_a_table_that_was_changed_names_its_line(tmp_path, change):
+    good = to_csv([EXAMPLE])
+    row = good.splitlines()[1]
+    file = tmp_path / "verdicts.csv"
+    file.write_text(good + row.replace(*change) + "\r\n", encoding="utf-8")
+    with pytest.raises(InputError, match="Line 3 of"):
+        read_predictions(file)
+
+
+def test_a_field_without_end_names_its_line(tmp_path):
+    for text in (f"{'a' * 200_000},1,0.5", 'a,1,0.5\n"b,1,0.5\n' + "c,1,0.5\n" * 20_000):
+        file = written(tmp_path, "image_id,ground_truth,prediction", text)
+        with pytest.raises(InputError, match=r"Line \d+ of .* is no line of a CSV file"):
+            read_predictions(file)

@@ -181,6 +181,36 @@ def test_a_video_of_both_classes_is_left_out_and_said():
     assert "Videos with both real and forged frames, left out of the video AUC: 1." in found.notes
 
 
+def test_the_stored_rule_stands_where_its_verdicts_put_it():
+    verdicts = ["real", "fake", "uncertain", "fake", "real", "uncertain", "fake", None]
+    scores = [0.12, 0.7, 0.5, 0.9, 0.22, 0.99, 0.8, None]  # the sixth is outside the domain
+    labels = [0, 0, 0, 1, 1, 1, 1, 1]
+    items = [
+        picture(number, label, score, verdict=verdict)
+        for number, (label, score, verdict) in enumerate(zip(labels, scores, verdicts, strict=True))
+    ]
+    found = protocols.standard(scored(items, threshold=0.5), resamples=200)
+    got = values(found)
+    assert got["coverage"] == pytest.approx(5 / 7)
+    assert got["risk"] == pytest.approx(2 / 5)
+    for name in ("aurc", "coverage", "risk"):
+        figure = found.figures[name]
+        assert figure.low <= figure.value <= figure.high
+    curve = protocols.risk_curve(scored(items, threshold=0.5))
+    assert curve["coverage"] == pytest.approx([n / 7 for n in range(1, 8)])
+    # 0.99, 0.9, 0.12 and 0.8 are right; 0.22, 0.7 and 0.5 are wrong
+    assert curve["risk"] == pytest.approx([0, 0, 0, 0, 1 / 5, 2 / 6, 3 / 7])
+    assert got["aurc"] == pytest.approx(sum(curve["risk"]) / 7)
+    undecided = [replace(item, verdict="uncertain") for item in items[:4]]
+    figures = protocols.standard(scored(undecided, threshold=0.5), resamples=20).figures
+    assert figures["risk"].note == "nothing was decided"
+    assert figures["coverage"].value == 0
+    silent = [replace(item, verdict=None) for item in items]
+    names = protocols.standard(scored(silent, threshold=0.5), resamples=0).figures.keys()
+    assert "aurc" in names
+    assert not {"coverage", "risk"} & names
+
+
 def said(number, label, verdict, text="x"):
     return picture(number, label, None, verdict=verdict, answer=text)
 

@@ -33,7 +33,8 @@ def test_a_report_is_strict_json_with_every_documented_key(tmp_path):
     again = json.loads(json.dumps(report, allow_nan=False))
     assert list(again) == [
         "schema_version", "kind", "created", "versions", "dataset", "task", "split", "protocol",
-        "model", "data", "predictions", "items", "counts", "figures", "per_kind", "notes",
+        "model", "data", "predictions", "items", "counts", "figures", "per_kind", "forgeries",
+        "risk_coverage", "notes",
     ]  # fmt: skip
     assert again["schema_version"] == 1
     assert datetime.fromisoformat(again["created"]).utcoffset() is not None
@@ -131,8 +132,14 @@ def test_a_broken_report_is_named(folder, name, content, words):
 
 @pytest.mark.parametrize(
     "change",
-    [{"label": 2}, {"verdict": "maybe"}, {"fake_probability": "high"}, {"name": None}, {"x": 1}],
-)
+    [
+        {"label": 2}, {"verdict": "maybe"}, {"fake_probability": "high"}, {"name": None}, {"x": 1},
+        {"label": [1]}, {"label": True}, {"fake_probability": 10**400}, {"fake_probability": 1.5},
+        {"fake_probability": True}, {"references": "abc"}, {"references": [1]}, {"kind": 3},
+        {"answer": ["x"]}, {"question": 5}, {"in_domain": "no"}, {"file": 3}, {"status": ["ok"]},
+        {"name": "x" * 10, "kind": {"a": 1}},
+    ],
+)  # fmt: skip
 def test_items_of_another_kind_are_refused(folder, change):
     lines = (folder / "scored.jsonl").read_text().splitlines()
     lines[3] = json.dumps({**json.loads(lines[3]), **change})
@@ -143,3 +150,26 @@ def test_items_of_another_kind_are_refused(folder, change):
     (folder / "report.json").write_text(json.dumps(report))
     with pytest.raises(InputError, match="malformed"):
         read_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("threshold", "x"), ("threshold", [0.5]), ("threshold", True), ("threshold", 10**400),
+     ("name", 3), ("protocol", None), ("protocol", {"name": 1}), ("notes", "text"), ("notes", [1]),
+     ("task", ["scores"]), ("split", 1), ("model", []), ("data", 5), ("missing", [[]])],
+)  # fmt: skip
+def test_a_report_of_other_types_is_malformed(folder, key, value):
+    file = folder / "report.json"
+    report = json.loads(file.read_text())
+    holder = next(one for one in (report, report["model"], report["data"]) if key in one)
+    holder[key] = value
+    file.write_text(json.dumps(report))
+    with pytest.raises(InputError, match="malformed"):
+        read_report(folder)
+
+
+def test_a_report_nested_without_end_is_no_json(folder):
+    for text in ('{"a":' * 3000 + "1" + "}" * 3000, '{"a":' * 200 + "1" + "}" * 200):
+        (folder / "report.json").write_text(text)
+        with pytest.raises(InputError, match=r"not valid JSON: nested (too deeply|deeper than)"):
+            read_report(folder)

@@ -15,10 +15,10 @@ from m2f2cli.errors import ConfigError, UsageError
 from m2f2cli.evaluation import evaluate as runs
 from m2f2cli.evaluation.robustness import conditions, sweep
 from m2f2cli.inference.pipeline import detect
-from m2f2cli.metrics import roc_auc
+from m2f2cli.metrics import roc_auc, wilson_interval
 from m2f2cli.options.detect import DetectOptions
 from tests.evaluation.test_evaluate import clips
-from tests.inference.conftest import FLAT_ONLY, MeanJudge, noise_picture
+from tests.inference.conftest import FLAT_ONLY, MeanJudge, noise_picture, write_picture
 
 __all__ = ["clips"]
 TWO = {"corruptions": ("jpeg", "brightness"), "resamples": 50}
@@ -127,6 +127,56 @@ def test_the_file_says_what_was_done(data, tmp_path):
     assert len(rows) == 11
     assert {len(row) for row in rows} == {len(heads)}
     assert ET.fromstring((folder / "robustness.svg").read_bytes()).tag.endswith("svg")
+
+
+def test_flips_and_what_turned_uncertain_are_told_apart(tmp_path):
+    levels = {"real": [60, 90, 112, 128], "fake": [140, 150, 200, 240]}
+    for label, row in levels.items():
+        for level in row:
+            write_picture(tmp_path / "data" / label / f"{level}.png", level)
+    # 51 levels brighter, a gray of 90 turns fake (141), one of 60 uncertain (111).
+    judge = MeanJudge(threshold=0.5, uncertain=[0.43, 0.45])
+    found = sweep(
+        read_samples(tmp_path / "data"), model=judge, folder=tmp_path / "s",
+        corruptions=("brightness", "chains"), resamples=0,
+    )  # fmt: skip
+    clean, _, second = found.rows[:3]
+    assert (second.corruption, second.severity) == ("brightness", 2)
+    assert (clean.flipped.value, clean.now_uncertain.value) == (0, 0)
+    assert (second.flipped.value, second.now_uncertain.value) == (1 / 8, 1 / 8)
+    ends = pytest.approx(wilson_interval(1, 8))
+    assert (second.flipped.low, second.flipped.high) == ends
+    saved = report(tmp_path / "s")["rows"][2]
+    assert saved["flipped"] == {
+        "value": 1 / 8, "low": second.flipped.low, "high": second.flipped.high, "note": None
+    }  # fmt: skip
+    for row in found.rows[-5:]:  # flat pictures pass every chain unchanged
+        assert (row.flipped.value, row.now_uncertain.value) == (0, 0)
+        assert row.flipped.high == pytest.approx(wilson_interval(0, 8)[1])
+        assert row.auc.value == clean.auc.value
+
+
+def test_chains_alone_make_no_curves_and_join_an_older_sweep(data, tmp_path):
+    folder, judge = tmp_path / "sweep", MeanJudge()
+    sweep(read_samples(data), model=MeanJudge(), folder=folder, **TWO)
+    plan = json.loads((folder / "plan.json").read_text())
+    assert {"messenger", "h264-28"} <= plan["corruptions"].keys()
+    older = {**plan, "corruptions": {k: v for k, v in plan["corruptions"].items() if "-" not in k}}
+    (folder / "plan.json").write_text(json.dumps(older))
+    (folder / "robustness.svg").unlink()
+    found = sweep(
+        read_samples(data), model=judge, folder=folder, corruptions=("chains",), resamples=0
+    )
+    assert [row.corruption for row in found.rows] == [
+        "none", "jpeg-75", "half-size", "screenshot", "messenger", "h264-28"
+    ]  # fmt: skip
+    assert sum(judge.batches) <= 5 * 20
+    assert not (folder / "robustness.svg").exists()
+    assert json.loads((folder / "plan.json").read_text()) == plan
+    older["corruptions"]["jpeg"]["values"] = [1, 2, 3, 4, 5]
+    (folder / "plan.json").write_text(json.dumps(older))
+    with pytest.raises(UsageError, match="other severities"):
+        sweep(read_samples(data), model=judge, folder=folder, corruptions=("chains",))
 
 
 def test_pictures_are_decoded_once_and_never_written(data, tmp_path, monkeypatch):

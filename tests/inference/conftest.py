@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from m2f2cli.models.detector import Detector
 from m2f2cli.records import Detection
 from tests.detections import EXAMPLE
 
@@ -26,8 +27,11 @@ FLAT_ONLY = {"mean": [math.log(0.05)] * 6, "basis": np.eye(6).tolist(), "limit":
 class MeanJudge:
     """Calls a crop the more fake the brighter it is: probability = mean of the crop / 255.
 
-    The forgery map is the brightness of 4 x 4 tiles.
+    The forgery map is the brightness of 4 x 4 tiles. With kinds, the logits of the first two are
+    ten times the means of red and of green.
     """
+
+    leading_kinds = Detector.leading_kinds
 
     fingerprint = "sha256:mean"
     device = torch.device("cpu")
@@ -44,6 +48,8 @@ class MeanJudge:
             "score_temperature": 1.0,
             "domain": None,
             "forgery_map": True,
+            "kinds": None,
+            "kind_margin": None,
         }
         self.config = SimpleNamespace(**{**fields, **changes})
         self.batches: list[int] = []
@@ -56,6 +62,7 @@ class MeanJudge:
         return SimpleNamespace(
             logits=torch.stack([torch.zeros_like(p), torch.log(p / (1 - p))], dim=1),
             forgery_map=torch.nn.functional.adaptive_avg_pool2d(pixel_values.mean(1), 4),
+            kind_logits=10 * pixel_values.mean((2, 3))[:, :2] if self.config.kinds else None,
         )
 
     def fake_probability(self, logits: torch.Tensor) -> torch.Tensor:

@@ -65,6 +65,19 @@ def test_a_record_never_depends_on_its_batch_mates(
         assert replace(record, path=expected.path) == expected
 
 
+def test_a_fake_picture_names_its_kind_where_one_leads(tmp_path: Path) -> None:
+    colors = {"red": (255, 60, 255), "green": (60, 255, 255), "even": (200, 199, 255),
+              "dark": (90, 10, 10)}  # fmt: skip
+    paths = [write_picture(tmp_path / f"{name}.png", color) for name, color in colors.items()]
+    told = {"kinds": ["swapped or edited", "generated"], "kind_margin": 1.0}
+    records = judged(paths, MeanJudge(**told))
+    named = ["swapped or edited", "generated", None, None]
+    assert [record.forgery for record in records] == named
+    assert [record.faces[0].forgery for record in records] == named
+    for silent in ({}, {**told, "kind_margin": None}, {**told, "kinds": ["generated"]}):
+        assert {record.forgery for record in judged(paths, MeanJudge(**silent))} == {None}
+
+
 def test_crops_are_batched_across_items_and_equal_ones_judged_once(
     tmp_path: Path, judge: MeanJudge
 ) -> None:

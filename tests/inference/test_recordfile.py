@@ -5,7 +5,7 @@ import os
 import resource
 import signal
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from m2f2cli.errors import M2F2Error, UsageError
-from m2f2cli.inference.recordfile import RecordFile
+from m2f2cli.inference.recordfile import Job, RecordFile
+from m2f2cli.inference.sources import Source
 from m2f2cli.records import Detection
 
 
@@ -33,6 +34,43 @@ def test_a_second_run_adds_only_what_is_missing(tmp_path: Path, record: Detectio
     fill(file, record, ["a", "b"])
     fill(file, record, ["a", "b", "c"])
     assert paths_in(file) == ["a", "b", "c"]
+
+
+def test_records_from_before_kinds_were_named_are_read_and_resumed(
+    tmp_path: Path, record: Detection
+) -> None:
+    file = tmp_path / "out.jsonl"
+    old = record.to_dict()
+    for part in (old, *old["faces"]):
+        del part["forgery"]
+    file.write_text(json.dumps(old | {"path": "a"}) + "\n")
+    assert Detection.from_dict(old) == record
+    fill(file, record, ["a", "b"])
+    assert paths_in(file) == ["a", "b"]
+    assert "forgery" not in json.loads(file.read_text().splitlines()[0])
+
+
+def test_the_counts_tell_the_kinds_of_forgery_of_both_runs(
+    tmp_path: Path, record: Detection
+) -> None:
+    named = replace(record, forgery="generated")
+    sources = [Source(name, "image", PurePosixPath(name)) for name in ("a", "b", "c")]
+    file = tmp_path / "out.jsonl"
+    for some, kind in ((sources[:1], "generated"), (sources, "swapped or edited")):
+        job = Job(
+            some,
+            run=lambda left, kind=kind: (
+                replace(named, path=source.path, forgery=kind) for source in left
+            ),
+            settings=lambda: record.settings,
+            output=file,
+        )
+        assert list(job.run())
+    assert job.tally.forgeries == {"generated": 1, "swapped or edited": 2}
+    assert job.tally.sentence() == (
+        "3 judged: 3 fake (1 generated, 2 swapped or edited), 0 real, 0 uncertain "
+        "(1 of them recorded earlier)."
+    )
 
 
 @hypothesis_settings(max_examples=60, deadline=None)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,6 +67,46 @@ def test_a_video_is_the_mean_of_its_frames_in_any_order(
 def test_a_video_is_in_the_domain_when_half_its_frames_are(inside: int, verdict: str) -> None:
     frames = [frame(0.9, i < inside) for i in range(4)]
     assert Rule(0.5, None, 2.0).judge_frames(frames)[2].verdict == verdict
+
+
+KIND = ("generated", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("margin", "score", "distance", "kind", "named"),
+    [
+        (1.0, 0.9, None, KIND, "generated"),
+        (1.01, 0.9, None, KIND, None),
+        (0.0, 0.9, None, ("generated", 0.0), "generated"),
+        (None, 0.9, None, KIND, None),
+        (0.0, 0.9, None, None, None),
+        (0.0, 0.2, None, KIND, None),  # real
+        (0.0, 0.5, None, KIND, None),  # in the uncertain band
+        (0.0, 0.9, 3.0, KIND, None),  # outside the domain
+    ],
+)
+def test_only_a_fake_verdict_names_a_kind_that_leads_far_enough(
+    margin, score, distance, kind, named
+) -> None:
+    rule = Rule(0.5, (0.4, 0.6), 2.0, margin)
+    assert rule.judge(score, distance, kind).forgery == named
+
+
+@pytest.mark.parametrize(
+    ("kinds", "named"),
+    [
+        (["a", "a", "b", None], "a"),
+        (["a", "b", None, None], None),
+        ([None, None, None, "b"], "b"),
+        (["a", "b", "c", None], None),
+        ([None] * 4, None),
+    ],
+)
+def test_a_fake_video_is_of_the_kind_that_most_of_its_named_frames_have(kinds, named) -> None:
+    frames = [replace(frame(0.9), forgery=kind) for kind in kinds]
+    assert Rule(0.5).judge_frames(frames)[2].forgery == named
+    assert Rule(0.95).judge_frames(frames)[2].forgery is None  # real
+    assert Rule(0.5, (0.8, 1.0)).judge_frames(frames)[2].forgery is None
 
 
 def test_a_fake_face_outranks_an_uncertain_one_with_a_higher_score() -> None:

@@ -103,6 +103,20 @@ def test_a_video_is_outside_the_domain_when_most_frames_are(tmp_path: Path) -> N
     assert (record.verdict, record.in_domain) == ("real", True)
 
 
+def test_a_fake_video_names_the_kind_of_most_of_its_frames(tmp_path: Path) -> None:
+    judge = MeanJudge(kinds=["swapped or edited", "generated"], kind_margin=1.0)
+    red, green, dark = (
+        np.full((64, 96, 3), color, np.uint8)
+        for color in ((255, 90, 255), (90, 255, 255), (60, 0, 0))
+    )
+    record = judged(write_video(tmp_path / "x.mp4", [red, green, *[red] * 5, dark]), judge=judge)
+    assert (record.verdict, record.forgery) == ("fake", "swapped or edited")
+    kinds = ["swapped or edited", "generated", *["swapped or edited"] * 5, None]
+    assert [frame.forgery for frame in record.frames] == kinds
+    record = judged(write_video(tmp_path / "y.mp4", [red, green] * 4), judge=judge)
+    assert (record.verdict, record.forgery) == ("fake", None)
+
+
 def test_a_video_and_pictures_share_batches(tmp_path: Path) -> None:
     video = write_video(tmp_path / "v.mp4", [flat(20 * i) for i in range(5)])
     Image.fromarray(flat(77)).save(tmp_path / "p.png")

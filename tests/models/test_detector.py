@@ -101,6 +101,21 @@ def test_kinds_of_forgery_have_a_logit_each_and_the_largest_counts():
     assert torch.allclose(out.loss, expected)
 
 
+def test_the_leading_kind_and_how_far_it_leads():
+    logits = torch.tensor([[1.0, -1.0, 0.5], [-4.0, 2.0, 0.0], [3.0, 3.0, 3.0]])
+    three = build(kinds=["swapped", "edited", "generated"])
+    assert three.leading_kinds(logits) == [("swapped", 0.5), ("edited", 2.0), ("swapped", 0.0)]
+    for few in (["generated"], None):
+        assert build(kinds=few).leading_kinds(logits[:, :1]) == [None] * 3
+
+
+@pytest.mark.parametrize("margin", [-0.1, float("nan"), float("inf"), "wide", [1]])
+def test_an_impossible_margin_of_kinds_is_refused(margin):
+    with pytest.raises(ConfigError, match="kind_margin"):
+        DetectorConfig(**tiny_fields(kind_margin=margin))
+    assert DetectorConfig(**tiny_fields(kind_margin=0)).kind_margin == 0
+
+
 @pytest.mark.parametrize("forgery_map", [True, False])
 def test_a_detector_of_clip_alone_reads_several_blocks(forgery_map, tmp_path):
     spec = {k: v for k, v in tiny_fields()["clip"].items() if k != "text"}

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import m2f2cli.training
-from m2f2cli.errors import ConfigError
-from m2f2cli.options.fields import flag_name
+from m2f2cli.errors import ConfigError, UsageError
+from m2f2cli.options.fields import flag_name, parse_yaml
 from m2f2cli.options.train_detector import RunOptions, TrainDetectorOptions
 from m2f2cli.registry import Registry
 
@@ -112,3 +112,25 @@ def test_registry_imports_late_and_offers_the_nearest():
     with pytest.raises(ConfigError, match="no thing 'paht'") as refused:
         table.get("paht")
     assert "'path'" in refused.value.hint
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_a_yaml_value_that_is_none_is_one_kind_of_error(number):
+    text = ["!!int abc", "!!int ''", "!!float abc", "!!bool x", "!!binary 5", "!!timestamp x",
+            "2001-99-99", "2001-01-01T99:99:99", "9" * 5000, "[" * 2000, "*x",
+            "!!python/object:os.system x"][number]  # fmt: skip
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - its words are PyYAML's
+        parse_yaml(f"frames: {text}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["epochs", "learning-rate", "seed", "output", "init-clip"])
+@pytest.mark.parametrize(
+    "value",
+    [10**400, 16**5000, -(10**30), "\0", float("nan"), [[1]], {"a": 1}, b"x"],
+    ids=["large", "too long to write", "below", "nul", "nan", "list", "mapping", "bytes"],
+)
+def test_whatever_a_value_is_it_is_refused_in_a_sentence(name, value):
+    with pytest.raises(UsageError) as caught:
+        TrainDetectorOptions.from_flat({"data": "x", "output": "y", name: value})
+    assert len(caught.value.message) < 2000

@@ -14,12 +14,19 @@ from m2f2cli.serving.server import Address, application, web_server
 
 @contextmanager
 def served(
-    model: Any, uploads: Uploads, options: ExplainOptions, auth: str | None = None
+    model: Any,
+    uploads: Uploads,
+    options: ExplainOptions,
+    auth: str | None = None,
+    host: str = "127.0.0.1",
 ) -> Iterator[str]:
-    """The address of a page about a model, for as long as the block lasts."""
-    address = Address(port=0, auth=auth)
+    """The address of a page about a model, for as long as the block lasts.
+
+    Whatever ``host`` it is made for, only this computer can reach it.
+    """
+    address = Address(host, port=0, auth=auth)
     app = application(model, options=options, address=address, uploads=uploads)
-    bound = address.bind()
+    bound = Address(port=0).bind()
     ready = threading.Event()
     server = web_server(app, uploads, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

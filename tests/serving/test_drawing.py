@@ -132,6 +132,16 @@ def test_uncertain_says_why(changes, words):
     assert words in text
 
 
+def test_a_named_kind_of_forgery_is_told_of_its_face_and_in_the_table():
+    named = replace(FACE, forgery=f"generated{EVIL}")
+    found = record(faces=(named, OTHER), forgery=named.forgery)
+    first, second = (drawing.verdict(look(found), n) for n in (0, 1))
+    assert "looks most like: generated&lt;script" in first
+    assert "looks most like" not in second
+    assert "looks most like" not in drawing.verdict(look(record()))
+    assert "generated&lt;script" in drawing.table([found])
+
+
 def test_no_verdict_is_the_records_sentence():
     found = record(
         status="no_face", message="No face was found in the picture.", verdict=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import io
 import json
 from pathlib import Path
@@ -24,18 +25,22 @@ def ask(uploads: Uploads, method: str, path: str, body: bytes = b"", **given: An
     """Send a request through a gate: (status, answer, headers); ``through`` is the page's."""
     headers = {"host": "127.0.0.1:7860", **given.pop("headers", {})}
     chunks = given.pop("chunks", [body])
+    unfinished = given.pop("unfinished", False)
     passed: list[bytes] = []
     sent: list[dict[str, Any]] = []
 
     async def page(scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
         passed.append(message["body"])
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        allowed = [(b"Access-Control-Allow-Origin", b"*")]  # as gradio does
+        await send({"type": "http.response.start", "status": 200, "headers": allowed})
         await send({"type": "http.response.body", "body": b'"through"'})
 
     async def receive() -> dict[str, Any]:
+        if not chunks:  # the rest never comes
+            await asyncio.sleep(30)
         part = chunks.pop(0)
-        return {"type": "http.request", "body": part, "more_body": bool(chunks)}
+        return {"type": "http.request", "body": part, "more_body": bool(chunks) or unfinished}
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
@@ -206,3 +211,154 @@ def test_pages_load_and_send_nothing_elsewhere(uploads):
     assert "default-src 'self'" in policy
     assert "http" not in policy
     assert ask(uploads, "GET", "/nothing")[2]["x-content-type-options"] == "nosniff"
+
+
+FOREIGN = ["http://evil.example", "http://evil.example:7860", "null", "http://127.0.0.1:7861", "x"]
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+def test_pages_of_other_sites_are_refused(uploads, origin):
+    given = {"headers": {"origin": origin}}
+    kind, body = form({"a.png": b"x"})
+    for method, path in (
+        ("GET", "/config"),
+        ("POST", "/gradio_api/queue/join"),
+        ("POST", "/gradio_api/call/detect"),
+    ):
+        status, answer, about = ask(uploads, method, path, b"{}", **given)
+        assert (status, "Another site" in answer["detail"]) == (403, True)
+        assert not any(name.lower().startswith("access-control") for name in about)
+    given["headers"] |= kind
+    assert ask(uploads, "POST", "/gradio_api/upload", body, **given)[0] == 403
+    assert not any((uploads.folder / "sent").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("host", "origin"),
+    [
+        ("127.0.0.1:7860", "http://127.0.0.1:7860"),
+        ("localhost:7860", "http://LOCALHOST:7860"),
+        ("m2f2.example", "https://m2f2.example"),  # behind a server with TLS
+        ("m2f2.example", None),  # no browser's page
+    ],
+)
+def test_the_pages_own_requests_pass_and_no_other_site_may_read(uploads, host, origin):
+    headers = {"host": host} | ({"origin": origin} if origin else {})
+    for method, path in (("GET", "/config"), ("POST", "/gradio_api/queue/join")):
+        status, _, about = ask(uploads, method, path, b"{}", headers=headers)
+        assert status == 200
+        assert not any(name.lower().startswith("access-control") for name in about)
+
+
+def test_a_body_that_stops_coming_is_dropped(uploads, monkeypatch):
+    monkeypatch.setattr(module, "PAUSE", 0.05)
+    kind, body = form({"a.png": b"x" * 1000})
+    for path, sent in (("upload", body[:500]), ("queue/join", b"{")):
+        given = {"headers": kind, "chunks": [sent], "unfinished": True}
+        status, answer, _ = ask(uploads, "POST", f"/gradio_api/{path}", **given)
+        assert (status, answer["detail"]) == (408, "The request took too long to arrive.")
+    assert not any((uploads.folder / "sent").iterdir())
+
+
+def test_a_body_that_comes_for_ever_is_dropped(uploads, monkeypatch):
+    monkeypatch.setattr(module, "MAX_SENDING", 0.0)
+    assert ask(uploads, "POST", "/gradio_api/queue/join", b"{}")[0] == 408
+
+
+def test_what_is_on_its_way_counts_against_the_room(uploads, monkeypatch):
+    kind, body = form({"a.png": b"x" * 1000})
+    assert ask(uploads, "POST", "/gradio_api/upload", body, headers=kind)[0] == 200
+    monkeypatch.setattr(module, "MAX_STORED", 1500)
+    status, answer, _ = ask(uploads, "POST", "/gradio_api/upload", body, headers=kind)
+    assert (status, "Try again" in answer["detail"]) == (503, True)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "MAX_COMING", 500)
+    assert ask(uploads, "POST", "/gradio_api/upload", body, headers=kind)[0] == 503
+    monkeypatch.undo()
+    assert ask(uploads, "POST", "/gradio_api/upload", body, headers=kind)[0] == 200
+
+
+def test_one_visitor_keeps_only_so_many_requests_open(uploads):
+    """Others are answered meanwhile, and so are his after he closed them."""
+    app = Held()
+    gate = Gate(app, uploads=uploads)
+
+    async def ask_for(path: str, client: str) -> asyncio.Task[int]:
+        task = asyncio.create_task(app.status(gate, path, client))
+        await asyncio.sleep(0)
+        return task
+
+    async def visit() -> None:
+        stream = "/gradio_api/heartbeat/a"
+        held = [await ask_for(stream, "10.0.0.1") for _ in range(module.MAX_OPEN)]
+        assert await (await ask_for(stream, "10.0.0.1")) == 429
+        others = [await ask_for(stream, "10.0.0.2"), await ask_for("/config", "10.0.0.1")]
+        app.go.set()
+        assert [await task for task in [*held, *others]] == [200] * (module.MAX_OPEN + 2)
+        assert await (await ask_for(stream, "10.0.0.1")) == 200
+
+    asyncio.run(visit())
+
+
+class Held:
+    """An application that answers once ``go`` is set."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.go.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def status(self, gate: Gate, path: str, client: str) -> int:
+        found: list[int] = []
+
+        async def send(message: dict[str, Any]) -> None:
+            found.append(message.get("status", 0))
+
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": path,
+            "headers": [],
+            "client": (client, 1),
+        }
+        await gate(scope, self.go.wait, send)
+        return found[0]
+
+
+def test_a_full_disk_is_a_sentence_and_nothing_is_left(uploads, monkeypatch, caplog):
+    class Full(io.BytesIO):
+        def read(self, *_: Any) -> bytes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = Uploads.store
+    monkeypatch.setattr(Uploads, "store", lambda *given: store(*given[:2], full.pop(0)))
+    full = [io.BytesIO(b"one"), Full()]
+    kind, body = form({"a.png": b"one", "b.png": b"two"})
+    status, answer, _ = ask(uploads, "POST", "/gradio_api/upload", body, headers=kind)
+    assert (status, answer["detail"]) == (503, "There is no room for files here. Try again later.")
+    assert "No space left on device" in caplog.text
+    assert not any((uploads.folder / "sent").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "status"),
+    [
+        ("call/detect", {"data": []}, 400),
+        ("call/explain", {"data": [None]}, 400),
+        ("call/explain/", {"data": [None, [], ""]}, 200),
+        ("queue/join", {"data": [], "fn_index": 3}, 400),
+        ("queue/join", {"data": [None], "fn_index": 3}, 200),
+        ("queue/join", {"data": [], "fn_index": [3]}, 404),
+        ("queue/join", {"data": []}, 404),
+        ("call/nothing", {"data": []}, 404),
+        ("queue/join", {"data": {}, "fn_index": 3}, 200),
+    ],
+)
+def test_unknown_functions_and_too_few_values_are_refused(uploads, path, content, status):
+    takes = {"detect": 1, "explain": 3, "3": 1}
+    found = post(uploads, content, f"/gradio_api/{path}", takes=takes)
+    assert found[0] == status
+    assert status != 400 or "are needed" in found[1]["detail"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
+import socket
 import threading
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,6 +23,7 @@ from gradio_client.exceptions import AppError
 from m2f2cli.inference.pipeline import detect
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.explain import ExplainOptions
+from m2f2cli.serving import gate
 from m2f2cli.serving.gate import Uploads
 from m2f2cli.serving.page import GENERIC
 from m2f2cli.serving.server import QUEUE
@@ -171,6 +175,125 @@ def test_200_megabytes_are_refused_unread(url):
 
 def test_a_foreign_name_is_refused(url):
     assert raw(url, "GET", "/", {"Host": "evil.example"}).status == 421
+
+
+def opened(url: str, sent: bytes = b"") -> socket.socket:
+    host, _, port = url.removeprefix("http://").partition(":")
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.sendall(sent)
+    return connection
+
+
+HALF_A_HEAD = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-a: "
+NO_BODY = b"GET /gradio_api/app_id HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\nx"
+
+
+@pytest.mark.parametrize("begun", [b"", HALF_A_HEAD, NO_BODY, b"GET / HTTP/1.1\r\n"])
+def test_a_request_that_is_never_finished_is_dropped(url, monkeypatch, begun):
+    monkeypatch.setattr("m2f2cli.serving.connection.HEAD", 0.3)
+    with opened(url, begun) as connection:
+        begin = time.monotonic()
+        with contextlib.suppress(OSError):  # closed while we were still sending
+            while time.monotonic() < begin + 10:
+                connection.settimeout(0.1)
+                with contextlib.suppress(TimeoutError):
+                    if not connection.recv(4096):
+                        break
+                connection.sendall(b"a")
+        assert 0.2 < time.monotonic() - begin < 8
+
+
+def test_a_connection_may_wait_for_its_answer(url, tmp_path, monkeypatch):
+    monkeypatch.setattr("m2f2cli.serving.connection.HEAD", 0.2)
+    with opened(url, b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n") as line:
+        assert b"200 OK" in line.recv(4096)
+        time.sleep(0.6)
+        line.settimeout(0.2)
+        with contextlib.suppress(TimeoutError):
+            while piece := line.recv(4096):  # its first words, perhaps
+                assert piece
+            pytest.fail("It was closed.")
+
+
+def test_half_sent_heads_keep_nobody_out(url):
+    held = []
+    try:
+        for _ in range(450):
+            held.append(opened(url, HALF_A_HEAD))
+            if len(held) % 150 == 0:
+                assert httpx.get(f"{url}/gradio_api/app_id", timeout=10).status_code == 200
+    finally:
+        for connection in held:
+            connection.close()
+
+
+def test_unfinished_uploads_hold_little_and_keep_nobody_out(url, uploads, tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "MAX_COMING", 3 * 2**20)
+    monkeypatch.setattr(gate, "PAUSE", 2.0)
+    head = (
+        b"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        b"Content-Type: multipart/form-data; boundary=a\r\nContent-Length: 9999999\r\n\r\n"
+        b'--a\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    )
+    held = [opened(url, head) for _ in range(12)]
+    try:
+        for connection in held:
+            with contextlib.suppress(OSError):  # refused already
+                connection.sendall(bytes(2**20 - 1000))
+        refusals = 0
+        for connection in held:
+            connection.settimeout(0.2)
+            with contextlib.suppress(TimeoutError):
+                refusals += b" 503 " in connection.recv(4096)
+        assert refusals >= 8
+        assert put(url, write_picture(tmp_path / "a.png", 9))["path"]
+        held[-1].settimeout(10)
+        left = [c for c in held if c.settimeout(10) is None and b" 408 " in _answer(c)]
+        assert len(left) <= 3
+    finally:
+        for connection in held:
+            connection.close()
+
+
+def _answer(connection: socket.socket) -> bytes:
+    with contextlib.suppress(OSError):
+        return connection.recv(4096)
+    return b""
+
+
+@pytest.mark.parametrize("path", ["call/detect", "queue/join"])
+@pytest.mark.parametrize(
+    "body",
+    [{"data": []}, {"data": [], "fn_index": 0}, {"data": "x"}, {"data": None}, {}, [], 5, "x",
+     {"data": [None] * 9, "fn_index": 99, "session_hash": "s"},
+     {"data": [None] * 9, "fn_index": -1, "session_hash": "s"},
+     {"data": [], "fn_index": 1, "session_hash": "s"}],
+)  # fmt: skip
+def test_a_malformed_request_prints_no_traceback(url, path, body, capfd):
+    answer = httpx.post(f"{url}/gradio_api/{path}", json=body)
+    if answer.status_code == 200:
+        httpx.get(f"{url}/gradio_api/call/detect/{answer.json()['event_id']}", timeout=10)
+    else:
+        assert 400 <= answer.status_code < 500
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_foreign_pages_get_nothing_from_a_page_for_others(tmp_path):
+    """As served with ``--host 0.0.0.0 --auth``: any name may stand in Host."""
+    with served(MeanJudge(), Uploads(tmp_path), WHOLE, auth="a:b", host="0.0.0.0") as address:
+        for host in ("192.168.1.5:7872", "m2f2.example.org"):
+            headers = {"Host": host, "Origin": "http://evil.com"}
+            with httpx.Client(base_url=address, auth=("a", "b"), headers=headers) as visitor:
+                files = {"files": ("a.png", b"x", "image/png")}
+                answers = [
+                    visitor.get("/config"),
+                    visitor.post("/gradio_api/upload", files=files),
+                    visitor.post("/gradio_api/call/detect", json={"data": [None]}),
+                    visitor.get("/config", headers={"Origin": f"http://{host}"}),
+                ]
+            assert [answer.status_code for answer in answers] == [403, 403, 403, 200]
+            names = {name for answer in answers for name in answer.headers}
+            assert not [name for name in names if name.startswith("access-control")]
 
 
 def put(url: str, file: Path) -> dict[str, Any]:

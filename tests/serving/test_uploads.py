@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -102,6 +104,24 @@ def test_the_disk_is_not_filled(uploads, monkeypatch):
     uploads.store("a", io.BytesIO(b"x" * 11))
     with pytest.raises(M2F2Error, match="Too many files"):
         uploads.store("b", io.BytesIO(b"x"))
+
+
+def test_a_killed_page_leaves_nothing_behind_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    left = tmp_path / f"m2f2-demo-{process.pid}-abcdefgh"
+    (left / "sent" / "x").mkdir(parents=True)
+    (left / "sent" / "x" / "a.png").write_bytes(b"x")
+    running, foreign = tmp_path / f"m2f2-demo-{os.getppid()}-abcdefgh", tmp_path / "m2f2-demo-1"
+    for folder in (running, foreign):
+        folder.mkdir()
+    own = Uploads()
+    assert not left.exists()
+    assert running.exists()
+    assert foreign.exists()
+    assert f"-{os.getpid()}-" in own.folder.name
+    assert own.folder.stat().st_mode & 0o077 == 0
 
 
 def test_all_is_gone_at_the_end(uploads):

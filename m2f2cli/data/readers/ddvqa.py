@@ -6,7 +6,6 @@ Source: DD-VQA (ECCV 2024) over FaceForensics++ crops, as the published system l
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from m2f2cli.data.samples import (
     people_in,
 )
 from m2f2cli.errors import InputError
+from m2f2cli.files import parse_json
 
 T = TypeVar("T")
 REGIONS = ("skin", "eyebrows", "eyes", "nose", "mouth")
@@ -91,7 +91,7 @@ def _read_files(folder: Path, read: Callable[[str, dict[str, Any]], T | None]) -
     found: dict[str, T] = {}
     for file in files:
         try:
-            for stem, questions in json.loads(file.read_text(encoding="utf-8")).items():
+            for stem, questions in parse_json(file.read_text(encoding="utf-8-sig")).items():
                 value = read(stem, questions)
                 if value is None:
                     continue
