@@ -16,7 +16,14 @@ from typer.core import TyperCommand
 
 from m2f2cli import __version__
 from m2f2cli.cli.flags import Command
-from m2f2cli.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Output
+from m2f2cli.cli.output import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    Output,
+    silence,
+    stand_in_for_closed_streams,
+)
 from m2f2cli.compat import leave
 from m2f2cli.errors import ConfigError, M2F2Error
 from m2f2cli.options.fields import MOVED, RENAMED, renamed
@@ -149,7 +156,11 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_version, is_eager=True, metavar="", help="Print the version."
+            *("--version", "-V"),
+            callback=_version,
+            is_eager=True,
+            metavar="",
+            help="Print the version.",
         ),
     ] = False,
 ) -> None:
@@ -187,20 +198,20 @@ def run(arguments: Sequence[str], *, app: typer.Typer | None = None) -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else EXIT_FAILED
     except BrokenPipeError:
-        _silence_stdout()
+        silence(sys.stdout)
         return EXIT_FAILED
     except Exception as error:  # noqa: BLE001 - every error becomes a sentence
         if debug():
             import traceback
 
             traceback.print_exc()
-        return _explain(error)
+        return _explain(error, arguments)
     if code == EXIT_INTERRUPTED:
         Output().error("Interrupted.")
     return code if isinstance(code, int) else 0
 
 
-def _explain(error: Exception) -> int:
+def _explain(error: Exception, arguments: Sequence[str]) -> int:
     output = Output()
     if isinstance(error, M2F2Error):
         output.error(error.message, error.hint)
@@ -208,15 +219,23 @@ def _explain(error: Exception) -> int:
     if hasattr(error, "format_message"):  # the command line's own parser
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "m2f2"
-        output.error(str(error.format_message()), _new_name(error) or f"See '{where} --help'.")
+        hint = _new_name(error) or _file_like_a_flag(arguments) or f"See '{where} --help'."
+        output.error(str(error.format_message()), hint)
         return EXIT_USAGE
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        output.error("There is not enough memory.", "End other programs, or do less at a time.")
+        return EXIT_FAILED
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" while writing '{error.filename}'" if error.filename else ""
         output.error(f"The disk is full{where}.", "Free some space and run the command again.")
         return EXIT_FAILED
     if isinstance(error, OSError) and error.strerror:
         where = f"'{error.filename}': " if error.filename else ""
-        output.error(f"{where}{error.strerror}.")
+        no_place = "usable temporary directory" in error.strerror
+        output.error(
+            "There is no folder for temporary files." if no_place else f"{where}{error.strerror}.",
+            "Set TMPDIR to a folder that may be written." if no_place else None,
+        )
         return EXIT_FAILED
     sentence = " ".join(str(error).split()) or "no further words"
     output.error(
@@ -238,13 +257,17 @@ def _new_name(error: Any) -> str | None:
     return f"'{old}' is now '--{new}'." if new else None
 
 
-def _silence_stdout() -> None:
-    """The reader of our standard output is gone: let the interpreter's last flush go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _file_like_a_flag(arguments: Sequence[str]) -> str | None:
+    """The hint for a file whose name begins like a flag."""
+    for word in arguments:
+        if word.startswith("-") and (os.path.lexists(word) or os.path.splitext(word)[1]):
+            return f"If '{word}' is a file, write './{word}', or '--' before it."
+    return None
 
 
 def main() -> None:
     """Entry point of the ``m2f2`` script."""
+    stand_in_for_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m2f2cli.cli.flags import command
 from m2f2cli.cli.output import EXIT_GATE, EXIT_SOME_FAILED, Output
 from m2f2cli.options.detect import DetectCommand
+from m2f2cli.records import to_line
 
 if TYPE_CHECKING:
-    from m2f2cli.inference.recordfile import Tally
+    from m2f2cli.inference.recordfile import Job, Tally
     from m2f2cli.records import Detection
 
 EXAMPLES = {
@@ -20,11 +22,16 @@ EXAMPLES = {
         "m2f2 detect evidence/ --recursive --output verdicts.jsonl",
         "m2f2 detect clip.mp4 --frames 32 --annotate marked/",
         "m2f2 detect crops/ --faces none --json",
+        "m2f2 detect evidence/ --jsonl | grep '\"fake\"'",
     )
 }
 
 
-@command(DetectCommand)
+LONGEST = 60  # columns that the names of files take at most before the next ones shift
+STYLES = {"fake": "red", "uncertain": "yellow", "-": "dim"}
+
+
+@command(DetectCommand, lines=True)
 def detect(options: DetectCommand, printer: Output) -> int:
     """Judge pictures and videos: real, fake or uncertain.
 
@@ -44,31 +51,35 @@ def detect(options: DetectCommand, printer: Output) -> int:
         output=items.output,
         overwrite=items.overwrite,
     )
-    records = []
-    with printer.progress("Judging", len(job.sources)) as advance:
-        for record in job.run():
-            advance()
-            if printer.as_json or items.output is None:
-                records.append(record)
-    _show(printer, records, job.tally, items.output)
+    _run(job, printer, items.output)
+    if job.tally.real or job.tally.fake:
+        printer.note("A verdict is this model's opinion, not proof; 'real' means no forgery found.")
     return exit_code(job.tally, items.fail_on)
 
 
-def _show(printer: Output, records: Sequence[Detection], tally: Tally, output: Path | None) -> None:
+def _run(job: Job[Detection], printer: Output, output: Path | None) -> None:
+    """Judge every item; print each as it comes, or one JSON object, or nothing but the counts."""
+    as_table = output is None and not printer.as_json and not printer.as_lines
+    longest = max((len(source.path) for source in job.sources), default=0)
+    widths = (min(longest, LONGEST), 9, -16)
+    records = []
+    # A bar and rows on one terminal get into each other's way.
+    bar = Output(quiet=printer.quiet or ((as_table or printer.as_lines) and sys.stdout.isatty()))
+    with bar.progress("Judging", len(job.sources)) as advance:
+        for number, record in enumerate(job.run()):
+            advance(1 if number else 1 + job.tally.earlier)
+            if printer.as_json:
+                records.append(record.to_dict())
+            elif printer.as_lines:
+                printer.line(to_line(record.to_dict()))
+            elif as_table:
+                if not number:
+                    printer.row(("File", "Verdict", "Fake probability", "Why"), widths, "bold")
+                row = _row(record)
+                printer.row(row, widths, STYLES.get(row[1]))
     if printer.as_json:
-        items = [record.to_dict() for record in records]
-        printer.json({"items": items, "summary": vars(tally)})
-        return
-    if output is None and records:
-        printer.table(
-            ("File", "Verdict", "Fake probability>", "Why"),
-            [_row(record) for record in records],
-            styles=lambda row: {"fake": "red", "uncertain": "yellow", "-": "dim"}.get(str(row[1])),
-        )
-    where = f" Records: {output}" if output is not None else ""
-    printer.note(tally.sentence() + where)
-    if tally.real or tally.fake:
-        printer.note("A verdict is this model's opinion, not proof; 'real' means no forgery found.")
+        printer.json({"items": records, "summary": vars(job.tally)})
+    printer.note(job.tally.sentence() + (f" Records: {output}" if output else ""))
 
 
 def _row(record: Detection) -> tuple[str, str, str, str]:

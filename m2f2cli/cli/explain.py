@@ -11,6 +11,7 @@ from m2f2cli.cli.flags import command
 from m2f2cli.cli.output import EXIT_SOME_FAILED, Output
 from m2f2cli.errors import UsageError
 from m2f2cli.options.explain import ExplainCommand
+from m2f2cli.records import to_line
 
 if TYPE_CHECKING:
     from m2f2cli.inference.explain import TextChunk
@@ -34,7 +35,7 @@ _SMALL = (
 )
 
 
-@command(ExplainCommand)
+@command(ExplainCommand, lines=True)
 def explain(options: ExplainCommand, printer: Output) -> int:
     """Say why: the detector's verdict, the language model's own judgement, and its reasons.
 
@@ -45,9 +46,11 @@ def explain(options: ExplainCommand, printer: Output) -> int:
     Exit codes: 0 done, 3 some items have no verdict, 4 a --fail-on gate tripped.
     """
     items = options.items
-    if options.dataset is not None and items.output is None and not printer.as_json:
+    prints = printer.as_json or printer.as_lines
+    if options.dataset is not None and items.output is None and not prints:
         raise UsageError(
-            "The answers to a data set need a place to go.", "Add --output FILE.jsonl, or --json."
+            "The answers to a data set need a place to go.",
+            "Add --output FILE.jsonl, --jsonl or --json.",
         )
     from m2f2cli.inference.explain import explain_job
     from m2f2cli.inference.explain_dataset import DatasetJob
@@ -67,15 +70,18 @@ def explain(options: ExplainCommand, printer: Output) -> int:
 
 def _explain(job: Job[Explanation], printer: Output, *, shown: bool) -> None:
     """Print each record as it comes, or its words as they come, or nothing but the progress."""
-    reads = shown and not printer.as_json
+    reads = shown and not printer.as_json and not printer.as_lines
     streams = reads and sys.stdout.isatty() and len(job.sources) == 1
     records = []
-    bar = Output(quiet=printer.quiet or reads)  # texts on the terminal show the progress themselves
+    # Texts and lines on the terminal show the progress themselves.
+    bar = Output(quiet=printer.quiet or reads or (printer.as_lines and sys.stdout.isatty()))
     with bar.progress("Explaining", len(job.sources)) as advance:
-        for record in job.run(on_text=_streamed(printer) if streams else None):
-            advance()
+        for number, record in enumerate(job.run(on_text=_streamed(printer) if streams else None)):
+            advance(1 if number else 1 + job.tally.earlier)
             if printer.as_json:
                 records.append(record)
+            elif printer.as_lines:
+                printer.line(to_line(record.to_dict()))
             elif reads:
                 _print(printer, record, streamed=streams)
     if printer.as_json:
@@ -143,6 +149,8 @@ def _answer(job: DatasetJob, printer: Output) -> int:
             advance()
             if printer.as_json:
                 rows.append(row.to_dict())
+            elif printer.as_lines:
+                printer.line(to_line(row.to_dict()))
             elif row.message not in silent and row.status != "ok":
                 silent.add(row.message)
                 printer.note(f"{row.image}: {row.message}")

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from m2f2cli.cli.output import Output
-from m2f2cli.errors import ConfigError
+from m2f2cli.errors import ConfigError, UsageError
 from m2f2cli.options.fields import MOVED, Options, key_of, parse_yaml, renamed
 
 _DEEPEST = 8  # mappings inside mappings of a configuration file
@@ -51,18 +51,22 @@ class Command:
         body: The function; its docstring is the help text.
         json: Whether there is ``--json``.
         quiet: Whether there is ``--quiet``.
+        lines: Whether there is ``--jsonl``.
     """
 
     kind: type[Options]
     body: Callable[[Any, Output], int | None]
     json: bool = True
     quiet: bool = True
+    lines: bool = False
 
     def callback(self) -> Callable[..., None]:
         """What Typer runs: a function with a parameter for each flag."""
 
         def run(context: typer.Context, **values: Any) -> None:
-            printer = Output(values.pop("json", False), values.pop("quiet", False))
+            printer = Output(*(values.pop(name, False) for name in ("json", "quiet", "jsonl")))
+            if printer.as_json and printer.as_lines:
+                raise UsageError("--json and --jsonl exclude each other.", "Leave out one.")
             show, settings = values.pop("print_config"), values.pop("set") or ()
             given = {
                 name: value
@@ -80,7 +84,7 @@ class Command:
         about = inspect.Parameter(
             "context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context
         )
-        general = _general(self.kind, json=self.json, quiet=self.quiet)
+        general = _general(self.kind, json=self.json, quiet=self.quiet, lines=self.lines)
         parameters = [about, *general, *own]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -88,10 +92,10 @@ class Command:
 
 
 def command(
-    kind: type[Options], *, json: bool = True, quiet: bool = True
+    kind: type[Options], *, json: bool = True, quiet: bool = True, lines: bool = False
 ) -> Callable[[Callable[[Any, Output], int | None]], Command]:
     """Decorator that makes a function a ``Command``; arguments as there."""
-    return lambda body: Command(kind, body, json, quiet)
+    return lambda body: Command(kind, body, json, quiet, lines)
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
@@ -100,7 +104,9 @@ def _was_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _general(kind: type[Options], *, json: bool, quiet: bool) -> Iterator[inspect.Parameter]:
+def _general(
+    kind: type[Options], *, json: bool, quiet: bool, lines: bool
+) -> Iterator[inspect.Parameter]:
     """The flags that are no options: how options are read, and how results are printed."""
 
     def read(context: typer.Context, path: Path | None) -> Path | None:
@@ -128,6 +134,8 @@ def _general(kind: type[Options], *, json: bool, quiet: bool) -> Iterator[inspec
     yield _keyword("print-config", bool, "Print the settings as a --config file, and stop.")
     if json:
         yield _keyword("json", bool, "Print one JSON object and nothing else.")
+    if lines:
+        yield _keyword("jsonl", bool, "Print one JSON object an item, each as soon as it is there.")
     if quiet:
         yield _keyword("quiet", bool, "No progress and no notes.", short="-q")
 

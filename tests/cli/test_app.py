@@ -37,8 +37,9 @@ def test_help_names_every_command_and_version_prints_it(capsys: pytest.CaptureFi
         assert entry.name.split()[0] in help_text
     assert app.run([]) == 0
     assert "detect" in capsys.readouterr().out
-    assert app.run(["--version"]) == 0
-    assert capsys.readouterr().out == f"m2f2 {__version__}\n"
+    for flag in ("--version", "-V"):
+        assert app.run([flag]) == 0
+        assert capsys.readouterr().out == f"m2f2 {__version__}\n"
 
 
 @pytest.mark.parametrize("group", app.GROUPS)
@@ -99,6 +100,13 @@ def test_help_takes_at_most_three_times_a_two_command_typer_app() -> None:
         ),
         (OSError(errno.ENOSPC, "No space left", "out.bin"), 1, ["disk is full", "'out.bin'"]),
         (OSError(errno.EACCES, "Permission denied", "x"), 1, ["error: 'x': Permission denied."]),
+        (MemoryError(), 1, ["error: There is not enough memory."]),
+        (RuntimeError("alloc_cpu.cpp: can't allocate memory: you tried"), 1, ["not enough memory"]),
+        (
+            FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"),
+            1,
+            ["error: There is no folder for temporary files.", "hint: Set TMPDIR"],
+        ),
         (ZeroDivisionError("1/0"), 1, ["Unexpected ZeroDivisionError: 1/0", "M2F2_DEBUG=1"]),
         (KeyboardInterrupt(), 130, ["Interrupted"]),
         (typer.Exit(3), 3, []),
@@ -189,3 +197,47 @@ def test_control_characters_of_a_name_do_not_reach_the_terminal(
     captured = capsys.readouterr().err
     assert "\x1b" not in captured
     assert "\\x1b[2Jevil\\r.jpg" in captured
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams as a shell does")
+@pytest.mark.parametrize(
+    ("command", "code", "out", "err"),
+    [
+        ("--version >&-", 1, "", "error: Standard output is closed, so the result"),
+        ("detect --help >&-", 1, "", "error: Standard output is closed, so the result"),
+        ("--version 2>&- <&-", 0, f"m2f2 {__version__}", ""),
+        ("detect 2>&-", 2, "", ""),
+        ("detect >&- 2>&-", 2, "", ""),
+        ("detect - <&-", 0, "", "0 judged"),
+    ],
+)
+def test_closed_streams(command: str, code: int, out: str, err: str, tmp_path: Path) -> None:
+    whole = f"exec {sys.executable} -m m2f2cli {command}"
+    done = subprocess.run(["sh", "-c", whole], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (code, out)
+    assert done.stderr.startswith(err)
+    assert "Unexpected" not in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams as a shell does")
+def test_no_file_becomes_a_closed_stream(tmp_path: Path) -> None:
+    code = (
+        "import sys; from m2f2cli.cli.output import stand_in_for_closed_streams as do; do();"
+        "file = open(sys.argv[1], 'w'); assert file.fileno() > 2; file.write('x')"
+    )
+    shell = ["sh", "-c", f'exec {sys.executable} -c "$0" "$1" <&- >&- 2>&-', code]
+    assert subprocess.run([*shell, str(tmp_path / "a")], check=False).returncode == 0
+
+
+def test_a_file_named_like_a_flag_gets_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-photo").touch()
+    for name in ("-dash.jpg", "-photo", "--dash.jpg"):
+        assert app.run(["detect", name]) == 2
+        assert f"If '{name}' is a file, write './{name}', or '--' before it." in (
+            capsys.readouterr().err
+        )
+    assert app.run(["detect", "-z"]) == 2
+    assert "See 'm2f2 detect --help'." in capsys.readouterr().err

@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from m2f2cli.cli import app
+from m2f2cli.inference.recordfile import Job
 from m2f2cli.records import Detection
 from tests.conftest import write_detector
 from tests.inference.conftest import noise_picture
@@ -81,6 +82,30 @@ def test_the_kind_of_forgery_is_in_table_record_and_csv(
     assert app.run([*command, "--output", "out.csv"]) == 0
     with open("out.csv", newline="", encoding="utf-8") as file:
         assert {row["path"]: row["forgery"] for row in csv.DictReader(file)} == named
+
+
+def test_a_record_is_printed_before_the_next_item_is_judged(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a table and as JSON lines, and as ``--output`` would write it."""
+    seen: list[str] = []
+    run = Job.run
+
+    def watched(job: Any, **how: Any) -> Any:
+        for record in run(job, **how):
+            seen.append(capsys.readouterr().out)
+            yield record
+        seen.append(capsys.readouterr().out)
+
+    assert app.run(["detect", "in", "--output", "out.jsonl"]) == 0
+    monkeypatch.setattr(Job, "run", watched)
+    assert app.run(["detect", "in"]) == 0
+    assert [text.count(".png") for text in seen] == [0, 1, 1, 1]
+    del seen[:]
+    assert app.run(["detect", "in", "--jsonl"]) == 0
+    assert "".join(seen).encode() == Path("out.jsonl").read_bytes()
+    assert [text.count("\n") for text in seen] == [0, 1, 1, 1]
+    assert app.run(["detect", "in", "--jsonl", "--json"]) == 2
 
 
 def test_json_is_one_object(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,45 @@ def test_a_log_gets_a_line_a_minute(
     ]
 
 
+def test_bursts_and_what_was_done_before_are_not_taken_for_speed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with Output().progress("Judging", 1000) as advance:
+        for _ in range(16):  # a batch leaves at once
+            advance()
+        for _ in range(30):
+            now += 4
+            for _ in range(16):
+                advance()
+    assert capsys.readouterr().err.splitlines() == [
+        "Judging: 241/1000, 0:03:22 left",  # four a second
+        "Judging: 481/1000, 0:02:14 left",
+    ]
+
+
+def test_a_row_is_there_at_once_and_its_name_cannot_drive_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for cells in (("File", "Score", "Why"), ("\x1b[31m", "0.5", ""), ("名前", "0.5", "a  b")):
+        Output().row(cells, (8, -6))
+        assert capsys.readouterr().out in (
+            "File       Score  Why\n",
+            "\\x1b[31m     0.5\n",
+            "名前         0.5  a  b\n",
+        )
+
+
+def test_nobody_reading_notes_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as gone:
+        monkeypatch.setattr("sys.stderr", gone)
+        Output().note("note")
+        Output().error("bad", "do this")
+
+
 def test_a_log_of_bytes_or_of_no_known_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
