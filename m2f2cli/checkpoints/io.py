@@ -603,8 +603,7 @@ def _open_form(folder: Path, names: Sequence[str], index: str, mapping: dict[str
 def disagreement(first: Mapping[str, LazyTensor], second: Mapping[str, LazyTensor]) -> list[str]:
     """The tensors that both have and that differ in shape, type or a value."""
     common = sorted(first.keys() & second.keys())
-    mine, theirs = ({key: part[key] for key in common} for part in (first, second))
-    mine, theirs = digests_of(mine), digests_of(theirs)
+    mine, theirs = (digests_of({key: part[key] for key in common}) for part in (first, second))
     return [key for key in common if mine[key] != theirs[key]]
 
 
@@ -733,14 +732,11 @@ def shared_tensors(folder: Path) -> dict[str, LazyTensor]:
         return {}
     found: dict[str, LazyTensor] = {}
     for begin, source in read_json(path).items():
-        said = (
-            [source.get(name) for name in ("folder", "fingerprint")]
-            if isinstance(source, dict)
-            else []
-        )
-        if not said or not all(isinstance(value, str) and value for value in said):
+        said = source if isinstance(source, dict) else {}
+        place, mark = said.get("folder"), said.get("fingerprint")
+        if not isinstance(place, str) or not isinstance(mark, str):
             raise CheckpointError(f"'{path}' does not say what is shared with whom.", _AGAIN)
-        other, mark = folder / said[0], said[1]
+        other = folder / place
         if (other / SHARED).is_file():
             raise CheckpointError(
                 f"'{path}' names '{other}', which shares tensors itself.",

@@ -175,7 +175,7 @@ def build_empty(config: DetectorConfig | ExplainerConfig) -> Any:
         raise ConfigError(f"No model can be built as config.json describes it ({said}).") from error
 
 
-def build_checked(fields: Mapping[str, Any], tensors: Mapping[str, Any], *, what: str) -> Detector:
+def build_checked(fields: Mapping[str, Any], tensors: Mapping[str, Any], *, what: str) -> Any:
     """A detector to be given its tensors, which are compared with it before it has storage.
 
     Raises:
@@ -183,7 +183,7 @@ def build_checked(fields: Mapping[str, Any], tensors: Mapping[str, Any], *, what
     """
     with _said_of(what):
         config = DetectorConfig.from_dict(dict(fields))
-        model: Detector = build_empty(config)
+        model = build_empty(config)
     kept = model.state_dict()
     io.check_names_and_shapes(tensors, kept, what=what)
     # What a part does not save it has to compute, which takes storage.

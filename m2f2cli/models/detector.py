@@ -94,7 +94,7 @@ class DetectorConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         given = locals()
-        names = DetectorConfig.__init__.__kwdefaults__
+        names = DetectorConfig.__init__.__kwdefaults__ or {}
         check_detector(kwargs | {name: given[name] for name in names})
         self.backbone = backbone
         self.backbone_kwargs = dict(backbone_kwargs or {})

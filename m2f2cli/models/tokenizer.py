@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tokenizers import normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
@@ -62,7 +62,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"'{folder / 'tokenizer.json'}' holds no vocabulary.", _ELSEWHERE)
     kind = PreTrainedTokenizerFast if ready else LlamaTokenizer
     # Given here, since tokenizer_config.json may name another file.
-    own = {"tokenizer_file" if ready else "vocab_file": str(folder / _FILES[ready])}
+    own: dict[str, Any] = {"tokenizer_file" if ready else "vocab_file": str(folder / _FILES[ready])}
     try:
         with tokenizer_faults():
             tokenizer = kind.from_pretrained(str(folder), local_files_only=True, **own)
