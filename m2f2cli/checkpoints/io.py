@@ -559,7 +559,9 @@ def survey(folder: Path) -> Weights:
 
 def _open_form(folder: Path, names: Sequence[str], index: str, mapping: dict[str, str]) -> Weights:
     """Open the files of one form of a folder's weights."""
-    absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    absent = [
+        name for name in names if Path(name).name != name or not os.path.isfile(folder / name)
+    ]
     faults = []
     if absent:
         faults.append(
@@ -737,12 +739,13 @@ def shared_tensors(folder: Path) -> dict[str, LazyTensor]:
         if not isinstance(place, str) or not isinstance(mark, str):
             raise CheckpointError(f"'{path}' does not say what is shared with whom.", _AGAIN)
         other = folder / place
-        if (other / SHARED).is_file():
+        # A name from a file may be none of a file system, at which Path.is_file raises.
+        if os.path.isfile(other / SHARED):
             raise CheckpointError(
                 f"'{path}' names '{other}', which shares tensors itself.",
                 "Name the checkpoint that holds them.",
             )
-        if not other.is_dir() or read_stage(other).get("fingerprint") != mark:
+        if not os.path.isdir(other) or read_stage(other).get("fingerprint") != mark:
             raise CheckpointError(
                 f"'{folder}' takes the tensors '{begin}' from '{other}', which is not there or not "
                 "the checkpoint they were left to.",
@@ -902,7 +905,7 @@ def say_faults(faults: Mapping[str, Collection[str]]) -> str:
 
 def name_some(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
-    ordered = sorted(names)
+    ordered = sorted(" ".join(name.split()) for name in names)
     rest = len(ordered) - _NAMED_IN_ERRORS
     shown = ", ".join(ordered[:_NAMED_IN_ERRORS])
     return f"{shown} and {rest} more" if rest > 0 else shown

@@ -287,11 +287,12 @@ def _records(path: Path) -> dict[str, tuple[int, int]]:
                     f"'{path}' is a compressed archive, which torch.save never writes.",
                     "Save the weights again with torch.save.",
                 )
-            file.seek(entry.header_offset)
+            file.seek(max(0, entry.header_offset))
             head = file.read(_LOCAL_HEADER)
             names = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
             begin = entry.header_offset + _LOCAL_HEADER + names
-            if len(head) < _LOCAL_HEADER or begin + entry.file_size > length:
+            outside = entry.header_offset < 0 or begin + entry.file_size > length
+            if len(head) < _LOCAL_HEADER or outside:
                 raise CheckpointError(f"'{path}' is truncated.", _AGAIN)
             records[name.removeprefix(root)] = (begin, entry.file_size)
         begin, size = records.get("byteorder", (0, 0))

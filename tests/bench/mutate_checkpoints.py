@@ -196,8 +196,7 @@ def attempt(home: Path, kind: str, seed: str, readers: dict[str, Any]) -> str:
     try:
         read(folder)
     except M2F2Error as error:
-        spread = any(ord(c) < 32 for c in error.message)
-        return f"more than a sentence: {error.message!r}" if spread else "refused"
+        return f"more than a line: {error.message!r}" if "\n" in error.message else "refused"
     except Exception as error:  # noqa: BLE001 - any other is a fault
         return f"{type(error).__name__}: {error}"[:300]
     return "read"
