@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +197,24 @@ def test_an_old_name_in_the_environment_is_an_error_that_names_the_new_one(capsy
     assert app.run(["train-detector", "--data", "faces", "--output", "out"]) == 2
     assert "'M2F2_EMA' is now 'M2F2_EMA_DECAY'" in capsys.readouterr().err
     assert app.run(["info"]) == 0  # has no such option
+
+
+def test_messages_name_flags_that_exist():
+    """Every flag in a text of the package is one of a command, of torchrun, or a placeholder."""
+    known = {"--help", "--name", "--nproc-per-node", "--no-"}
+    rest: list[Any] = [typer.main.get_command(app.build())]
+    while rest:
+        part = rest.pop()
+        rest += getattr(part, "commands", {}).values()
+        known |= {name for given in part.params for name in (*given.opts, *given.secondary_opts)}
+    unknown = []
+    for file in sorted(Path(app.__file__).parent.parent.rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", node.value)
+                unknown += [f"{file.name}:{node.lineno} {n}" for n in named if n not in known]
+    assert unknown == []
 
 
 @pytest.mark.parametrize(
