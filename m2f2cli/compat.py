@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,29 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def silence_tiff() -> bool:
+    """Let libtiff not write to standard error what it finds in damaged files.
+
+    Pillow 12.3 lets it print through the C library, past ``warnings`` and ``sys.stderr``, and has
+    no way to switch that off; libtiff's own ``TIFFSetErrorHandler`` is reached through the module
+    that is linked to it. Whether a file is damaged is raised all the same.
+
+    Returns:
+        Whether it was found; not where libtiff is linked in statically.
+    """
+    from PIL import _imaging
+
+    try:
+        library = ctypes.CDLL(_imaging.__file__)
+        for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+            function = getattr(library, name)
+            function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_void_p
+            function(None)
+    except (AttributeError, OSError, TypeError):
+        return False
+    return True
 
 
 def configure_gradio(folder: Path) -> None:

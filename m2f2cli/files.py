@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import mmap
 import os
+import platform
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,14 +26,16 @@ from typing import Any
 
 import numpy as np
 
-from m2f2cli.errors import CheckpointError
+from m2f2cli.errors import CheckpointError, M2F2Error, UsageError
 
 MARK = "stage.json"
 _PAGE = 4096
 _BUFFER = 1 << 20
 _WORTH_RESERVING = 1 << 24
 _DEEPEST = 100  # of JSON; what is written here nests to a dozen
-_PARTIAL = re.compile(r"^\..+\.(\d+)-[0-9a-f]{8}\.partial$")
+# Of half-written files: the process, four digits for its machine, and four at random.
+_PARTIAL = re.compile(r"^\..+\.(\d+)-([0-9a-f]{4})[0-9a-f]{4}\.partial$")
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:4]
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -39,6 +44,7 @@ def atomic_write(path: Path, data: bytes) -> None:
     Raises:
         CheckpointError: The file cannot be written, for example because the disk is full.
     """
+    refuse_special(path)
     partial = _partial_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +97,49 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def refuse_special(path: Path) -> None:
+    """Refuse to write to a device, a pipe or a socket, which is no file that can be kept.
+
+    Raises:
+        UsageError: It is one, or a link to one.
+    """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UsageError(f"'{path}' is not a regular file.", "Choose another place for it.")
+
+
+@contextmanager
+def locked(folder: Path, doing: str) -> Iterator[None]:
+    """Keep other processes from working into a folder, where the system has such locks.
+
+    Args:
+        folder: An existing one.
+        doing: What is done there, as the words "is … another process" need it.
+
+    Raises:
+        M2F2Error: One is at it.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows
+        yield
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise M2F2Error(
+            f"Another process is {doing} '{folder}'.", "Wait for it, or choose another --output."
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_error(path: Path, error: OSError) -> CheckpointError:
     """The one sentence for a failed write."""
     hint = "Check the path and its permissions."
@@ -114,7 +163,7 @@ def sync_folder(path: Path) -> None:
 
 
 def _partial_name(path: Path) -> Path:
-    return path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
+    return path.parent / f".{path.name}.{os.getpid()}-{_HOST}{secrets.token_hex(2)}.partial"
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -146,10 +195,19 @@ def remove_stale(path: Path) -> None:
     path = path.resolve()
     if not path.parent.is_dir():
         return
-    for sibling in path.parent.glob(f".{path.name}.*.partial"):
+    for sibling in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         match = _PARTIAL.match(sibling.name)
-        if match and not is_alive(int(match.group(1))):
+        if match and not is_alive(int(match[1])):
             shutil.rmtree(sibling, ignore_errors=True)
+
+
+def remove_stale_below(folder: Path) -> None:
+    """Remove files that killed runs of this machine left half-written in a folder and below."""
+    for where, _, files in os.walk(folder):
+        for match in filter(None, map(_PARTIAL.match, files)):
+            if match[2] == _HOST and not is_alive(int(match[1])):
+                with suppress(OSError):
+                    os.unlink(os.path.join(where, match[0]))
 
 
 def is_alive(pid: int) -> bool:
@@ -240,13 +298,15 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, unreadable or something else.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"'{path}' is not a regular file.")
         value = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"'{path.parent}' has no {path.name}, so it is no complete checkpoint.",
             f"m2f2 info '{path.parent}' says what it is.",
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is not readable JSON ({error}).") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"'{path}' holds no JSON object.")

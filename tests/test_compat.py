@@ -29,6 +29,25 @@ def test_gradio_reads_its_settings_from_the_environment(monkeypatch, tmp_path):
     assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path)
 
 
+def test_what_libtiff_and_pillow_find_in_a_damaged_file_is_not_printed():
+    assert compat.silence_tiff()
+    code = (
+        "import io; from PIL import Image; from m2f2cli.data.images import read_picture\n"
+        "from m2f2cli.errors import InputError\n"
+        "for coding in ('tiff_lzw', 'tiff_deflate', 'group4'):\n"
+        "    file = io.BytesIO()\n"
+        "    Image.effect_noise((90, 90), 60).convert('1').save(file, 'TIFF', compression=coding)\n"
+        "    for n in range(8, 300, 3):\n"
+        "        data = bytearray(file.getvalue()); data[n] ^= 255\n"
+        "        try: read_picture(bytes(data), max_pixels=10**6)\n"
+        "        except InputError: pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+
+
 def test_a_second_accelerator_may_compute_otherwise():
     from accelerate import Accelerator
 

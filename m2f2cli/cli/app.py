@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
@@ -274,8 +275,12 @@ def main() -> None:
     # OpenMP threads that spin while they wait steal the processor from the decoding threads and
     # from everybody else: on a busy machine sleeping ones halve the time. Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not debug():  # Pillow's and torch's remarks are not for users
+        warnings.simplefilter("ignore")
     code = run(sys.argv[1:])
     others = [t for t in threading.enumerate() if t is not threading.main_thread()]
-    if "torch" in sys.modules and all(thread.daemon for thread in others):
+    done = all(thread.daemon for thread in others)
+    # An interrupt waits neither for pictures that are being decoded nor for torch's own end.
+    if code == EXIT_INTERRUPTED or ("torch" in sys.modules and done):
         leave(code)
     sys.exit(code)

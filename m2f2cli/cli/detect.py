@@ -51,6 +51,8 @@ def detect(options: DetectCommand, printer: Output) -> int:
         output=items.output,
         overwrite=items.overwrite,
     )
+    if job.remark:
+        printer.note(job.remark)
     _run(job, printer, items.output)
     if job.tally.real or job.tally.fake:
         printer.note("A verdict is this model's opinion, not proof; 'real' means no forgery found.")

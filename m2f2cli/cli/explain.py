@@ -88,6 +88,8 @@ def _explain(job: Job[Explanation], printer: Output, *, shown: bool) -> None:
         items = [record.to_dict() for record in records]
         printer.json({"items": items, "summary": vars(job.tally)})
         return
+    if job.remark:
+        printer.note(job.remark)
     printer.note(job.tally.sentence())
     if job.tally.real or job.tally.fake:
         printer.note("The verdict is the detector's; reasons are a language model's, not evidence.")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import secrets
 import shutil
@@ -24,7 +25,8 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from m2f2cli.data.images import check_file
+from m2f2cli.data.images import MAX_PIXELS, check_file
+from m2f2cli.data.video import MAX_FRAMES
 from m2f2cli.errors import InputError
 from m2f2cli.files import sync_folder, write_error
 
@@ -54,10 +56,13 @@ class ClipNotes:
     boxes: np.ndarray
 
 
+_TEXTS = ("source", "source_sha256", "detector", "boxes_from")
 _NUMBERS: dict[str, type] = {
     "source_bytes": int, "margin": float, "fps": float,
     "asked": int, "looked_at": int, "interpolated": int,
 }  # fmt: skip
+_DEEPEST = 32  # groups inside each other
+_LARGEST_CHUNK = 3 * MAX_PIXELS  # bytes that are unpacked to read one frame
 
 
 class ClipShape(NamedTuple):
@@ -108,33 +113,28 @@ class FrameReader:
             InputError: The file is missing, broken or empty, or a dataset is no clip.
         """
         found: dict[str, ClipShape] = {}
-
-        def visit(key: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset):
-                _check_pixels(file, key, item)
-                found[key] = ClipShape(*item.shape[:3])
-
         with _reading(file):
-            self._open(file).visititems(visit)
+            for key, dataset in _datasets(file, self._open(file)):
+                _check_clip(file, key, dataset)
+                found[key] = ClipShape(*dataset.shape[:3])
         if not found:
             raise InputError(f"'{file}' holds no videos.", "empty", _HINT)
-        return found
+        return dict(sorted(found.items()))
 
     def notes(self, file: Path, key: str) -> ClipNotes | None:
         """How a clip was made; None where its dataset does not say, as in the published files.
 
         Raises:
-            InputError: As ``frame`` does.
+            InputError: As ``frame`` does; or what it says is of other types.
         """
         attributes = self._dataset(file, key).attrs
         with _reading(file):
-            if not attributes.get(COMPLETE, False):
+            names = [item.name for item in fields(ClipNotes)]
+            if not attributes.get(COMPLETE, False) or not set(names) <= set(attributes):
                 return None
-            values = {item.name: attributes.get(item.name) for item in fields(ClipNotes)}
-            if any(value is None for value in values.values()):
-                return None
-            numbers = {name: kind(values[name]) for name, kind in _NUMBERS.items()}
-            return ClipNotes(**values | numbers)
+            if any(math.prod(attributes.get_id(n).shape or ()) > 4 * MAX_FRAMES for n in names):
+                raise ValueError("(its attributes are too long)")
+            return _notes_of({name: attributes[name] for name in names})
 
     def close(self) -> None:
         """Close every file."""
@@ -166,10 +166,10 @@ class FrameReader:
     def _dataset(self, path: Path, key: str) -> h5py.Dataset:
         file = self._open(path)
         with _reading(path):
-            item = file.get(key)
-        if not isinstance(item, h5py.Dataset):
-            raise InputError(f"'{path}' has no video '{key}'.", "missing")
-        _check_pixels(path, key, item)
+            item = _find(path, file, key)
+            if not isinstance(item, h5py.Dataset):
+                raise InputError(f"'{path}' has no video '{key}'.", "missing")
+            _check_clip(path, key, item)
         return item
 
 
@@ -325,12 +325,102 @@ def _check_pixels(path: Path, key: str, clip: h5py.Dataset | np.ndarray) -> None
             hint="Clips are uint8 (frames, height, width, 3), RGB.",
         )
     shape = clip.shape
+    if shape is not None and len(shape) == 4 and shape[0] > MAX_FRAMES:
+        raise InputError(f"Video '{key}' in '{path}' has {shape[0]:,} frames.", "too_large")
+    if shape is not None and len(shape) == 4 and shape[1] * shape[2] > MAX_PIXELS:
+        raise InputError(
+            f"Video '{key}' in '{path}' has frames of {shape[2]}x{shape[1]}, more than the "
+            f"{MAX_PIXELS:,} pixels that are decoded.",
+            "too_large",
+        )
     if shape is None or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:]:
         raise InputError(
             f"Video '{key}' in '{path}' has the shape {shape}, not (frames, height, width, 3)."
         )
     if not shape[0]:
         raise InputError(f"Video '{key}' in '{path}' has no frames.", "no_frames")
+
+
+def _check_clip(path: Path, key: str, clip: h5py.Dataset) -> None:
+    """Refuse what is no clip, lies in another file, or takes much memory to read."""
+    if clip.external is not None or clip.is_virtual:
+        raise InputError(
+            f"Video '{key}' in '{path}' lies in another file, which is not opened.",
+            "unreadable",
+            "Copy its pixels into one file.",
+        )
+    _check_pixels(path, key, clip)
+    if clip.chunks is not None and math.prod(clip.chunks) > _LARGEST_CHUNK:
+        raise InputError(
+            f"Video '{key}' in '{path}' is stored in pieces of {math.prod(clip.chunks):,} bytes.",
+            "too_large",
+            "Store it with one frame a chunk.",
+        )
+
+
+def _datasets(path: Path, file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
+    """The datasets of a file by their keys; links to other places are not followed."""
+    seen = set()
+    waiting = [("", file)]
+    while waiting:
+        prefix, group = waiting.pop()
+        place = h5py.h5o.get_info(group.id).addr
+        if place in seen:
+            continue
+        seen.add(place)
+        for name in group:
+            link = group.get(name, getlink=True)
+            if isinstance(link, h5py.ExternalLink):
+                raise _leads_away(path, prefix + name)
+            if not isinstance(link, h5py.HardLink):
+                continue
+            item = group[name]
+            if isinstance(item, h5py.Dataset):
+                yield prefix + name, item
+            elif isinstance(item, h5py.Group):
+                if prefix.count("/") >= _DEEPEST:
+                    raise InputError(f"'{path}' has more than {_DEEPEST} groups in each other.")
+                waiting.append((f"{prefix}{name}/", item))
+
+
+def _find(path: Path, file: h5py.File, key: str) -> Any:
+    """What has a key in a file, reached without links to other places; None for nothing."""
+    item: Any = file
+    for part in filter(None, key.split("/")):
+        link = item.get(part, getlink=True) if isinstance(item, h5py.Group) else None
+        if link is None:
+            return None
+        if not isinstance(link, h5py.HardLink):
+            raise _leads_away(path, key)
+        item = item[part]
+    return item
+
+
+def _leads_away(path: Path, key: str) -> InputError:
+    return InputError(
+        f"Video '{key}' in '{path}' is a link to another place, which is not followed.",
+        "unreadable",
+        "Copy the video itself into the file.",
+    )
+
+
+def _notes_of(values: dict[str, Any]) -> ClipNotes:
+    """Notes of the types that ``ClipNotes`` has.
+
+    Raises:
+        TypeError, ValueError: A value is of another type.
+    """
+    if wrong := [name for name in _TEXTS if not isinstance(values[name], str)]:
+        raise TypeError(f"({wrong[0]} is no text)")
+    numbers = {name: kind(values[name]) for name, kind in _NUMBERS.items()}
+    if not all(map(math.isfinite, numbers.values())):
+        raise ValueError("(a number is not finite)")
+    arrays = {name: np.asarray(values[name]) for name in ("picture", "frames", "boxes")}
+    shapes = ((2,), arrays["frames"].shape[:1], (*arrays["frames"].shape[:1], 4))
+    for (name, array), shape in zip(arrays.items(), shapes, strict=True):
+        if array.dtype.kind not in "iu" or array.shape != shape:
+            raise ValueError(f"({name} is {array.dtype} {array.shape})")
+    return ClipNotes(**values | numbers | arrays)
 
 
 @contextmanager

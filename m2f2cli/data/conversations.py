@@ -140,13 +140,13 @@ class Pictures:
         name, inside, place = image.partition(_INSIDE)
         if inside:
             key, _, frame = place.rpartition("_")
-            if not key or not frame.isdecimal():
+            if not key or not frame.isdecimal() or len(frame) > 9:
                 raise InputError(
                     f"'{image}' names no frame.", "missing", "Such a name is FILE://KEY_FRAME."
                 )
-            file = self.root / (name if name.endswith((".h5", ".hdf5")) else f"{name}.h5")
-            return self._frames.frame(file, key, int(frame))
-        picture = read_picture(self.root / image)
+            file = name if name.endswith((".h5", ".hdf5")) else f"{name}.h5"
+            return self._frames.frame(self._inside(file), key, int(frame))
+        picture = read_picture(self._inside(image))
         if conversation.sha256 not in (None, picture.sha256):
             raise InputError(
                 f"'{self.root / image}' is another picture than conversation "
@@ -154,6 +154,24 @@ class Pictures:
                 hint="Give the --images folder that the conversations were prepared from.",
             )
         return picture.pixels
+
+    def _inside(self, name: str) -> Path:
+        """The path of a file in the folder.
+
+        Raises:
+            InputError: It is elsewhere, by ``..``, an absolute path or a link.
+        """
+        try:
+            inside = (self.root / name).resolve().is_relative_to(self.root.resolve())
+        except (OSError, RuntimeError, ValueError):  # a link to itself; a name that cannot be
+            inside = False
+        if not inside:
+            raise InputError(
+                f"'{name}' leads out of the folder '{self.root}'.",
+                "missing",
+                "Pictures lie inside the --images folder; copy them there.",
+            )
+        return self.root / name
 
 
 def find_missing(conversations: Sequence[Conversation], pictures: Pictures) -> dict[str, str]:

@@ -9,6 +9,7 @@ exclusive.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ MIN_SCORE = 0.25
 # dlib searches a copy whose longest side is at most this many pixels. It sees faces from 80 pixels
 # on, so a face is found from 1/12 of the longest side on.
 MAX_SIDE = 960
+_SMALLEST_FACE = 80
 _LARGEST_ENLARGEMENT = 1.5
 _SMALLEST_SIDE = 320
 # The border is repeated outwards by this share of the shortest side: faces in tight crops touch it.
@@ -85,17 +87,23 @@ class Face:
         return left, top, left + side, top + side
 
 
-def find_faces(pixels: np.ndarray, *, dlib_only: bool = False) -> list[Face]:
+def find_faces(
+    pixels: np.ndarray, *, dlib_only: bool = False, smallest: int | None = None
+) -> list[Face]:
     """Find roughly frontal faces. Equal pixels give equal answers; safe in threads.
 
     Args:
         pixels: uint8 (H, W, 3), RGB, upright.
         dlib_only: As the published crops were made.
+        smallest: Side in pixels of the smallest face looked for, in enlarged tiles where the search
+            of the whole picture does not see it; None for that search alone.
 
     Returns:
         The faces, largest first, without overlaps; all of one finder and one turn.
     """
     found = _by_dlib(pixels)
+    if smallest is not None:
+        found = without_overlaps([*found, *_in_tiles(pixels, smallest)])
     if not found and not dlib_only:
         # The turn in which MTCNN is surest: it takes some faces for others upside down.
         turns = [_by_mtcnn(pixels, turn) for turn in range(4)]
@@ -103,6 +111,11 @@ def find_faces(pixels: np.ndarray, *, dlib_only: bool = False) -> list[Face]:
         if found and found[0].turn:
             found = _by_dlib(pixels, found[0].turn) or found
     return sorted(found, key=lambda face: (-face.area, -face.score, face.box))
+
+
+def smallest_face(longest: int) -> int:
+    """Side of the smallest face seen in a picture whose longest side has so many pixels."""
+    return math.ceil(_SMALLEST_FACE / _scale(longest))
 
 
 def finder_name() -> str:
@@ -260,10 +273,38 @@ class Crop:
     turn: int = 0
 
 
-def _by_dlib(pixels: np.ndarray, turn: int = 0) -> list[Face]:
-    longest = max(pixels.shape[:2])
-    enlargement = max(_LARGEST_ENLARGEMENT, _SMALLEST_SIDE / longest)
-    copy, place = _copy(pixels, turn, min(MAX_SIDE / longest, enlargement), "dlib")
+def _scale(longest: int) -> float:
+    """How much larger dlib's copy of a picture is."""
+    return min(MAX_SIDE / longest, max(_LARGEST_ENLARGEMENT, _SMALLEST_SIDE / longest))
+
+
+def _in_tiles(pixels: np.ndarray, smallest: int) -> list[Face]:
+    """Faces between ``smallest`` and those that the search of the whole picture sees.
+
+    A tile is as large a part of the picture as dlib's copy holds at the scale for a size of faces;
+    the next size is three times that, and tiles share a border wide enough for those in between.
+    """
+    height, width = pixels.shape[:2]
+    found = []
+    while smallest < smallest_face(max(height, width)):
+        scale = _SMALLEST_FACE / smallest
+        side = round(MAX_SIDE / scale)
+        step = side - 4 * smallest
+        for top in range(0, max(height - side, 0) + step, step):
+            for left in range(0, max(width - side, 0) + step, step):
+                tile = pixels[top : top + side, left : left + side]
+                if min(tile.shape[:2]) < smallest:
+                    continue
+                for face in _by_dlib(tile, scale=scale):
+                    x0, y0, x1, y1 = face.box
+                    box = (x0 + left, y0 + top, x1 + left, y1 + top)
+                    found.append(replace(face, box=box, picture=(width, height)))
+        smallest *= 3
+    return found
+
+
+def _by_dlib(pixels: np.ndarray, turn: int = 0, scale: float | None = None) -> list[Face]:
+    copy, place = _copy(pixels, turn, scale or _scale(max(pixels.shape[:2])), "dlib")
     rectangles, scores, _ = _detector().run(copy, 0, MIN_SCORE)
     found = [
         place((r.left(), r.top(), r.right() + 1, r.bottom() + 1), float(score))

@@ -24,6 +24,7 @@ from m2f2cli.files import parse_json
 from m2f2cli.registry import Registry
 
 REAL = "real"
+_NAMED = 6  # kinds of files in a remark
 # The digit that a DD-VQA crop's name begins with.
 DDVQA_KINDS = {
     "0": "Deepfakes",
@@ -86,6 +87,7 @@ class SampleSet:
     samples: tuple[Sample, ...]  # sorted by name; of FaceForensics++ the originals first
     split: str = "all"  # which official split they are, where there is one
     missing: tuple[str, ...] = ()  # "FILE: KEY" of the split's videos that the files lack
+    remark: str | None = None  # which other files lie in the folder; None for none
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -282,8 +284,27 @@ def _looks_like_ddvqa(root: Path) -> bool:
     return first is not None and kind_of(first.name) is not None
 
 
-def list_files(folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Path]:
+def other_files(counted: Counter[str], where: object) -> str | None:
+    """In words, how many files of which suffixes were passed over; None for none."""
+    number = counted.total()
+    kinds = sorted(suffix or "without suffix" for suffix in counted)
+    named = ", ".join(kinds[:_NAMED]) + (", …" if len(kinds) > _NAMED else "")
+    noun = "file" if number == 1 else "files"
+    return f"{number} {noun} of other kinds in {where} ({named})" if number else None
+
+
+def list_files(
+    folder: Path,
+    suffixes: Collection[str] = IMAGE_SUFFIXES,
+    *,
+    others: Counter[str] | None = None,
+) -> list[Path]:
     """Every file under a folder with one of the suffixes (lower case), sorted; none that is hidden.
+
+    Args:
+        folder: Its sub-folders are entered.
+        suffixes: Of what is wanted.
+        others: Where files with other suffixes are counted.
 
     Raises:
         InputError: A sub-folder cannot be read.
@@ -296,8 +317,11 @@ def list_files(folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list
     for where, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
-            if Path(name).suffix.lower() in suffixes and not name.startswith("."):
+            suffix = Path(name).suffix.lower()
+            if suffix in suffixes and not name.startswith("."):
                 found.append(Path(where, name))
+            elif others is not None and not name.startswith("."):
+                others[suffix] += 1
     return sorted(found)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -17,13 +18,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from m2f2cli.data.images import MAX_PIXELS, check_file, file_sha256, unreadable
+from m2f2cli.data.images import (
+    DECODE_ERRORS,
+    MAX_PIXELS,
+    check_file,
+    file_sha256,
+    take_memory,
+    unreadable,
+)
 from m2f2cli.errors import ConfigError, InputError
 
 VIDEO_SUFFIXES = frozenset(
     {
         ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
-        ".flv", ".wmv", ".3gp", ".ogv",
+        ".flv", ".wmv", ".asf", ".3gp", ".3g2", ".ogv", ".mpe", ".vob", ".qt", ".divx",
     }
 )  # fmt: skip
 MAX_FRAMES = 2_000_000
@@ -53,6 +61,7 @@ class _Listing(NamedTuple):
     keys: list[tuple[int, int]]
     timed: bool
     whole: bool
+    end: float | None  # seconds from the container's start to the end of the last frame
 
 
 class VideoFrames:
@@ -72,18 +81,19 @@ class VideoFrames:
         self.path = path
         self.notes: list[str] = []
         self._max_pixels = max_pixels
-        with _open(path) as container:
-            listing = _list_packets(container, self._pick_stream(container))
-        # Opened anew, because raw streams cannot be sought.
-        self._container = _open(path)
-        self._stream = self._pick_stream(self._container)
+        with _decoding(path):
+            with _open(path) as container:
+                listing = _list_packets(container, self._pick_stream(container))
+            # Opened anew, because raw streams cannot be sought.
+            self._container = _open(path)
+            self._stream = self._pick_stream(self._container)
+            self.fps = float(self._stream.average_rate) if self._stream.average_rate else None
+            self.total = len(listing.times)
+            self.duration = self._measure(listing)
+            declared = (self._container.duration or 0) / 1e6
         if not listing.whole:
             self.notes.append(_ENDS_EARLY)
-        self.total = len(listing.times)
-        self.fps = float(self._stream.average_rate) if self._stream.average_rate else None
-        self.duration = self._measure(listing)
-        declared = (self._container.duration or 0) / 1e6
-        if listing.whole and self.duration and declared > 1.1 * self.duration + 1:
+        elif listing.end and self.duration and declared > 1.1 * listing.end + 1:
             self.notes.append(
                 f"frames for {self.duration:.1f} of {declared:.1f} seconds were found"
             )
@@ -131,6 +141,7 @@ class VideoFrames:
                 "too_large",
                 "Save the video smaller.",
             )
+        take_memory(width * height)
 
     def _measure(self, listing: _Listing) -> float | None:
         if not listing.timed or not listing.times:
@@ -141,12 +152,18 @@ class VideoFrames:
 
     def _decode(self, listing: _Listing, wanted: list[int]) -> Generator[Frame, None, None]:
         found = 0
+        walk = (self._by_time if listing.timed else self._by_order)(listing, wanted)
         try:
-            walk = self._by_time if listing.timed else self._by_order
-            for index, time, raw in walk(listing, wanted):
+            while True:
+                with _decoding(self.path):
+                    step = next(walk, None)
+                    if step is None:
+                        break
+                    index, time, raw = step
+                    self._refuse_large(raw.width, raw.height)
+                    frame = Frame(index, time, _upright(raw))
                 found += 1
-                self._refuse_large(raw.width, raw.height)
-                yield Frame(index, time, _upright(raw))
+                yield frame
         finally:
             self._container.close()
         if not found:
@@ -208,6 +225,8 @@ class VideoFrames:
             except av.error.FFmpegError:
                 self.notes.append(_ENDS_EARLY)
                 return
+            if _is_empty(packet):
+                continue
             try:
                 decoded = packet.decode()
             except av.error.FFmpegError:
@@ -255,13 +274,33 @@ def _open(path: Path) -> Any:
     try:
         with open(path, "rb"):
             pass
-        return av.open(f"file:{path}", mode="r", options=only_this_file)
+        return av.open(f"file:{path}", mode="r", options=only_this_file, metadata_errors="replace")
     except av.error.FFmpegError as error:
         raise InputError(
             f"'{path}' is not a video that can be read, or it is damaged.", "unreadable", _HINT
         ) from error
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Whatever the decoder raises becomes the one sentence."""
+    import av
+
+    try:
+        yield
+    except (av.error.FFmpegError, *DECODE_ERRORS) as error:
+        raise InputError(
+            f"'{path}' is damaged and cannot be decoded ({type(error).__name__}).",
+            "unreadable",
+            _HINT,
+        ) from error
+
+
+def _is_empty(packet: Any) -> bool:
+    """Whether it says that the frame before is shown on; a decoder takes it for the end."""
+    return not packet.size and packet.dts is not None
 
 
 def _list_packets(container: Any, stream: Any) -> _Listing:
@@ -271,6 +310,7 @@ def _list_packets(container: Any, stream: Any) -> _Listing:
     times: list[int] = []
     keys: list[tuple[int, int]] = []
     timed = whole = True
+    seen, last = 0, None  # packets, and where the last of them ends
     packets = container.demux(stream)
     while len(times) < MAX_FRAMES:
         try:
@@ -280,6 +320,11 @@ def _list_packets(container: Any, stream: Any) -> _Listing:
         except av.error.FFmpegError:
             whole = False
             break
+        if packet.size or _is_empty(packet):
+            seen += 1
+            if packet.dts is not None:
+                last = max(last or 0, packet.dts + (packet.duration or 0))
+        # A cut without new coding keeps frames before it that are decoded and not shown.
         if not packet.size or packet.is_discard:
             continue
         whole = whole and not packet.is_corrupt
@@ -290,13 +335,27 @@ def _list_packets(container: Any, stream: Any) -> _Listing:
         times.append(packet.pts)
         if packet.is_keyframe:
             keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
-    whole = whole and len(times) >= (stream.frames or 0)
+    begin, length = stream.start_time, stream.duration
+    ends = None not in (begin, length, last) and last >= begin + length
+    whole = whole and (ends or seen >= (stream.frames or 0))
     # AVI stores no display times: those of reordered frames are guesses.
     reordered = container.format.name == "avi" and stream.codec_context.has_b_frames
     timed = timed and not reordered and len(set(times)) == len(times)
     if timed:
         times.sort()
-    return _Listing(times, sorted(keys), timed, whole)
+    end = None if last is None else float(last * stream.time_base)
+    if end is not None and container.start_time:
+        end -= container.start_time / 1e6
+    return _Listing(times, sorted(keys), timed, whole, end)
+
+
+def looks_like_video(head: bytes) -> bool:
+    """Whether the first 32 bytes of a file that is no picture are those of a video container."""
+    if head[4:8] == b"ftyp":
+        return head[8:11] not in (b"M4A", b"M4B", b"avi", b"hei", b"hev", b"mif", b"msf", b"crx")
+    if head[:4] == b"RIFF":
+        return head[8:12] == b"AVI "
+    return head.startswith((b"\x1aE\xdf\xa3", b"FLV\x01", b"\0\0\x01\xba"))
 
 
 def evenly(total: int, count: int) -> list[int]:

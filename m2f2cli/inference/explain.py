@@ -26,7 +26,7 @@ from m2f2cli.inference.optimize_cpu import optimize_for_cpu
 from m2f2cli.inference.pipeline import Decoder, DetectPipeline, Judged, Score, in_batches
 from m2f2cli.inference.questions import Question, choose
 from m2f2cli.inference.recordfile import EXPLANATIONS, Job
-from m2f2cli.inference.sources import Source, expand
+from m2f2cli.inference.sources import Items, Source, expand
 from m2f2cli.inference.verdict import faces_of
 from m2f2cli.models.conversation import template
 from m2f2cli.models.detector import Detector
@@ -45,7 +45,7 @@ _BATCHES = 2  # batches' worth of crops that wait for their questions with what 
 
 
 def explain(
-    paths: Sequence[str],
+    paths: Items,
     *,
     model: str | Loaded = "lite",
     options: ExplainOptions | None = None,
@@ -57,7 +57,7 @@ def explain(
     the highest fake probability.
 
     Args:
-        paths: See ``sources.expand``.
+        paths: One or several names, Pillow images or arrays; see ``sources.expand``.
         model: A checkpoint's name (see ``checkpoints.load.load_explainer``), or an
             explainer with its processor.
         options: How to ask.

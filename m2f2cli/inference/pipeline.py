@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from m2f2cli.data.faces import Crop, CropRule, find_faces
+from m2f2cli.data.faces import Crop, CropRule, find_faces, smallest_face
+from m2f2cli.data.images import DECODE_ERRORS, sharing_memory
 from m2f2cli.data.transforms import normalize
 from m2f2cli.data.video import read_frames
 from m2f2cli.errors import InputError, M2F2Error, UsageError
 from m2f2cli.inference.recordfile import Job
 from m2f2cli.inference.render import Renderer
-from m2f2cli.inference.sources import Source, expand
+from m2f2cli.inference.sources import Items, Source, expand
 from m2f2cli.inference.verdict import DIGITS, Rule, assemble
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Box, Detection, Explanation, Settings
@@ -42,6 +43,9 @@ AT_ONCE_ON_CPU = 4  # crops; the feature maps of more outgrow its cache
 _BACKLOG = 2  # batches' worth of items that wait for a batch to fill
 _REMEMBERED = 65_536  # crops whose scores are kept for another appearance
 _MOST_WORKERS = 8
+_SMALL = 40  # pixels; of smaller faces a crop shows little
+_MOST_KEPT = 32  # items ahead of the model whose pixels are kept; 12 MB each at most
+_FRAMES_AS_ONE = 16  # frames of a video whose crops take as much memory as a few pictures'
 
 Keep = Literal["nothing", "judged", "everything"]
 
@@ -52,7 +56,7 @@ Result = TypeVar("Result")
 
 
 def detect(
-    paths: Sequence[str],
+    paths: Items,
     *,
     model: str | Detector = "lite",
     options: DetectOptions | None = None,
@@ -61,7 +65,7 @@ def detect(
     """Judge files, folders, globs, lists and videos.
 
     Args:
-        paths: See ``sources.expand``.
+        paths: One or several names, Pillow images or arrays; see ``sources.expand``.
         model: A checkpoint's name (see ``checkpoints.load.load_detector``), loaded while the first
             pictures are decoded; or a detector.
         options: How to judge.
@@ -81,7 +85,7 @@ def judge_sources(
     sources: Sequence[Source], *, model: str | Detector, options: DetectOptions
 ) -> Iterator[Detection]:
     """``detect`` for sources already listed; arguments and records as there."""
-    renderer = Renderer(options, sources)
+    renderer = Renderer(options)
     with Decoder(sources, options, keep="judged" if renderer.draws else "nothing") as decoder:
         pipeline = DetectPipeline(model, options, maps=options.heatmap is not None)
         renderer.check(pipeline.detector.config)
@@ -159,39 +163,49 @@ def prepare(
         keep: Of which views pixels are kept to draw on: none, those with crops, or all.
     """
     try:
-        if source.kind == "image":
-            picture = source.picture()
-            view = _view(picture.pixels, options.faces, rule, keep)
-            notes = [picture.note] if picture.note else []
-            if turn := max((crop.turn for crop in view.crops), default=0):
-                notes.append(f"faces were found with the picture turned by {90 * turn} degrees")
-            note = "; ".join(notes) or None
-            found = Prepared(source, "ok", None, picture.sha256, picture.size, (view,), note)
-            where = "the picture"
-        else:
-            views = []
-            with read_frames(Path(source.path), count=options.frames) as video:
-                for frame in video.frames:
-                    view = _view(frame.pixels, options.faces, rule, keep)
-                    views.append(replace(view, index=frame.index, time=frame.time))
-                    height, width = frame.pixels.shape[:2]
-                found = Prepared(
-                    source, "ok", None, video.sha256, (width, height), tuple(views), video.note
-                )
-            where = f"any of the {len(views)} frames looked at"
+        with sharing_memory():
+            return _read(source, options, rule, keep)
     except InputError as error:
         return Prepared(source, error.status, error.message)
-    except UnicodeDecodeError:  # PyAV, at texts inside a video that are not UTF-8
-        message = f"'{source.path}' holds texts that are not UTF-8, so it cannot be decoded."
+    except DECODE_ERRORS as error:
+        words = " ".join(str(error).split())[:200] or "no further words"
+        message = f"'{source.path}' cannot be read: {type(error).__name__}, {words}."
         return Prepared(source, "unreadable", message)
+
+
+def _read(source: Source, options: DetectOptions, rule: Future[CropRule], keep: Keep) -> Prepared:
+    if source.kind == "image":
+        picture = source.picture()
+        view = _view(picture.pixels, options, rule, keep)
+        notes = [picture.note] if picture.note else []
+        if turn := max((crop.turn for crop in view.crops), default=0):
+            notes.append(f"faces were found with the picture turned by {90 * turn} degrees")
+        note = "; ".join(notes) or None
+        found = Prepared(source, "ok", None, picture.sha256, picture.size, (view,), note)
+        where = "the picture"
+    else:
+        views = []
+        with read_frames(Path(source.path), count=options.frames) as video:
+            for frame in video.frames:
+                view = _view(frame.pixels, options, rule, keep)
+                views.append(replace(view, index=frame.index, time=frame.time))
+                height, width = frame.pixels.shape[:2]
+            found = Prepared(
+                source, "ok", None, video.sha256, (width, height), tuple(views), video.note
+            )
+        where = f"any of the {len(views)} frames looked at"
     if any(view.crops for view in found.views):
         return found
-    return replace(found, status="no_face", message=f"No face was found in {where}.")
+    seen = smallest_face(max(found.size or (1,)))
+    smallest = min(seen, options.min_face or seen)
+    message = f"No face was found in {where}; faces from {smallest} pixels on were looked for"
+    hint = "" if smallest <= _SMALL else " (m2f2 detect --min-face looks for smaller ones)"
+    return replace(found, status="no_face", message=f"{message}{hint}.")
 
 
-def _view(pixels: np.ndarray, faces: str, rule: Future[CropRule], keep: Keep) -> View:
-    found = [] if faces == "none" else find_faces(pixels)
-    crops = rule.result().crops(pixels, found, faces)
+def _view(pixels: np.ndarray, options: DetectOptions, rule: Future[CropRule], keep: Keep) -> View:
+    found = [] if options.faces == "none" else find_faces(pixels, smallest=options.min_face)
+    crops = rule.result().crops(pixels, found, options.faces)
     view = View(crops, len(found))
     if keep == "nothing" or (keep == "judged" and not crops):
         return view
@@ -226,9 +240,10 @@ class Decoder:
     def _fill(self, size: int) -> None:
         """Begin further items until ``size`` are under way; a video with kept frames is many."""
         held = sum(weight for weight, _ in self._queue)
+        frames = self._options.frames
+        many = frames if self._keep != "nothing" else -(-frames // _FRAMES_AS_ONE)
         while held < size and (source := next(self._left, None)) is not None:
-            many = self._keep != "nothing" and source.kind == "video"
-            weight = self._options.frames if many else 1
+            weight = many if source.kind == "video" else 1
             future = self._pool.submit(prepare, source, self._options, self._rule, keep=self._keep)
             self._queue.append((weight, future))
             held += weight
@@ -236,7 +251,10 @@ class Decoder:
     def prepared(self, rule: CropRule) -> Iterator[Prepared | None]:
         """Every source, read and cut, in order; None whenever the next takes over ``PATIENCE``."""
         self._rule.set_result(rule)
-        window = 2 * self._workers + self._options.batch_size
+        ahead = self._options.batch_size
+        if self._keep != "nothing":
+            ahead = min(ahead, _MOST_KEPT)
+        window = 2 * self._workers + ahead
         self._fill(window)
         while self._queue:
             future = self._queue[0][1]
@@ -350,6 +368,8 @@ class DetectPipeline:
     def settings(self) -> Settings:
         """What the verdicts of a run depend on, as every record tells it."""
         finds = self.judging.faces != "none"
+        smallest = self.judging.min_face
+        finder = "dlib" if smallest is None else f"dlib, from {smallest} pixels on"
         return Settings(
             model=self.name,
             model_fingerprint=self.fingerprint,
@@ -358,7 +378,7 @@ class DetectPipeline:
             uncertain=self.rule.uncertain,
             temperature=float(self.detector.config.score_temperature),
             faces_mode=self.judging.faces,
-            crop_detector="dlib" if finds else None,
+            crop_detector=finder if finds else None,
             crop_margin=self.crops.margin if finds else None,
             frames_asked=self.judging.frames,
         )

@@ -6,20 +6,20 @@ resumed run judges no path twice, so a file that changed in between keeps its fi
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from m2f2cli.errors import M2F2Error, UsageError
-from m2f2cli.files import atomic_write
-from m2f2cli.inference.sources import Source
+from m2f2cli.files import atomic_write, parse_json, refuse_special
+from m2f2cli.inference.sources import Source, Sources
 from m2f2cli.records import (
     SCHEMA_VERSION,
+    STATUSES,
     VERDICTS,
     Detection,
     ExplainSettings,
@@ -31,6 +31,8 @@ from m2f2cli.records import (
 
 if TYPE_CHECKING:
     from m2f2cli.inference.explain_dataset import AnswerRow
+
+_LONGEST = 1 << 26  # bytes of a line; a video of a thousand frames has 300,000
 
 Record = TypeVar("Record", bound=Detection)
 
@@ -85,6 +87,7 @@ class RecordFile:
         self._made_with: dict[str, Any] = {}
         self._size = 0
         self._bound = False
+        refuse_special(path)
         self._is_new = not path.exists()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,9 +104,10 @@ class RecordFile:
 
     def _read_existing(self) -> None:
         with os.fdopen(os.dup(self._handle), "rb") as file:
-            for number, line in enumerate(file, start=1):
+            lines = iter(partial(file.readline, _LONGEST), b"")
+            for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
-                    if number == 1 and not self._may_begin(line):
+                    if len(line) == _LONGEST or (number == 1 and not self._may_begin(line)):
                         raise self._foreign(number)
                     return
                 self._take(line, number)
@@ -111,7 +115,7 @@ class RecordFile:
 
     def _take(self, line: bytes, number: int) -> None:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             raise self._foreign(number) from None
         key, inside, kind = self._layout.key, self._layout.inside, self._layout.settings
@@ -120,12 +124,15 @@ class RecordFile:
             raise self._foreign(number)
         if about.get("schema_version") != SCHEMA_VERSION:
             raise self._other("schema_version", about.get("schema_version"), SCHEMA_VERSION)
+        status, verdict = about.get("status"), about.get("verdict")
+        if status not in list(STATUSES) or verdict not in (None, *VERDICTS):
+            raise self._foreign(number)
         made_with = {item.name: about.get(item.name) for item in fields(kind)}
         self._made_with = self._made_with or made_with
         self._compare(made_with, self._made_with)
         named = about.get("forgery")  # older records have none
         forgery = named if isinstance(named, str) else None
-        self.done[row[key]] = (str(about.get("status")), about.get("verdict"), forgery)
+        self.done[row[key]] = (status, verdict, forgery)
 
     def _may_begin(self, line: bytes) -> bool:
         return line.startswith(self._layout.start) or self._layout.start.startswith(line)
@@ -183,10 +190,14 @@ class RecordFile:
         self.done[record.path] = (record.status, record.verdict, forgery)
 
     def _check_present(self) -> None:
-        """Refuse to write into a file that was removed, whose records nobody would find."""
-        if os.fstat(self._handle).st_nlink == 0:
+        """Refuse to write into a file that is elsewhere or gone, where nobody would look for it."""
+        try:
+            there = os.path.samestat(os.stat(self.path), os.fstat(self._handle))
+        except OSError:
+            there = False
+        if not there:
             raise M2F2Error(
-                f"'{self.path}' was removed during the run.",
+                f"'{self.path}' was removed, moved or replaced during the run.",
                 "Run the same command again and leave the file where it is.",
             )
 
@@ -260,6 +271,7 @@ class Job(Generic[Record]):
 
     Attributes:
         sources: Every item.
+        remark: What of the folders is no item; None for nothing.
         tally: What came out so far.
 
     Raises:
@@ -277,13 +289,14 @@ class Job(Generic[Record]):
         layout: Layout = DETECTIONS,
     ) -> None:
         self.sources = sources
+        self.remark = sources.remark if isinstance(sources, Sources) else None
         self.tally = Tally()
         self._run, self._settings = run, settings
         self._table: Path | None = None
         self._log: RecordFile | None = None
         if output is None:
             return
-        if any(os.path.realpath(source.path) == os.path.realpath(output) for source in sources):
+        if _is_one_of(output, sources):
             raise UsageError(f"'{output}' is one of the inputs.", "Choose another --output.")
         if layout is DETECTIONS and output.suffix.lower() == ".csv":
             _check_table(output, overwrite)
@@ -346,8 +359,21 @@ def open_records(output: Path, *, overwrite: bool, layout: Layout) -> RecordFile
     return RecordFile(output, overwrite=overwrite, layout=layout)
 
 
+def _is_one_of(output: Path, sources: Sequence[Source]) -> bool:
+    try:
+        found = os.stat(output)
+    except OSError:
+        return False
+    for source in sources:
+        with suppress(OSError, ValueError):
+            if os.path.samestat(os.stat(source.path), found):
+                return True
+    return False
+
+
 def _check_table(path: Path, overwrite: bool) -> None:
     """Refuse, before the work, a CSV file that cannot be written after it."""
+    refuse_special(path)
     if path.exists() and not overwrite:
         raise UsageError(
             f"'{path}' exists; a table is written whole and cannot be resumed.",

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +15,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from m2f2cli.data.faces import Crop
 from m2f2cli.errors import UsageError
-from m2f2cli.files import atomic_write
-from m2f2cli.inference.sources import Source
+from m2f2cli.files import atomic_write, remove_stale_below
+from m2f2cli.inference.sources import DRAWING
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Box, Detection
 
 if TYPE_CHECKING:
     from m2f2cli.inference.pipeline import Judged, Score, View
 
+_LONGEST_NAME = 180  # bytes of 255
 _COLORS = {"fake": (214, 40, 40), "real": (46, 139, 87), "uncertain": (232, 160, 32)}
 # Dark blue, violet, orange, yellow: the map from its lowest to its highest value.
 _SCALE = np.array([(13, 8, 80), (126, 3, 168), (240, 110, 60), (252, 253, 160)], dtype=np.float32)
@@ -30,21 +32,23 @@ _SCALE = np.array([(13, 8, 80), (126, 3, 168), (240, 110, 60), (252, 253, 160)],
 class Renderer:
     """Draws what was asked for and notes the files in the record.
 
-    ``DIR/sub/photo.jpg.heatmap.jpg`` belongs to ``photo.jpg`` of the sub-folder ``sub``. A video is
-    shown by its sampled frame with the highest fake probability.
+    ``DIR/sub/photo.jpg.HASH.heatmap.jpg`` belongs to ``photo.jpg`` of the sub-folder ``sub``, HASH
+    being the first twelve digits of its ``sha256``. No file is ever replaced by one that differs:
+    such a drawing gets a number, so that each record keeps its own. A video is shown by its sampled
+    frame with the highest fake probability.
 
     Args:
         options: With the folders for forgery maps and boxes.
-        sources: Every input of the run; none of them is ever written to.
 
     Attributes:
         draws: Whether anything is drawn, so that pixels must be kept.
     """
 
-    def __init__(self, options: DetectOptions, sources: Sequence[Source]) -> None:
+    def __init__(self, options: DetectOptions) -> None:
         self.heatmap, self.annotate = options.heatmap, options.annotate
         self.draws = bool(self.heatmap or self.annotate)
-        self._inputs = {os.path.realpath(s.path) for s in sources} if self.draws else set()
+        for folder in filter(None, {self.heatmap, self.annotate}):
+            remove_stale_below(folder)
 
     def check(self, config: Any) -> None:
         """Refuse what this model cannot give.
@@ -65,7 +69,6 @@ class Renderer:
             The record with ``heatmap`` and ``annotated`` set.
 
         Raises:
-            UsageError: The picture would take the place of an input.
             M2F2Error: It cannot be written.
         """
         record, scores = item.record, item.scores
@@ -78,26 +81,35 @@ class Renderer:
         assert view.pixels is not None  # they are kept when anything is drawn
         picture = Image.fromarray(view.pixels)
         name = item.prepared.source.name
+        named = name.with_name(f"{_shortened(name.name)}.{str(record.sha256)[:12]}")
         if self.heatmap:
             drawn = heat(picture, view.crops, scores, view.scale)
-            file = self._save(drawn, self.heatmap / f"{name}.heatmap.jpg")
-            record = replace(record, heatmap=file)
+            record = replace(record, heatmap=_save(drawn, self.heatmap / named, "heatmap"))
         if self.annotate:
             drawn = annotated(picture, _labels(record, view, scores), view.scale)
-            file = self._save(drawn, self.annotate / f"{name}.annotated.jpg")
-            record = replace(record, annotated=file)
+            record = replace(record, annotated=_save(drawn, self.annotate / named, "annotated"))
         return record
 
-    def _save(self, picture: Image.Image, path: Path) -> str:
-        if os.path.realpath(path) in self._inputs:
-            raise UsageError(
-                f"'{path}' is one of the inputs, which are never written to.",
-                "Choose another folder for --heatmap and --annotate.",
-            )
-        data = io.BytesIO()
-        picture.save(data, "JPEG", quality=90)
-        atomic_write(path, data.getvalue())
-        return str(path)
+
+def _shortened(name: str) -> str:
+    """A file's name with room for what is put behind it."""
+    while len(os.fsencode(name)) > _LONGEST_NAME:
+        name = name[:-1]
+    return name
+
+
+def _save(picture: Image.Image, named: Path, kind: str) -> str:
+    """Write a drawing under the first name that is free, or that holds the very same one."""
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=90, comment=DRAWING)
+    for number in count(1):
+        path = named.with_name(f"{named.name}.{kind}{f'-{number}' if number > 1 else ''}.jpg")
+        if not os.path.lexists(path):
+            atomic_write(path, data.getvalue())
+            break
+        if path.is_file() and path.read_bytes() == data.getvalue():
+            break
+    return str(path)
 
 
 def _labels(

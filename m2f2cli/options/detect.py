@@ -53,6 +53,14 @@ class DetectOptions(Options):
     frames: int = option(
         16, "Frames looked at in a video, evenly spaced.", low=1, high=1000, group="Input"
     )
+    min_face: int | None = option(
+        None,
+        "Look for faces from so many pixels on, in tiles. Default: 1/12 of the longest side.",
+        low=16,
+        high=1000,
+        group="Input",
+        metavar="PIXELS",
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.", group="Model")
     dtype: str = option("auto", "auto, float32, bfloat16 or float16.", group="Model")
     batch_size: int = option(

@@ -115,6 +115,8 @@ def _read(source: str, prefix: str, data: DataOptions, split: str, notify: Notif
         except ConfigError as error:
             known = ", ".join([*LAYOUTS.names(), _FFPP.removesuffix(":")])
             raise ConfigError(error.message, f"Use one of: {known}.") from error
+        if found.remark:
+            notify(found.remark)
     named = (replace(s, name=f"{prefix}/{s.name}" if prefix else s.name) for s in found.samples)
     return replace(found, samples=tuple(named))
 

@@ -10,13 +10,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from m2f2cli.checkpoints import io
 from m2f2cli.errors import ConfigError, UsageError
-from m2f2cli.files import atomic_write, json_bytes, refuse_existing, sync_folder
+from m2f2cli.files import (
+    atomic_write,
+    json_bytes,
+    locked,
+    refuse_existing,
+    sync_folder,
+    write_error,
+)
 from m2f2cli.runtime import first_process, process_count
 
 PROCESSES = "processes"
@@ -109,18 +117,31 @@ def check_output(options: Any) -> None:
         )
 
 
-def claim_output(options: Any) -> None:
-    """Check the output, clear what is to be overwritten, and note which options its states are of.
+@contextmanager
+def claim_output(options: Any) -> Iterator[None]:
+    """Check the output, clear what is to be overwritten, and keep other runs from it meanwhile.
 
-    Errors are those of ``check_output``.
+    The folder of the states notes which options they are of.
+
+    Raises:
+        M2F2Error: Another run is training it; or as ``check_output``.
     """
     check_output(options)
+    if not first_process():
+        yield
+        return
     folder = state_folder(options.run.output)
-    if first_process():
-        if options.run.overwrite and folder.exists():
-            shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    with locked(folder, "training into"):
+        if options.run.overwrite:
+            for old in folder.iterdir():
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         noted = options.to_flat() | {PROCESSES: process_count(), _FORMAT: _VERSION}
         atomic_write(folder / _OPTIONS, json_bytes(noted))
+        yield
 
 
 def _same_options(noted: Mapping[str, Any], options: Any, *, where: Path) -> None:

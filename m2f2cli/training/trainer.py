@@ -190,9 +190,11 @@ class Trainer(ABC):
             CheckpointError: A state or the output cannot be written.
             M2F2Error: The training has diverged.
         """
-        advance = advance or (lambda *_: None)
+        with claim_output(self.options):
+            return self._train(advance or (lambda *_: None))
+
+    def _train(self, advance: Advance) -> Path:
         run = self.options.run
-        claim_output(self.options)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         saved = last_state(state_folder(run.output)) if run.resume else None
         if saved is not None:

@@ -199,6 +199,23 @@ def test_control_characters_of_a_name_do_not_reach_the_terminal(
     assert "\\x1b[2Jevil\\r.jpg" in captured
 
 
+def test_an_interrupt_does_not_wait_for_pictures_that_are_being_decoded() -> None:
+    code = (
+        "import threading, time, warnings\n"
+        "from m2f2cli.cli import app\n"
+        "def interrupted(_):\n"
+        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    warnings.warn('a remark of a library')\n"
+        "    return 130\n"
+        "app.run = interrupted\n"
+        "app.main()\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert time.monotonic() - began < 50
+
+
 @pytest.mark.skipif(os.name != "posix", reason="closes streams as a shell does")
 @pytest.mark.parametrize(
     ("command", "code", "out", "err"),

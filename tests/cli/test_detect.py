@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import resource
@@ -316,26 +317,31 @@ def test_pictures_for_people_mirror_folders_and_leave_the_inputs_alone(here: Pat
     command = ["detect", "in", "-r", "--faces", "auto", "--heatmap", "out", "--annotate", "out"]
     assert app.run([*command, "--output", "out.jsonl"]) == 0
     drawn = sorted(str(path.relative_to("out")) for path in Path("out").rglob("*.jpg"))
-    names = ["0.jpg", "0.png", "1.png", "2.png", "sub/0.jpg"]
-    assert drawn == [f"{n}.{kind}.jpg" for n in names for kind in ("annotated", "heatmap")]
     rows = lines("out.jsonl")
+    hashes = [hashlib.sha256(Path(row["path"]).read_bytes()).hexdigest()[:12] for row in rows]
+    files = ["0.jpg", "0.png", "1.png", "2.png", "sub/0.jpg"]
+    names = [f"{file}.{digest}" for file, digest in zip(files, hashes, strict=True)]
+    assert drawn == [f"{n}.{kind}.jpg" for n in names for kind in ("annotated", "heatmap")]
     assert [row["heatmap"] for row in rows] == [f"out/{n}.heatmap.jpg" for n in names]
     assert [row["annotated"] for row in rows] == [f"out/{n}.annotated.jpg" for n in names]
     for path, content in before.items():
         assert path.read_bytes() == content
-    with Image.open("out/0.jpg.heatmap.jpg") as heat, Image.open("in/0.jpg") as photo:
+    with Image.open(rows[0]["heatmap"]) as heat, Image.open("in/0.jpg") as photo:
         assert heat.size == photo.size
         x0, y0, x1, y1 = rows[0]["crop"]
         inside = photo.convert("RGB").crop((x0, y0, x1, y1)).tobytes()
         assert heat.crop((x0, y0, x1, y1)).tobytes() != inside
 
 
-def test_a_drawing_never_replaces_an_input(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copy(here / "in" / "0.png", here / "in" / "1.png.annotated.jpg")
-    before = (here / "in" / "1.png.annotated.jpg").read_bytes()
-    assert app.run(["detect", "in", "--annotate", "in"]) == 2
-    assert "one of the inputs" in capsys.readouterr().err
-    assert (here / "in" / "1.png.annotated.jpg").read_bytes() == before
+def test_a_drawing_never_replaces_an_input(here: Path) -> None:
+    digest = hashlib.sha256((here / "in" / "1.png").read_bytes()).hexdigest()[:12]
+    other = here / "in" / f"1.png.{digest}.annotated.jpg"
+    shutil.copy(here / "in" / "0.png", other)
+    before = other.read_bytes()
+    assert app.run(["detect", "in", "--annotate", "in", "--output", "out.jsonl"]) == 0
+    assert other.read_bytes() == before
+    named = {row["path"]: row["annotated"] for row in lines("out.jsonl")}
+    assert named["in/1.png"] == f"in/1.png.{digest}.annotated-2.jpg"
 
 
 def test_what_is_named_twice_is_judged_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,3 +353,33 @@ def test_a_missing_model_is_one_sentence(here: Path, capsys: pytest.CaptureFixtu
     assert app.run(["detect", "in", "--model", "./nowhere", "--output", "out.jsonl"]) == 1
     assert "error: There is no checkpoint at './nowhere'" in capsys.readouterr().err
     assert not Path("out.jsonl").exists()
+
+
+def test_bad_entries_are_records_and_the_rest_is_judged(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.symlink("self.jpg", here / "in" / "self.jpg")
+    (here / "in" / "notes.txt").write_text("x")
+    paths = ["in", "in/photo[1].jpg", "https://a.org/b.jpg"]
+    assert app.run(["detect", *paths, "--json"]) == 3
+    captured = capsys.readouterr()
+    items = {item["path"]: item for item in json.loads(captured.out)["items"]}
+    assert [item["status"] for item in items.values()] == ["ok"] * 3 + ["unreadable"] + [
+        "missing"
+    ] * 2
+    assert "download it first" in items["https://a.org/b.jpg"]["message"]
+    assert "Too many levels" in items["in/self.jpg"]["message"]
+    assert captured.err == "Left out: 1 file of other kinds in the folders (.txt).\n"
+    app.run(["detect", *paths, "--output", "out.jsonl"])
+    assert capsys.readouterr().err.startswith(
+        "Left out: 1 file of other kinds in the folders (.txt).\n3 judged"
+    )
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.csv"])
+def test_a_device_or_pipe_as_output_is_refused_at_once(
+    here: Path, capsys: pytest.CaptureFixture[str], output: str
+) -> None:
+    os.mkfifo(output)
+    assert app.run(["detect", "in", "--output", output, "--overwrite"]) == 2
+    assert "is not a regular file" in capsys.readouterr().err

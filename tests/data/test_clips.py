@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 
 import h5py
@@ -278,3 +279,95 @@ def test_a_broken_old_file_is_not_replaced(file):
     assert len(os.listdir(writer.parts)) == 1
     writer.discard()
     assert os.listdir(file.parent) == []
+
+
+def test_what_lies_in_other_files_is_not_opened(tmp_path):
+    secret = tmp_path / "secret.bin"
+    secret.write_bytes(b"SECRET!!" * 100)
+    other = tmp_path / "other.h5"
+    with h5py.File(other, "w") as file:
+        file["x"] = clip()
+    layout = h5py.VirtualLayout(shape=(1, 8, 6, 3), dtype="u1")
+    layout[0] = h5py.VirtualSource(str(other), "x", shape=(5, 8, 6, 3))[0]
+    makers = {
+        "external": lambda f: f.create_dataset(
+            "external", (1, 8, 6, 3), "u1", external=[(str(secret), 0, 144)]
+        ),
+        "virtual": lambda f: f.create_virtual_dataset("virtual", layout),
+        "link": lambda f: f.__setitem__("link", h5py.ExternalLink(str(other), "/x")),
+        "in/a/link": lambda f: f.__setitem__("in/a", h5py.ExternalLink(str(other), "/")),
+    }
+    for key, make in makers.items():
+        path = tmp_path / "a.h5"
+        with h5py.File(path, "w") as file:
+            file["good"] = clip()
+            make(file)
+        with FrameReader() as reader:
+            named = key.removesuffix("/link")
+            with pytest.raises(InputError, match=f"Video '{named}' in '.*a.h5' (lies|is a link)"):
+                reader.shapes(path)
+            with pytest.raises(InputError, match=f"Video '{key}' in '.*a.h5' (lies|is a link)"):
+                reader.frame(path, key, 0)
+            assert np.array_equal(reader.frame(path, "good", 0), clip()[0])
+
+
+def test_a_link_inside_the_file_is_no_video(tmp_path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["000"] = clip()
+        file["alias"] = h5py.SoftLink("/000")
+        file["loop"] = h5py.SoftLink("/loop")
+    with FrameReader() as reader:
+        assert list(reader.shapes(path)) == ["000"]
+        for key in ("alias", "loop"):
+            with pytest.raises(InputError, match="is a link to another place"):
+                reader.frame(path, key, 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks", "words"),
+    [
+        ((2, 30000, 30000, 3), (1, 1000, 1000, 3), "frames of 30000x30000"),
+        ((10**12, 8, 8, 3), (1, 8, 8, 3), "1,000,000,000,000 frames"),
+        ((4096, 1024, 1024, 3), (1024, 1024, 1024, 3), "in pieces of 3,221,225,472 bytes"),
+    ],
+)
+def test_a_small_file_that_would_fill_the_memory_is_refused(tmp_path, shape, chunks, words):
+    path = tmp_path / "bomb.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("000", shape, "u1", chunks=chunks, compression="gzip")
+    assert path.stat().st_size < 10_000
+    for read in (FrameReader().shapes, lambda path: FrameReader().frame(path, "000", 0)):
+        with pytest.raises(InputError, match=words) as caught:
+            read(path)
+        assert caught.value.status == "too_large"
+
+
+def test_groups_in_groups_are_read_up_to_a_limit(tmp_path):
+    path = tmp_path / "deep.h5"
+    with h5py.File(path, "w") as file:
+        group = file
+        for _ in range(3000):
+            group = group.create_group("g")
+        file["here"] = clip()
+        file["loop"] = file["/"]
+        file["g/self"] = file["g"]
+    began = time.monotonic()
+    with pytest.raises(InputError, match="more than 32 groups"):
+        FrameReader().shapes(path)
+    with h5py.File(path, "a") as file:
+        del file["g/g"]
+    assert list(FrameReader().shapes(path)) == ["here"]
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("source", 3), ("margin", "wide"), ("fps", np.inf), ("boxes", np.zeros((5, 3), int)),
+     ("frames", np.zeros((5,), float)), ("picture", np.array([1, 2, 3])), ("asked", [1, 2])],
+)  # fmt: skip
+def test_notes_of_another_type_are_named(file, name, value):
+    with h5py.File(file, "a") as opened:
+        opened["003"].attrs[name] = value
+    with pytest.raises(InputError, match="not a readable HDF5 file"):
+        FrameReader().notes(file, "003")

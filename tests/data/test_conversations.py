@@ -55,6 +55,7 @@ def test_what_a_file_says(tmp_path):
     [
         ("", "cannot be read"),
         ('[{"id": ', "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
         ("[]", "no list of conversations"),
         ({}, "no list of conversations"),
         ([1], r"Conversation 0 .* no list 'conversations'"),
@@ -225,3 +226,23 @@ def test_plain_removes_marks_and_outer_blanks():
 )
 def test_a_question_may_state_the_label(question, label):
     assert stated_label(question) == label
+
+
+def test_pictures_outside_of_the_folder_are_not_read(tmp_path):
+    root, outside = tmp_path / "in", tmp_path / "out.png"
+    root.mkdir()
+    Image.new("RGB", (8, 8)).save(outside)
+    with h5py.File(tmp_path / "out.h5", "w") as file:
+        file["000"] = np.zeros((1, 8, 8, 3), np.uint8)
+    (root / "link.png").symlink_to(outside)
+    (root / "up").symlink_to(tmp_path)
+    (root / "loop.png").symlink_to("loop.png")
+    (tmp_path / "named").symlink_to(root)
+    Image.new("RGB", (8, 8)).save(root / "a.png")
+    bad = ["../out.png", str(outside), "link.png", "up/out.png", "../out://000_0", "loop.png",
+           f"{tmp_path}/out.h5://000_0", "a\0.png", "out://000_" + "9" * 5000]  # fmt: skip
+    for folder in (root, tmp_path / "named"):
+        faults = find_missing(list(map(talk, bad)), Pictures(folder))
+        assert list(faults) == bad
+        assert all("leads out of the folder" in faults[name] for name in bad[:-1])
+        assert Pictures(folder).pixels(talk("a.png")).shape == (8, 8, 3)

@@ -17,6 +17,7 @@ from m2f2cli.data.faces import (
     crop_face,
     find_faces,
     find_landmarks,
+    smallest_face,
     without_overlaps,
 )
 from m2f2cli.data.images import read_picture
@@ -190,3 +191,22 @@ def test_of_overlapping_finds_the_surest_stays():
 def test_dlib_is_imported_only_when_a_face_is_sought():
     code = "import sys, m2f2cli.data.faces as f; assert 'dlib' not in sys.modules and f.MARGIN"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_small_faces_of_a_group_are_found_in_tiles_when_asked():
+    face = Image.open(EXAMPLES / "astronaut.jpg").convert("RGB").crop((150, 30, 310, 190))
+    group = Image.new("RGB", (1500, 700), (90, 110, 90))
+    places = [(30, 20), (700, 300), (1300, 560), (1420, 15)]
+    for place in places:
+        group.paste(face.resize((72, 72)), place)
+    pixels = np.asarray(group)
+    assert smallest_face(1500) == 125
+    found = find_faces(pixels, dlib_only=True, smallest=30)
+    centers = {((f.box[0] + f.box[2]) // 2, (f.box[1] + f.box[3]) // 2) for f in found}
+    assert len(found) == len(places)
+    for x, y in places:
+        assert any(abs(x + 36 - a) < 20 and abs(y + 36 - b) < 20 for a, b in centers)
+    assert all(f.picture == (1500, 700) for f in found)
+    assert find_faces(pixels[:400, :400], dlib_only=True, smallest=400) == find_faces(
+        pixels[:400, :400], dlib_only=True
+    )

@@ -244,3 +244,70 @@ def test_av_is_imported_only_when_a_video_is_read():
         "import sys, m2f2cli.data.video as v; assert 'av' not in sys.modules and v.VIDEO_SUFFIXES"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _remux(source: Path, path: Path, *, cut: int = 0, later: int = 0, sound: bool = False) -> Path:
+    """Copy packets from ``cut`` on, an edit list hiding those before, or ``later`` frames on."""
+    with av.open(str(source)) as given, av.open(str(path), "w") as made:
+        (stream,) = given.streams.video
+        copy = made.add_stream_from_template(stream)
+        tone = made.add_stream("aac", rate=8000) if sound else None
+        frame = int(1 / 25 / stream.time_base)
+        packets = [packet for packet in given.demux(stream) if packet.size]
+        begin = max(p.dts for p in packets if p.is_keyframe and p.pts <= cut * frame)
+        for number in range(80 if tone else 0):
+            silence = av.AudioFrame.from_ndarray(
+                np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+            )
+            silence.sample_rate, silence.pts = 8000, number * 1024
+            made.mux(tone.encode(silence))
+        for packet in packets:
+            if packet.dts < begin:
+                continue
+            packet.pts += (later - cut) * frame
+            packet.dts += (later - cut) * frame
+            packet.stream = copy
+            made.mux(packet)
+    return path
+
+
+def test_a_video_that_was_cut_without_new_coding_is_whole(movie, tmp_path):
+    path = _remux(movie, tmp_path / "cut.mp4", cut=30)
+    with read_frames(path, count=5) as opened:
+        frames = list(opened.frames)
+        assert opened.note is None
+        assert opened.total in (70, 71)
+    assert len(frames) == 5
+    for frame in frames:
+        assert _level(frame) == pytest.approx(STEP * (frame.index + 30) % 200, abs=6)
+
+
+@pytest.mark.parametrize("name", ["late.mp4", "late.mkv"])
+def test_a_video_that_starts_later_than_its_sound_is_whole(movie, tmp_path, name):
+    path = _remux(movie, tmp_path / name, later=150, sound=True)
+    with read_frames(path, count=5) as opened:
+        assert len(list(opened.frames)) == 5
+        assert opened.note is None
+
+
+def test_a_video_that_shows_frames_on_is_whole(tmp_path):
+    """An AVI writes an empty packet for each frame that is shown once more."""
+    times = [0, 40, 80, 240, 280, 320, 480, 520, 560, 600]
+    path = tmp_path / "null.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for number, time in enumerate(times):
+            pixels = np.full((HEIGHT, WIDTH, 3), 20 * number, np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time // 40, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames > len(times)
+    with read_frames(path, count=16) as opened:
+        frames = list(opened.frames)
+        assert opened.note is None
+    assert [_level(frame) for frame in frames] == pytest.approx(
+        [20 * number for number in range(10)], abs=6
+    )

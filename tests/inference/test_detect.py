@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Detection
 from tests.conftest import TURNS
 from tests.inference.conftest import FLAT_ONLY, MeanJudge, noise_picture, write_picture
+from tests.inference.test_video import flat, write_video
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NONE = DetectOptions(faces="none")
@@ -313,14 +315,14 @@ def test_items_without_new_crops_do_not_wait_for_a_batch_to_fill(
     assert len(list(records)) == 40
 
 
-def test_texts_in_a_video_that_are_no_utf8_are_a_record(
-    tmp_path: Path, judge: MeanJudge, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        b"\xe9t\xe9".decode()
-
-    monkeypatch.setattr("av.open", fail)
-    (tmp_path / "a.mp4").write_bytes(b"a video")
-    bad, good = judged([tmp_path / "a.mp4", write_picture(tmp_path / "b.png", 200)], judge)
-    assert (bad.status, good.status) == ("unreadable", "ok")
-    assert "UTF-8" in str(bad.message)
+def test_texts_in_a_video_that_are_no_utf8_do_not_matter(tmp_path: Path, judge: MeanJudge) -> None:
+    """A title in Latin-1, as many old cameras and programs write it."""
+    data = bytearray(write_video(tmp_path / "a.avi", [flat(200)] * 9).read_bytes())
+    tag = b"INAM" + struct.pack("<I", 5) + b"Caf\xe9\0" + b"\0"
+    info = b"LIST" + struct.pack("<I", 4 + len(tag)) + b"INFO" + tag
+    place = data.find(b"movi") - 8
+    data[place:place] = info
+    struct.pack_into("<I", data, 4, len(data) - 8)
+    (tmp_path / "a.avi").write_bytes(data)
+    titled, good = judged([tmp_path / "a.avi", write_picture(tmp_path / "b.png", 200)], judge)
+    assert (titled.status, good.status) == ("ok", "ok")

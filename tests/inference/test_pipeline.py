@@ -9,15 +9,18 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from m2f2cli.data.images import Picture, read_picture
+from m2f2cli.data import faces, images, video
+from m2f2cli.data.images import DECODE_ERRORS, Picture, read_picture
 from m2f2cli.data.video import read_frames
 from m2f2cli.inference import pipeline as module
 from m2f2cli.inference.explain import ExplainPipeline, explain_sources, load_pipeline
-from m2f2cli.inference.pipeline import judge_sources
+from m2f2cli.inference.pipeline import detect, judge_sources
 from m2f2cli.inference.sources import Source, expand
 from m2f2cli.options.detect import DetectOptions
 from m2f2cli.records import Detection
@@ -167,3 +170,82 @@ def test_what_the_language_model_is_shown_is_kept_of_few_crops(loaded: Any, tmp_
     for view, seen in list(zip(views, features, strict=True))[::10]:
         (alone,) = pipeline.features([view.crops[0]])
         assert torch.allclose(seen.patches, alone.patches, atol=1e-5)
+
+
+STEPS = {
+    "picture": [
+        (images, "read_bytes"), (images.Image, "open"), (images, "_rgb"), (module, "find_faces"),
+        (faces, "resize_and_crop"), (faces.CropRule, "crops"), (module.Image, "fromarray"),
+    ],
+    "video": [
+        (av, "open"), (video, "_list_packets"), (video, "_upright"), (video, "evenly"),
+        (video, "file_sha256"), (module, "find_faces"), (faces.CropRule, "crops"),
+    ],
+}  # fmt: skip
+FAILURES = [
+    RuntimeError("a word\nand another"), OSError(5, "Input/output error"),
+    *(kind("no") for kind in DECODE_ERRORS),
+    UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "no"), RecursionError(), KeyError("x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "name"),
+    [(kind, *step) for kind, steps in STEPS.items() for step in steps],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_whatever_is_raised_for_one_item_is_its_record(
+    kind: str, where: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = []
+    for n in range(3):
+        path = tmp_path / f"{n}.{'png' if kind == 'picture' else 'mp4'}"
+        level = np.full((64, 96, 3), 60 + 40 * n, np.uint8)
+        if kind == "video":
+            write_video(path, [level] * 4)
+        else:
+            write_picture(path, 60 + 40 * n, 2100 if where is module.Image else 64)
+        files.append(str(path))
+    real = getattr(where, name)
+    failures = FAILURES if name == "crops" else FAILURES[:1]
+    if name in ("open", "_list_packets", "_upright") and kind == "video":
+        failures = [av.error.UndefinedError(2, "worse"), av.error.InvalidDataError(1, "bad")]
+    busy = threading.local()
+    prepare = module.prepare
+
+    def told(source: Source, *rest: Any, **how: Any) -> Any:
+        busy.path = source.path
+        return prepare(source, *rest, **how)
+
+    for failure in failures:
+
+        def injected(*given: Any, _failure: Exception = failure, **how: Any) -> Any:
+            if getattr(busy, "path", "") == files[1]:
+                raise _failure
+            return real(*given, **how)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "prepare", told)
+            patch.setattr(where, name, injected)
+            finds = "all" if name == "find_faces" else "none"
+            options = DetectOptions(frames=2, faces=finds, annotate=tmp_path / "out")
+            records = list(judge_sources(expand(files), model=MeanJudge(), options=options))
+        good, bad, last = records
+        assert bad.status in ("unreadable", "truncated", "too_large"), (failure, bad)
+        assert bad.message
+        assert "\n" not in bad.message
+        assert (good.status == "ok") == (last.status == "ok")
+        assert good.status in ("ok", "no_face")
+
+
+def test_an_array_or_a_picture_is_judged_as_its_file_is(tmp_path: Path) -> None:
+    file = noise_picture(tmp_path / "x.png", 1)
+    pixels = read_picture(file).pixels
+    options = DetectOptions(faces="none")
+    scores = {
+        next(iter(detect(item, model=MeanJudge(), options=options))).fake_probability
+        for item in (file, str(file), pixels, Image.fromarray(pixels), [pixels])
+    }
+    assert len(scores) == 1
+    (record,) = detect(pixels[..., :2], model=MeanJudge(), options=options)
+    assert (record.path, record.status) == ("picture 1", "not_an_image")

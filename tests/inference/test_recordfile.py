@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -13,7 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from m2f2cli.errors import M2F2Error, UsageError
-from m2f2cli.inference.recordfile import Job, RecordFile
+from m2f2cli.files import atomic_write
+from m2f2cli.inference.recordfile import Job, RecordFile, Tally
 from m2f2cli.inference.sources import Source
 from m2f2cli.records import Detection
 
@@ -178,7 +180,86 @@ def test_a_file_removed_during_the_run_is_an_error(tmp_path: Path, record: Detec
     log = RecordFile(file)
     log.append(record)
     file.unlink()
-    with pytest.raises(M2F2Error, match="was removed during the run"):
+    with pytest.raises(M2F2Error, match="was removed, moved or replaced during the run"):
         log.append(replace(record, path="b"))
-    with pytest.raises(M2F2Error, match="was removed during the run"):
+    with pytest.raises(M2F2Error, match="was removed, moved or replaced during the run"):
         log.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be moved there")
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_moved_during_the_run_is_an_error(
+    tmp_path: Path, record: Detection, replaced: bool
+) -> None:
+    file = tmp_path / "out.jsonl"
+    log = RecordFile(file)
+    log.append(record)
+    file.rename(tmp_path / "synced.jsonl")
+    if replaced:
+        file.write_text("")
+    with pytest.raises(M2F2Error, match="was removed, moved or replaced"):
+        log.append(replace(record, path="b"))
+    with pytest.raises(M2F2Error, match="was removed, moved or replaced"):
+        log.close()
+    assert paths_in(tmp_path / "synced.jsonl") == [record.path]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "link to a device"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "out.jsonl"
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "device":
+        file = Path("/dev/full")
+    else:
+        file.symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match="is not a regular file"):
+        RecordFile(file)
+    with pytest.raises(UsageError, match="is not a regular file"):
+        atomic_write(file, b"")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"status": ["ok"]}, {"status": "fine"}, {"verdict": {"fake": 1}}, {"verdict": 1},
+     {"path": None}, {"schema_version": [1]}],
+)  # fmt: skip
+def test_a_record_of_other_types_is_refused(
+    tmp_path: Path, record: Detection, change: dict[str, object]
+) -> None:
+    file = tmp_path / "out.jsonl"
+    file.write_text(json.dumps(record.to_dict() | change) + "\n")
+    with pytest.raises(UsageError):
+        RecordFile(file)
+
+
+def test_a_deep_line_is_no_record(tmp_path: Path) -> None:
+    file = tmp_path / "out.jsonl"
+    file.write_bytes(b"[" * 200_000 + b"\n")
+    with pytest.raises(UsageError, match="not a record file"):
+        RecordFile(file)
+
+
+@hypothesis_settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_is_resumed_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, record: Detection, data: st.DataObject
+) -> None:
+    """Of a line's values any may be anything, and any byte may be another."""
+    row = record.to_dict()
+    values = st.sampled_from(
+        [None, True, -1, 1e308, "", "\ud800", "a\0b", [], [[1]], {}, {"a": {}}, 10**400, [None]]
+    )
+    for key in data.draw(st.lists(st.sampled_from(sorted(row)), max_size=3)):
+        row[key] = data.draw(values)
+    line = bytearray(json.dumps(row).encode() + b"\n")
+    for place in data.draw(st.lists(st.integers(0, len(line) - 1), max_size=3)):
+        line[place] = data.draw(st.integers(0, 255))
+    file = tmp_path_factory.mktemp("damaged") / "out.jsonl"
+    file.write_bytes(line)
+    with suppress(M2F2Error), RecordFile(file) as log:
+        log.append(replace(record, path="new"))
+        tally = Tally()
+        for _, verdict, _ in log.done.values():
+            tally.count(verdict)
+        assert tally.sentence()

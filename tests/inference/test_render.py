@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,8 @@ from PIL import Image
 from m2f2cli.data.faces import Crop
 from m2f2cli.errors import UsageError
 from m2f2cli.inference.pipeline import Score, detect
-from m2f2cli.inference.render import annotated, heat
+from m2f2cli.inference.render import Renderer, annotated, heat
+from m2f2cli.inference.sources import expand
 from m2f2cli.options.detect import DetectOptions
 from tests.inference.conftest import MeanJudge, noise_picture, write_picture
 
@@ -92,3 +96,60 @@ def test_a_file_that_vanished_before_drawing_is_drawn_as_it_was_judged(tmp_path:
     (record,) = detect([str(path)], model=Vanishing(), options=options)
     assert record.verdict == "fake"
     assert np.asarray(Image.open(str(record.annotated)))[60, 5].min() > 150
+
+
+def test_drawings_of_two_pictures_of_one_name_stay_apart(tmp_path: Path) -> None:
+    files = [write_picture(tmp_path / folder / "x.png", 30 * n) for n, folder in enumerate("abc")]
+    drawn = []
+    for file, threshold in zip(
+        [*files, files[0], files[0]], (0.5, 0.5, 0.5, 0.5, 0.0), strict=True
+    ):
+        options = DetectOptions(
+            faces="none", annotate=tmp_path / "out", heatmap=tmp_path / "out", threshold=threshold
+        )
+        (record,) = detect(file, model=MeanJudge(), options=options)
+        assert str(record.sha256)[:12] in str(record.annotated)
+        drawn.append((record.annotated, Path(str(record.annotated)).read_bytes()))
+    names = [name for name, _ in drawn]
+    assert names[0] == names[3]  # the very same drawing
+    assert len(set(names)) == 4  # another threshold gives another one beside it
+    assert all(Path(str(name)).read_bytes() == content for name, content in drawn)
+
+
+def test_a_long_name_is_shortened(tmp_path: Path) -> None:
+    photo = write_picture(tmp_path / ("ä" * 120 + ".png"), 30)
+    (record,) = detect(
+        [photo], model=MeanJudge(), options=DetectOptions(faces="none", annotate=tmp_path / "out")
+    )
+    assert Path(str(record.annotated)).is_file()
+
+
+def test_drawings_are_never_judged(tmp_path: Path) -> None:
+    """Neither those of this run nor of an earlier one; another picture of such a name is."""
+    folder = tmp_path / "in"
+    write_picture(folder / "x.png", 30)
+    write_picture(folder / f"y.{'0' * 12}.heatmap.jpg", 60)
+    options = DetectOptions(faces="none", annotate=folder, heatmap=folder / "maps")
+    names = {Path(r.path).name for r in detect(folder, model=MeanJudge(), options=options)}
+    again = expand(folder, recursive=True)
+    assert {Path(source.path).name for source in again} == names
+    assert names == {"x.png", f"y.{'0' * 12}.heatmap.jpg"}
+    assert again.remark == "Left out: 4 drawings of m2f2."
+
+
+def test_what_a_killed_run_left_half_drawn_is_removed(tmp_path: Path) -> None:
+    """It has the name that a write of a process that is gone has."""
+    out = tmp_path / "out" / "sub"
+    out.mkdir(parents=True)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    code = (
+        "import os; from pathlib import Path; from m2f2cli import files\n"
+        f"os.getpid, os.replace = lambda: {gone.pid}, lambda *_: os._exit(9)\n"
+        f"files.atomic_write(Path({str(out / 'x.jpg')!r}), b'x')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert [path.name.split(".")[1] for path in out.iterdir()] == ["x"]
+    (out / f".x.jpg.{os.getpid()}-0123abcd.partial").write_bytes(b"of a living process")
+    Renderer(DetectOptions(annotate=tmp_path / "out"))
+    assert [path.read_bytes() for path in out.iterdir()] == [b"of a living process"]

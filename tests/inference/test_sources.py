@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.inference.sources import expand
@@ -135,3 +137,51 @@ def test_a_folder_that_may_not_be_listed_becomes_an_item(tree: Path) -> None:
         os.seteuid(user)
         os.chmod(tree / "in" / "sub", 0o755)
     assert found[-1] == "in/sub"
+
+
+def test_one_bad_entry_does_not_end_the_run(tree: Path) -> None:
+    os.symlink("self.jpg", tree / "in" / "self.jpg")
+    found = listed("in", "in/photo[1].jpg", "https://a.org/b.jpg", "a\0/[b].jpg", "x" * 5000)
+    assert found[:4] == ["in/a.JPG", "in/b.png", "in/clip.MP4", "in/self.jpg"]
+    assert found[4:] == ["in/photo[1].jpg", "https://a.org/b.jpg", "a\0/[b].jpg", "x" * 5000]
+
+
+def test_a_path_is_recorded_as_it_was_given(tree: Path) -> None:
+    assert listed("./in/b.png", "in//a.JPG") == ["./in/b.png", "in//a.JPG"]
+
+
+def test_what_looks_like_a_picture_or_video_in_a_folder_is_an_item(tree: Path) -> None:
+    folder = tree / "phone"
+    folder.mkdir()
+    for name, head in {
+        "a.gif": b"", "b.avif": b"", "c.HEIC": b"", "d.apng": b"",
+        "photo": b"\xff\xd8\xff\xe0", "image.dat": b"\x89PNG\r\n\x1a\n", "anim.bin": b"GIF89a",
+        "w": b"RIFF\0\0\0\0WEBP", "h.tmp": b"\0\0\0\x18ftypheic", "v.tmp": b"\0\0\0\x18ftypisom",
+        "mkv": b"\x1aE\xdf\xa3", "song.m4a": b"\0\0\0\x18ftypM4A ", "letter.txt": b"BM, dear",
+        "x.svg": b"<svg", "y.svg": b"<svg", "noname": b"",
+    }.items():  # fmt: skip
+        (folder / name).write_bytes(head + bytes(40))
+    sources = expand(folder)
+    assert {Path(source.path).name: source.kind for source in sources} == {
+        **dict.fromkeys(("a.gif", "b.avif", "c.HEIC", "d.apng", "photo", "image.dat"), "image"),
+        **dict.fromkeys(("anim.bin", "w", "h.tmp"), "image"),
+        **dict.fromkeys(("v.tmp", "mkv"), "video"),
+    }
+    assert sources.remark == (
+        "Left out: 5 files of other kinds in the folders (.m4a, .svg, .txt, without suffix)."
+    )
+    assert expand("in").remark == "Left out: 1 file of other kinds in the folders (.txt)."
+    assert expand("in/a.JPG").remark is None
+
+
+def test_names_pictures_and_arrays_are_items(tree: Path) -> None:
+    pixels = np.zeros((4, 5, 3), np.uint8)
+    sources = expand([Path("in/b.png"), pixels, Image.fromarray(pixels)])
+    assert [source.path for source in sources] == ["picture 2", "picture 3", "in/b.png"]
+    assert [source.picture().size for source in sources[:2]] == [(5, 4)] * 2
+    for single in ("in/b.png", Path("in/b.png")):
+        assert [source.path for source in expand(single)] == ["in/b.png"]
+    assert len(expand(pixels)) == 1
+    for wrong in ([3], [None], [b"in/b.png"]):
+        with pytest.raises(UsageError, match="cannot be judged"):
+            expand(wrong)

@@ -131,6 +131,7 @@ def test_a_video_is_shown_by_its_most_suspicious_frame(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mp4", [flat(level) for level in (10, 250, 30, 60)])
     options = replace(NONE, annotate=tmp_path / "out", heatmap=tmp_path / "out")
     record = judged(path, options)
-    assert record.annotated == str(tmp_path / "out" / "v.mp4.annotated.jpg")
+    drawn = f"v.mp4.{str(record.sha256)[:12]}.annotated.jpg"
+    assert record.annotated == str(tmp_path / "out" / drawn)
     assert np.asarray(Image.open(str(record.annotated)))[60, 5].mean() > 240
     assert Path(str(record.heatmap)).exists()

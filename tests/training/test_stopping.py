@@ -4,7 +4,8 @@ import pytest
 from safetensors.torch import load_file
 
 from m2f2cli.checkpoints import io
-from m2f2cli.errors import ConfigError
+from m2f2cli.errors import ConfigError, M2F2Error
+from m2f2cli.training import states
 from m2f2cli.training.detector import DetectorTrainer, prepare, state_folder, train_detector
 from tests.training.test_resume import Crash, weights
 
@@ -83,3 +84,14 @@ def test_two_small_batches_make_one_step_of_a_large_one(options, tmp_path):
         assert a["step"] == b["step"]
         assert abs(a["loss"] - b["loss"]) < 1e-4
         assert abs(a["validation_loss"] - b["validation_loss"]) < 1e-4
+
+
+def test_a_second_training_into_one_output_is_told(options):
+    chosen = options(**STILL)
+    with states.claim_output(chosen):
+        for more in ({}, {"overwrite": True}):
+            with pytest.raises(M2F2Error, match="Another process is training into"):
+                train_detector(options(**STILL, **more))
+        assert (state_folder(chosen.run.output) / "options.json").exists()
+    with states.claim_output(options(**STILL, overwrite=True)):
+        pass

@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 from m2f2cli.data.clips import ClipNotes, ClipWriter, FrameReader
 from m2f2cli.data.faces import finder_name
+from m2f2cli.data.images import DECODE_ERRORS
 from m2f2cli.data.prepare.sources import Video, list_videos
 from m2f2cli.data.prepare.tracking import cut_faces
 from m2f2cli.data.readers.ffpp import ORIGINAL, find_file
 from m2f2cli.errors import InputError, M2F2Error, UsageError
-from m2f2cli.files import write_error
+from m2f2cli.files import locked, write_error
 from m2f2cli.options.prepare import FacesOptions
 from m2f2cli.runtime import processors
 
@@ -85,7 +86,10 @@ class FacesJob:
             M2F2Error: Another process prepares into the folder, or a worker died.
         """
         workers, most = self.options.workers, len(self.videos)
-        with locked(self.output), worker_pool(workers, _work, at_most=most) as run_all:
+        with (
+            locked(self.output, "preparing into"),
+            worker_pool(workers, _work, at_most=most) as run_all,
+        ):
             for name, group in groupby(self.videos, key=lambda video: video.file):
                 videos = list(group)
                 writer = ClipWriter(self.output / name)
@@ -183,6 +187,9 @@ def _work(task: _Task) -> Prepared:
         )
     except InputError as error:
         return _prepared(video, status=error.status, message=error.message)
+    except DECODE_ERRORS as error:
+        message = f"'{video.name}' cannot be read: {type(error).__name__}, {error}."
+        return _prepared(video, status="unreadable", message=message)
     if not len(crops):
         message = f"No face was found in {notes.looked_at} frames."
         return _prepared(video, notes, status="no_face", message=message)
@@ -246,36 +253,6 @@ def worker_pool(
             ) from error
         raise
     pool.shutdown()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from working into a folder, where the system has such locks.
-
-    Raises:
-        M2F2Error: One is at it.
-    """
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # Windows
-        yield
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise M2F2Error(
-            f"Another process is preparing into '{folder}'.",
-            "Wait for it, or choose another --output.",
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def _start() -> None:

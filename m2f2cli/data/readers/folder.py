@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from m2f2cli.data.images import IMAGE_SUFFIXES
-from m2f2cli.data.samples import REAL, Sample, SampleSet, list_files, people_in
+from m2f2cli.data.samples import REAL, Sample, SampleSet, list_files, other_files, people_in
 from m2f2cli.errors import InputError
 
 
@@ -21,6 +22,7 @@ def read_folder(root: Path) -> SampleSet:
         InputError: ``real`` or ``fake`` is missing or empty.
     """
     listed = {}
+    others: Counter[str] = Counter()
     for label, word in enumerate((REAL, "fake")):
         folder = root / word
         if not folder.is_dir():
@@ -29,7 +31,8 @@ def read_folder(root: Path) -> SampleSet:
                 "missing",
                 "Put pictures in DIR/real/ and DIR/fake/, or name the layout: ddvqa:DIR.",
             )
-        listed[label] = [(path, path.relative_to(folder).parts) for path in list_files(folder)]
+        files = list_files(folder, others=others)
+        listed[label] = [(path, path.relative_to(folder).parts) for path in files]
         if not listed[label]:
             known = ", ".join(sorted(IMAGE_SUFFIXES))
             raise InputError(f"There are no pictures in '{folder}'.", "empty", f"Known: {known}.")
@@ -44,4 +47,5 @@ def read_folder(root: Path) -> SampleSet:
             token = folders[-1] if folders else path.stem
             name = path.relative_to(root).as_posix()
             samples.append(Sample(path, name, label, kind, people_in(token)))
-    return SampleSet(root, "folder", tuple(sorted(samples, key=lambda sample: sample.name)))
+    ordered = tuple(sorted(samples, key=lambda sample: sample.name))
+    return SampleSet(root, "folder", ordered, remark=other_files(others, f"'{root}'"))

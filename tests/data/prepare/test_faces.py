@@ -17,8 +17,9 @@ from PIL import Image
 
 from m2f2cli.data.clips import ClipWriter, FrameReader
 from m2f2cli.data.prepare import faces, tracking
-from m2f2cli.data.prepare.faces import FacesJob, locked, worker_pool
+from m2f2cli.data.prepare.faces import FacesJob, worker_pool
 from m2f2cli.errors import CheckpointError, ConfigError, InputError, M2F2Error, UsageError
+from m2f2cli.files import locked
 from m2f2cli.options.prepare import FacesOptions
 from tests.data.prepare.videos import PHOTO, Scene
 
@@ -267,7 +268,10 @@ def test_an_unwritable_output_is_one_sentence(ffpp, tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(ffpp, tmp_path):
-    with locked(tmp_path), pytest.raises(M2F2Error, match="Another process is preparing"):
+    with (
+        locked(tmp_path, "preparing into"),
+        pytest.raises(M2F2Error, match="Another process is preparing"),
+    ):
         prepare(ffpp, tmp_path)
 
 
