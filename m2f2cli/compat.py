@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -102,6 +102,21 @@ def set_attention(config: Any, name: str) -> None:
     ``set_attn_implementation`` is a method of models, and blocks are built here without one.
     """
     config._attn_implementation = name
+
+
+@contextlib.contextmanager
+def tokenizer_faults() -> Iterator[None]:
+    """Turn what tokenizers raises at a damaged file into a ``ValueError``.
+
+    tokenizers 0.23 raises ``Exception`` itself, and where its Rust code panics pyo3's
+    ``PanicException``, which is no ``Exception`` and has no public name.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is Exception or type(error).__name__ == "PanicException":
+            raise ValueError(str(error)) from error
+        raise
 
 
 def can_pack(dtype: torch.dtype) -> bool:

@@ -403,15 +403,21 @@ def resample(
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
+def interval(
+    values: np.ndarray, level: float = LEVEL, *, around: float | None = None
+) -> tuple[float, float] | None:
     """The ends between which a share ``level`` of the resampled values (R,) lies.
 
-    None when more than half the resamples are undefined, or there are none.
+    ``around`` is the value itself, where resampling biases it: their median is moved there, and the
+    ends stay in [0, 1]. None when more than half the resamples are undefined, or there are none.
     """
     defined = values[~np.isnan(values)]
     if 2 * len(defined) <= len(values):
         return None
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    if around is not None:
+        bias = np.median(defined) - around
+        low, high = np.clip([low - bias, high - bias], 0.0, 1.0)
     return float(low), float(high)
 
 

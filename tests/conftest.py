@@ -16,8 +16,9 @@ from m2f2cli.runtime import cure_torchvision
 cure_torchvision()  # before any test module imports transformers, timm or open_clip
 
 # Tests must not depend on the caller's settings, nor reach a hub.
-if folder := os.environ.pop("M2F2_FACES", None):
-    os.environ["FACES_DATA"] = folder  # of research pictures; --faces would read the variable too
+# M2F2_FACES is the variable of --faces; a folder in it is that of the research pictures.
+if os.path.isdir(folder := os.environ.get("M2F2_FACES", "")):
+    os.environ.setdefault("FACES_DATA", folder)
 for name in [n for n in os.environ if n.startswith("M2F2_") and n != "M2F2_DDVQA"]:
     del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"

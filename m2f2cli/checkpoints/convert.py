@@ -166,7 +166,7 @@ def import_weights(
     """
     files.refuse_existing(output, overwrite)
     homes = dict.fromkeys(io.home_of(path) for path in paths)
-    source, tower = _source_and_tower([io.open_weights(home) for home in homes])
+    source, tower = _source_and_tower([_open(home) for home in homes])
     made = _CONVERTERS[source.kind](source, tower, clip_config)
     with progress("Writing", len(made.tensors)) as advance:
         tensors = io.watched(made.tensors, advance)
@@ -191,6 +191,14 @@ def import_weights(
         if verify:
             made.verified = verify_import(output, made.tensors, made.config, made.head)
     return made
+
+
+def _open(path: Path) -> Weights:
+    """Open weights, by names without what parallel or compiled training put into them."""
+    found = io.open_weights(path)
+    tensors = keymaps.without_wrappers(found.tensors)
+    kind = keymaps.kind_of(tensors) if tensors.keys() != found.tensors.keys() else found.kind
+    return replace(found, tensors=tensors, kind=kind)
 
 
 def _source_and_tower(opened: Sequence[Weights]) -> tuple[Weights, Weights | None]:

@@ -168,10 +168,13 @@ def _missing_in_folder(found: Weights) -> list[str]:
 
 
 def _shared(found: Weights) -> list[str]:
-    """Where the tensors lie that a folder takes from others."""
+    """Where the tensors lie that a folder takes from others, and the files that are not read."""
     places = Counter(t.path.parent for t in found.tensors.values() if t.path)
     others = {place: count for place, count in places.items() if place != found.path}
-    return [f"{count} of its tensors lie in '{place.resolve()}'" for place, count in others.items()]
+    notes = [f"{count} of its tensors lie in '{p.resolve()}'" for p, count in others.items()]
+    if found.beside:
+        notes.append(f"not read, another form of the weights: {', '.join(found.beside)}")
+    return notes
 
 
 def _file_notes(found: Weights) -> list[str]:

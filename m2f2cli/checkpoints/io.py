@@ -22,9 +22,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from m2f2cli.checkpoints.keymaps import kind_of, kind_of_folder
+from m2f2cli.checkpoints.keymaps import (
+    DELTAS,
+    DETECTOR,
+    DETECTOR_A,
+    DETECTOR_B,
+    EXPLAINER,
+    OUR_EXPLAINER,
+    kind_of,
+    kind_of_folder,
+)
 from m2f2cli.checkpoints.torch_files import read_torch_file
-from m2f2cli.errors import CheckpointError
+from m2f2cli.errors import CheckpointError, ConfigError
 from m2f2cli.files import MARK, ParallelFile, atomic_folder, json_bytes, read_json, sha256_of
 
 if TYPE_CHECKING:
@@ -33,6 +42,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARED = "shared.json"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 # A folder's weights, the first form that is there: safetensors before pickles.
 _FORMS = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 INDICES = (INDEX, "pytorch_model.bin.index.json")
@@ -40,6 +50,7 @@ _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _PARTS = ("delta.safetensors", "mm_projector.bin", "non_lora_trainables.bin")
 _POINTER = b"version https://"  # of the Git LFS specification
 _AGAIN = "Copy or download it again."
+_ONE = "Keep the file that is right, and take the other out of the folder."
 _BAD_VALUES = "The training diverged or the file is damaged; take another checkpoint."
 _GATHER = (
     "Gather the weights first: python RUN_DIR/zero_to_fp32.py RUN_DIR OUTPUT_DIR, a script that "
@@ -317,6 +328,7 @@ class Weights:
         others: Keys of a file that are no weights.
         absent: Shards that an index names and that are not there.
         faults: What is wrong with a folder.
+        beside: Files that hold the weights once more, in a form that is not read.
     """
 
     path: Path
@@ -330,6 +342,7 @@ class Weights:
     others: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     faults: tuple[CheckpointError, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -355,6 +368,8 @@ def open_weights(path: Path) -> Weights:
         said = f"The folder '{path}' holds no weights."
         raise CheckpointError(said, _GATHER if sharded else hint)
     refuse_unusable(found)
+    if path.is_dir():
+        _refuse_disagreement(found)
     return found
 
 
@@ -458,31 +473,41 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
             f"'{path}' is no complete safetensors file ({said}).", _AGAIN
         ) from error
     header.pop("__metadata__", None)
+    _refuse_types(path, {name: entry["dtype"] for name, entry in header.items()}, _DTYPES)
     return {
         name: _in_file(
             path,
             8 + length + entry["data_offsets"][0],
             tuple(entry["shape"]),
-            _DTYPES.get(entry["dtype"], entry["dtype"]),
+            _DTYPES[entry["dtype"]],
             partial(opened.get_tensor, name),
         )
         for name, entry in header.items()
     }
 
 
+def _refuse_types(path: Path, types: Mapping[str, str], known: Collection[str]) -> None:
+    if odd := sorted(name for name, kind in types.items() if kind not in known):
+        raise CheckpointError(
+            f"'{path}' holds {name_some(odd)} of type {types[odd[0]]}, which no model has.",
+            "The file is damaged or of another kind.",
+        )
+
+
 def _open_torch_file(path: Path) -> Weights:
     file = read_torch_file(path)
     where, found = file.state_dict()
+    types = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in found.items()}
+    _refuse_types(path, types, _CODES)
     tensors = {}
     for key, tensor in found.items():
         lazy = from_tensor(tensor)
         if (offset := file.offset_of(tensor)) is not None:
             lazy = _in_file(path, offset, lazy.shape, lazy.dtype, lazy.load)
         tensors[key] = lazy
-    rest = tuple(str(k) for k in file.content if k != where and (where or k not in tensors))
-    return Weights(
-        path, kind_of(tensors), tensors, (path,), {}, file.layout, where, file.foreign, rest
-    )
+    rest = tuple(str(k) for k in file.content if k not in (where[:1] or tensors))
+    name, foreign = ".".join(where), file.foreign
+    return Weights(path, kind_of(tensors), tensors, (path,), {}, file.layout, name, foreign, rest)
 
 
 def survey(folder: Path) -> Weights:
@@ -493,8 +518,50 @@ def survey(folder: Path) -> Weights:
     Raises:
         CheckpointError: A JSON file is unreadable.
     """
-    names, index, mapping = _weight_files(folder)
-    absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    forms = _forms(folder)
+    first = _open_form(folder, *forms[0])
+    faults = list(first.faults)
+    whole = any((folder / name).is_file() for name in _FORMS)
+    if whole and (folder / ADAPTER_CONFIG).is_file():
+        faults.append(
+            CheckpointError(
+                f"'{folder}' holds a model and, beside it, an adapter ({ADAPTER_CONFIG}), which "
+                "is no part of it.",
+                "Move the adapter into a folder of its own; m2f2 merge applies it.",
+            )
+        )
+    tensors = first.tensors
+    try:
+        taken = shared_tensors(folder)
+        if twice := tensors.keys() & taken.keys():
+            raise CheckpointError(f"'{folder}' holds what it shares: {name_some(twice)}.", _AGAIN)
+        tensors = _unpacked(tensors) | taken
+    except CheckpointError as error:
+        faults.append(error)
+    configs = [folder / name for name in (() if whole else (ADAPTER_CONFIG,)) + (CONFIG,)]
+    config: dict[str, Any] = {}
+    if path := next((path for path in configs if path.is_file()), None):
+        config = read_json(path)
+        try:
+            _check_config(path, config)
+        except CheckpointError as error:
+            faults.append(error)
+    names = [file.name for file in first.files]
+    return replace(
+        first,
+        kind=kind_of_folder(config, read_stage(folder), tensors, names),
+        tensors=tensors,
+        config=config,
+        faults=tuple(faults),
+        beside=tuple(path for name, _, _ in forms[1:] for path in name),
+    )
+
+
+def _open_form(folder: Path, names: Sequence[str], index: str, mapping: dict[str, str]) -> Weights:
+    """Open the files of one form of a folder's weights."""
+    absent = [
+        name for name in names if Path(name).name != name or not os.path.isfile(folder / name)
+    ]
     faults = []
     if absent:
         faults.append(
@@ -518,19 +585,15 @@ def survey(folder: Path) -> Weights:
         if index and (strays := wanted ^ set(part.tensors)):
             said = f"'{folder / name}' does not hold what {index} says: {name_some(strays)}."
             faults.append(CheckpointError(said, _AGAIN))
+        if unlike := disagreement(tensors, part.tensors):
+            said = f"'{folder / name}' and another file differ in {name_some(unlike)}."
+            faults.append(CheckpointError(said, _ONE))
         tensors |= part.tensors
-    try:
-        tensors = _unpacked(tensors) | shared_tensors(folder)
-    except CheckpointError as error:
-        faults.append(error)
-    configs = [folder / name for name in ("adapter_config.json", "config.json")]
-    config = next((read_json(path) for path in configs if path.is_file()), {})
     return Weights(
         path=folder,
-        kind=kind_of_folder(config, read_stage(folder), tensors, there),
+        kind="",
         tensors=tensors,
         files=tuple(folder / name for name in there),
-        config=config,
         layout=", ".join(sorted({part.layout for part in opened})),
         foreign=tuple(sorted({name for part in opened for name in part.foreign})),
         others=tuple(sorted({name for part in opened for name in part.others})),
@@ -539,18 +602,48 @@ def survey(folder: Path) -> Weights:
     )
 
 
-def _weight_files(folder: Path) -> tuple[list[str], str, dict[str, str]]:
-    """The files of a folder's weights; the name and the content of their index, if there is one."""
-    name = next((name for name in _FORMS if (folder / name).is_file()), None)
-    if name is None:
-        adapters = [name for name in _ADAPTERS if (folder / name).is_file()][:1]
-        return [*adapters, *(name for name in _PARTS if (folder / name).is_file())], "", {}
-    if name not in INDICES:
-        return [name], "", {}
-    mapping = read_json(folder / name).get("weight_map")
-    if not isinstance(mapping, dict) or not all(isinstance(v, str) for v in mapping.values()):
-        raise CheckpointError(f"'{folder / name}' has no weight_map.", _AGAIN)
-    return sorted(set(mapping.values())), name, mapping
+def disagreement(first: Mapping[str, LazyTensor], second: Mapping[str, LazyTensor]) -> list[str]:
+    """The tensors that both have and that differ in shape, type or a value."""
+    common = sorted(first.keys() & second.keys())
+    mine, theirs = (digests_of({key: part[key] for key in common}) for part in (first, second))
+    return [key for key in common if mine[key] != theirs[key]]
+
+
+def _refuse_disagreement(found: Weights) -> None:
+    """Compare the weights of a folder with those of its other forms, by every value."""
+    for names, index, mapping in _forms(found.path)[1:]:
+        other = _open_form(found.path, names, index, mapping)
+        if other.faults:
+            raise other.faults[0]
+        if unlike := disagreement(found.tensors, other.tensors):
+            raise CheckpointError(
+                f"'{found.path}' holds its weights twice, and {index or names[0]} differs from "
+                f"{found.files[0].name} in {len(unlike)} tensors: {name_some(unlike)}.",
+                _ONE,
+            )
+
+
+def _forms(folder: Path) -> list[tuple[list[str], str, dict[str, str]]]:
+    """The forms of a folder's weights, the one that is read first.
+
+    Each with its files, and the name and the content of their index, if there is one.
+    """
+    parts = [name for name in _PARTS if (folder / name).is_file()]
+    found: list[tuple[list[str], str, dict[str, str]]] = []
+    for name in _FORMS:
+        if not (folder / name).is_file():
+            continue
+        if name not in INDICES:
+            found.append(([name], "", {}))
+            continue
+        mapping = read_json(folder / name).get("weight_map")
+        if not isinstance(mapping, dict) or not all(isinstance(v, str) for v in mapping.values()):
+            raise CheckpointError(f"'{folder / name}' has no weight_map.", _AGAIN)
+        found.append((sorted(set(mapping.values())), name, mapping))
+    if not found:
+        adapters = [[name] for name in _ADAPTERS if (folder / name).is_file()] or [[]]
+        found = [([*adapters[0], *parts], "", {}), *((name, "", {}) for name in adapters[1:])]
+    return found
 
 
 def home_of(path: Path) -> Path:
@@ -561,7 +654,7 @@ def home_of(path: Path) -> Path:
     if not path.is_file():
         return path
     folder = path.parent
-    names, index, _ = _weight_files(folder)
+    names, index, _ = _forms(folder)[0]
     together = path.name in (*_ADAPTERS, "non_lora_trainables.bin")
     if path.name in names and (index or together or (folder / "config.json").is_file()):
         return folder
@@ -582,14 +675,38 @@ def describe_file(file: Weights) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read ``config.json``.
+    """Read ``config.json`` and check it (``models.schema``).
 
     Raises:
-        CheckpointError: The folder or the file is missing, or it is no JSON object.
+        CheckpointError: The folder or the file is missing, it is no JSON object, or a field of a
+            model of ours is unknown, of another type or out of its range.
     """
+    if folder.is_file():
+        raise CheckpointError(f"'{folder}' is a file, not a checkpoint folder.", _hint(folder))
     if not folder.is_dir():
         raise CheckpointError(f"There is no checkpoint folder '{folder}'.", "Check the path.")
-    return read_json(folder / "config.json")
+    fields = read_json(folder / CONFIG)
+    _check_config(folder / CONFIG, fields)
+    return fields
+
+
+def _hint(file: Path) -> str:
+    """What to do with a file where a folder is needed."""
+    kind = open_weight_file(file).kind
+    if kind in (DETECTOR, OUR_EXPLAINER) or home_of(file) != file:
+        return f"Give its folder: {file.parent}"
+    if kind in (DETECTOR_A, DETECTOR_B, EXPLAINER, *DELTAS):
+        return f"It is a {kind}; import it first: m2f2 import {file} --output DIR"
+    return f"See what it is with: m2f2 info {file}"
+
+
+def _check_config(path: Path, fields: Mapping[str, Any]) -> None:
+    from m2f2cli.models.schema import check_config
+
+    try:
+        check_config(fields)
+    except ConfigError as error:
+        raise CheckpointError(f"'{path}': {error.message}", error.hint) from error
 
 
 def read_stage(folder: Path) -> dict[str, Any]:
@@ -617,11 +734,18 @@ def shared_tensors(folder: Path) -> dict[str, LazyTensor]:
         return {}
     found: dict[str, LazyTensor] = {}
     for begin, source in read_json(path).items():
-        try:
-            other, mark = folder / source["folder"], source["fingerprint"]
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"'{path}' does not say what is shared with whom.") from error
-        if read_stage(other).get("fingerprint") != mark:
+        said = source if isinstance(source, dict) else {}
+        place, mark = said.get("folder"), said.get("fingerprint")
+        if not isinstance(place, str) or not isinstance(mark, str):
+            raise CheckpointError(f"'{path}' does not say what is shared with whom.", _AGAIN)
+        other = folder / place
+        # A name from a file may be none of a file system, at which Path.is_file raises.
+        if os.path.isfile(other / SHARED):
+            raise CheckpointError(
+                f"'{path}' names '{other}', which shares tensors itself.",
+                "Name the checkpoint that holds them.",
+            )
+        if not os.path.isdir(other) or read_stage(other).get("fingerprint") != mark:
             raise CheckpointError(
                 f"'{folder}' takes the tensors '{begin}' from '{other}', which is not there or not "
                 "the checkpoint they were left to.",
@@ -781,7 +905,7 @@ def say_faults(faults: Mapping[str, Collection[str]]) -> str:
 
 def name_some(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
-    ordered = sorted(names)
+    ordered = sorted(" ".join(name.split()) for name in names)
     rest = len(ordered) - _NAMED_IN_ERRORS
     shown = ", ".join(ordered[:_NAMED_IN_ERRORS])
     return f"{shown} and {rest} more" if rest > 0 else shown

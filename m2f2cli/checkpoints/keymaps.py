@@ -284,6 +284,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(TOWER, _has("vision_model.embeddings.class_embedding"), VISION_TOWER),
 )
 """Every kind that tensor names tell, the first that fits counts."""
+# Of torch.compile, and of DataParallel or DistributedDataParallel around a part.
+_WRAPPERS = re.compile(r"_orig_mod\.|(?<=\.)module\.")
 _BY_TYPE = {
     "m2f2_detector": DETECTOR,
     "m2f2_explainer": OUR_EXPLAINER,
@@ -291,6 +293,15 @@ _BY_TYPE = {
     "clip_vision_model": TOWER,
     "llava": LLAVA_HF,
 }
+
+
+def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take out of names what torch's parallel and compiled modules put inside them.
+
+    A leading ``module.`` stays. Where two names would become one, all stay.
+    """
+    renamed = {_WRAPPERS.sub("", key): tensor for key, tensor in state.items()}
+    return renamed if len(renamed) == len(state) else dict(state)
 
 
 def kind_of(keys: Iterable[str]) -> str:
@@ -527,6 +538,10 @@ _DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 _TIMM_BLOCK = re.compile(r"blocks\.(\d+)\.(\d+)\.")
 
 
+# What the last layer of a classifier is called.
+_HEADS = [[name] for name in ("head", "fc", "classifier", "last_linear", "cls_head", "linear")]
+
+
 def to_timm(
     found: Mapping[str, Tensor], wanted: Sequence[str], classifier: Sequence[str]
 ) -> dict[str, Tensor]:
@@ -534,15 +549,25 @@ def to_timm(
 
     Args:
         found: A file's tensors: timm's or torchvision's densenet names, or EfficientNet-PyTorch's,
-            perhaps all under ``module.``.
+            perhaps inside a classifier of another name.
         wanted: The names timm's network has; checked only as far as renaming needs.
         classifier: The modules that are the classifier in timm's network.
 
     Raises:
         CheckpointError: A tensor's name is in no table.
     """
-    if found and all(key.startswith("module.") for key in found):
-        found = {key.removeprefix("module."): tensor for key, tensor in found.items()}
+    found = without_wrappers(found)
+    marks = tuple(f".{name}" for name in ("_conv_stem.weight", *wanted[:1]))
+    mark = next((key for key in found if key.endswith(marks)), "")
+    if prefix := next((mark.removesuffix(m[1:]) for m in marks if mark.endswith(m)), ""):
+        # A whole classifier around the backbone: its head is not part of it.
+        kept = [k for k in found if k.startswith(prefix) or k.split(".")[-2:-1] not in _HEADS]
+        found = {key.removeprefix(prefix): found[key] for key in kept}
+        if len(found) < len(kept):
+            raise CheckpointError(
+                f"These weights hold tensors both with '{prefix}' before their names and without.",
+                "Save the wanted ones alone.",
+            )
     found = {_DENSE_LAYER.sub(r"\1\2.", key): tensor for key, tensor in found.items()}
     if "_conv_stem.weight" in found:
         places = sorted({(int(s), int(b)) for s, b in _TIMM_BLOCK.findall(" ".join(wanted))})

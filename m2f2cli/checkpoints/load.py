@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging
 
 from m2f2cli.checkpoints import io, keymaps
 from m2f2cli.checkpoints.hub import find_explainer, resolve_checkpoint
-from m2f2cli.errors import CheckpointError, MissingExtraError, UsageError
+from m2f2cli.errors import CheckpointError, ConfigError, MissingExtraError, UsageError
 from m2f2cli.models.detector import Detector, DetectorConfig
 from m2f2cli.models.explainer import Explainer, ExplainerConfig
 from m2f2cli.runtime import pick_device, pick_dtype
@@ -26,6 +26,11 @@ from m2f2cli.runtime import pick_device, pick_dtype
 QUANTIZED = ("4bit", "8bit")
 # Modules that stay in floating point; a name also covers what is below it.
 KEPT_FLOAT = ("detector", "mm_projector", "forgery_projector", "lm_head")
+# What timm, open_clip and transformers raise where settings do not fit together.
+_UNFIT = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError),
+    *(RuntimeError, TypeError, ValueError),
+)
 
 
 def load_detector(name: str = "lite", *, device: str = "auto", dtype: str = "auto") -> Detector:
@@ -49,16 +54,17 @@ def load_detector(name: str = "lite", *, device: str = "auto", dtype: str = "aut
             f"'{folder}' holds a model of type '{found}', not a detector.",
             asks if found == "m2f2_explainer" else f"See what it is with: m2f2 info {folder}",
         )
-    tensors = io.read_tensors(folder, finite=True)
-    model = build_empty(DetectorConfig.from_dict(fields))
-    io.check_names_and_shapes(tensors, model.state_dict(), what=f"The detector '{folder}'")
+    stored = io.open_tensors(folder)
+    model = build_checked(fields, stored, what=f"The detector '{folder}'")
+    tensors = {key: tensor.load() for key, tensor in stored.items()}
+    io.check_finite(tensors, what=f"'{folder}'")
     cast = {k: t.to(where, kind if t.is_floating_point() else t.dtype) for k, t in tensors.items()}
     model.load_state_dict(cast, assign=True)
     model.requires_grad_(False)
     # Convolutions are about half again as fast on this layout; the numbers stay.
     if model.backbone is not None:
         model.backbone.to(memory_format=torch.channels_last)
-    model.fingerprint = io.fingerprint(folder)
+    model.fingerprint = io.combine(fields, io.digests_of(stored))
     return model.eval()
 
 
@@ -97,13 +103,15 @@ def load_explainer(
     quantization = quantization_config(quantize, kind)
     folder = find_explainer(name)
     config = read_explainer_config(folder)
-    _check_explainer(folder, config)
+    stored = _check_explainer(folder, config)
     shares = (folder / io.SHARED).is_file()  # transformers reads one folder only
     with _no_progress_bars():
         model: Explainer = Explainer.from_pretrained(
             None if shares else folder,
-            state_dict=io.read_tensors(folder) if shares else None,
+            state_dict={k: t.load() for k, t in stored.items()} if shares else None,
             config=config,
+            # Not the folder's own file, which no fingerprint covers.
+            generation_config=GenerationConfig.from_model_config(config),
             dtype=kind,
             device_map=device_map or {"": where},
             quantization_config=quantization,
@@ -113,7 +121,7 @@ def load_explainer(
     _restore_unsaved(model.detector)
     io.check_finite(model.state_dict(), what=f"'{folder}'")
     model.requires_grad_(False)
-    model.fingerprint = io.fingerprint(folder)
+    model.fingerprint = io.combine(io.read_config(folder), io.digests_of(stored))
     return model.eval(), folder
 
 
@@ -136,7 +144,8 @@ def read_explainer_config(folder: Path) -> ExplainerConfig:
     fields = io.read_config(folder)
     found = fields.get("model_type")
     if found == ExplainerConfig.model_type:
-        return ExplainerConfig.from_dict(fields)
+        with _said_of(f"The explainer '{folder}'"):
+            return ExplainerConfig.from_dict(fields)
     hint = f"See what it is with: m2f2 info {folder}"
     if found == DetectorConfig.model_type:
         raise CheckpointError(
@@ -153,14 +162,32 @@ def read_explainer_config(folder: Path) -> ExplainerConfig:
 
 
 def build_empty(config: DetectorConfig | ExplainerConfig) -> Any:
-    """A model whose tensors have shapes but no storage, where its parts allow that."""
-    with torch.device("meta"):
-        if isinstance(config, ExplainerConfig):
-            return Explainer(config)
-        model = Detector(config)
-    kept = set(model.state_dict())
-    unsaved = any(name not in kept for name, _ in model.named_buffers())
-    return Detector(config) if unsaved else model
+    """A model whose tensors have shapes but no storage.
+
+    Raises:
+        ConfigError: The parts cannot be built, or not together.
+    """
+    try:
+        with torch.device("meta"):
+            return Explainer(config) if isinstance(config, ExplainerConfig) else Detector(config)
+    except _UNFIT as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(f"No model can be built as config.json describes it ({said}).") from error
+
+
+def build_checked(fields: Mapping[str, Any], tensors: Mapping[str, Any], *, what: str) -> Any:
+    """A detector to be given its tensors, which are compared with it before it has storage.
+
+    Raises:
+        CheckpointError: It cannot be built, or names ``what`` and the tensors that do not fit.
+    """
+    with _said_of(what):
+        config = DetectorConfig.from_dict(dict(fields))
+        model = build_empty(config)
+    kept = model.state_dict()
+    io.check_names_and_shapes(tensors, kept, what=what)
+    # What a part does not save it has to compute, which takes storage.
+    return Detector(config) if any(n not in kept for n, _ in model.named_buffers()) else model
 
 
 def check_model(
@@ -179,17 +206,19 @@ def check_model(
     """
     explainer = config["model_type"] == ExplainerConfig.model_type
     kind = ExplainerConfig if explainer else DetectorConfig
-    expected = build_empty(kind.from_dict(dict(config))).state_dict()
+    with _said_of(what):
+        expected = build_empty(kind.from_dict(dict(config))).state_dict()
     if rows is not None:
         expected = keymaps.to_published(expected, rows)
         tensors = keymaps.to_published(tensors, rows)
     io.check_names_and_shapes(tensors, expected, what=what)
 
 
-def _check_explainer(folder: Path, config: ExplainerConfig) -> None:
+def _check_explainer(folder: Path, config: ExplainerConfig) -> dict[str, io.LazyTensor]:
     """Compare a folder's tensors with the model its configuration describes, without reading."""
     found = io.open_tensors(folder)
-    expected = build_empty(config).state_dict()
+    with _said_of(f"The explainer '{folder}'"):
+        expected = build_empty(config).state_dict()
     first = "mm_projector.0.weight"
     if first in found and found[first].shape[-1:] != expected[first].shape[-1:]:
         raise CheckpointError(
@@ -199,6 +228,7 @@ def _check_explainer(folder: Path, config: ExplainerConfig) -> None:
         )
     tied = {"language_model.lm_head.weight"} if config.text_config.tie_word_embeddings else set()
     io.check_names_and_shapes(found, expected, what=f"The explainer '{folder}'", optional=tied)
+    return found
 
 
 def quantization_config(quantize: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -239,6 +269,15 @@ def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> dict[
         )
         name = "flash_attention_2" if flash else "sdpa"
     return {"": name, "text_config": name, "detector_config": "sdpa"}
+
+
+@contextmanager
+def _said_of(what: str) -> Iterator[None]:
+    """Settings that do not fit are here a fault of a checkpoint, not of a command's options."""
+    try:
+        yield
+    except ConfigError as error:
+        raise CheckpointError(f"{what} cannot be built: {error.message}", error.hint) from error
 
 
 @contextmanager

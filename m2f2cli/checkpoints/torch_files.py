@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _AGAIN = "Copy or download it again."
 _WRAPPERS = ("model_state_dict", "state_dict", "model", "module", "net", "network", "weights")
+_WRAPPED_IN = 3  # how many levels of keys may lie around a state dict
 # How every file begins that torch wrote before 1.6: two pickles, a magic number and a version.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 _LEGACY_PICKLES = 5  # magic number, version, system, content, keys of the storages
@@ -37,6 +38,16 @@ _BLOCKED = frozenset({"sys", "os", "posix", "nt"})  # torch refuses these for go
 _DEEPEST_KEY, _LARGEST_KEY = 64, 10_000
 _MOST_COPIED = 10_000_000
 _CALL_GROWTH = 4  # a call may return more than it is given, for example an encoded text
+_DEEPEST, _LARGEST_NUMBER = 1000, 1 << 20
+_MOST_STEPS = 3_000_000
+# Steps that put a number, a text or nothing on the stack.
+_PLAIN = frozenset(
+    (
+        *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"),
+        *("NONE", "NEWTRUE", "NEWFALSE"),
+    )
+)
+_CODECS = ("latin1", "latin-1", "utf-8", "ascii")  # others take time out of proportion
 _MOST_DIMENSIONS = 64
 # What a broken or hostile file may raise inside torch's reader.
 _FAULTS = (
@@ -137,31 +148,51 @@ class TorchFile:
             return None
         return begin + int(tensor.storage_offset()) * tensor.element_size()
 
-    def state_dict(self) -> tuple[str, dict[str, torch.Tensor]]:
-        """The key under which the state dict lies (empty if it is the file itself), and it.
+    def state_dict(self) -> tuple[tuple[str, ...], dict[str, torch.Tensor]]:
+        """The keys under which the state dict lies (none if it is the file itself), and it.
+
+        Single values beside it, such as a metric saved as a tensor, are none of it.
 
         Raises:
             CheckpointError: The file holds no state dict, or several.
         """
         if isinstance(self.content, dict):
-            if tensors := self._tensors_of(self.content):
-                return "", tensors
-            parts = {k: v for k, v in self.content.items() if isinstance(v, dict)}
-            inside = {k: self._tensors_of(v) for k, v in parts.items() if isinstance(k, str)}
-            inside = {k: v for k, v in inside.items() if v}
-            known = [name for name in _WRAPPERS if name in inside]
-            if known or len(inside) == 1:
-                where = known[0] if known else next(iter(inside))
-                return where, inside[where]
-            if inside:
+            found = self._sets_of(self.content)
+            known = [keys for name in _WRAPPERS for keys in found if keys and keys[-1] == name]
+            known.sort(key=len)
+            if known[1:2] and known[0][-1] == known[1][-1] and len(known[0]) == len(known[1]):
+                known = []
+            if known or len(found) == 1:
+                where = known[0] if known else next(iter(found))
+                return where, found[where]
+            if found:
+                names = ", ".join(".".join(keys) for keys in found)
                 raise CheckpointError(
-                    f"'{self.path}' holds several sets of weights: {', '.join(inside)}.",
+                    f"'{self.path}' holds several sets of weights: {names}.",
                     "Save the wanted one alone.",
                 )
         raise CheckpointError(
             f"'{self.path}' holds no model weights.",
             "Give a file with a state dict; optimizer states and whole pickled models do not help.",
         )
+
+    def _sets_of(
+        self, mapping: Mapping[Any, Any], levels: int = _WRAPPED_IN
+    ) -> dict[tuple[str, ...], dict[str, torch.Tensor]]:
+        """The sets of tensors in a mapping, by the keys that lead to them.
+
+        Larger sets below the mapping's own tensors take their place.
+        """
+        own = self._tensors_of(mapping)
+        inner = {k: v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, dict)}
+        larger = {
+            (key, *keys): tensors
+            for key, value in inner.items()
+            if levels
+            for keys, tensors in self._sets_of(value, levels - 1).items()
+            if _extent(tensors) > _extent(own)
+        }
+        return larger or ({(): own} if own else {})
 
     def _tensors_of(self, mapping: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
         import torch
@@ -256,11 +287,12 @@ def _records(path: Path) -> dict[str, tuple[int, int]]:
                     f"'{path}' is a compressed archive, which torch.save never writes.",
                     "Save the weights again with torch.save.",
                 )
-            file.seek(entry.header_offset)
+            file.seek(max(0, entry.header_offset))
             head = file.read(_LOCAL_HEADER)
             names = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
             begin = entry.header_offset + _LOCAL_HEADER + names
-            if len(head) < _LOCAL_HEADER or begin + entry.file_size > length:
+            outside = entry.header_offset < 0 or begin + entry.file_size > length
+            if len(head) < _LOCAL_HEADER or outside:
                 raise CheckpointError(f"'{path}' is truncated.", _AGAIN)
             records[name.removeprefix(root)] = (begin, entry.file_size)
         begin, size = records.get("byteorder", (0, 0))
@@ -275,18 +307,26 @@ class _Node:
 
     Attributes:
         depth: How deep it nests.
+        items: How many values it holds directly.
         size: How many values it holds, shared ones as often as they occur.
-        value: A text, the name of a class, or what a small tuple holds.
+        value: A text, a number, the name of a class, or what a small tuple holds.
+        widest: The largest number of items of a value that it holds directly.
     """
 
-    __slots__ = ("depth", "made_of", "size", "value")
+    __slots__ = ("depth", "items", "made_of", "size", "value", "widest")
 
     def __init__(self, inside: Sequence[_Node] = (), value: Any = None) -> None:
-        self.depth: int = 1 + max((node.depth for node in inside), default=0)
-        self.size: int = 1 + sum(node.size for node in inside)
-        self.size += len(value) if isinstance(value, str | bytes) else 0
-        self.value = value
+        self.depth = self.size = 1
+        self.items = len(inside)
+        self.widest = 0
         self.made_of = ""
+        self.value = value
+        if inside:
+            self.depth += max(node.depth for node in inside)
+            self.size += sum(node.size for node in inside)
+            self.widest = max(node.items for node in inside)
+        if isinstance(value, str | bytes):
+            self.size += len(value)
 
     def take(self, inside: Sequence[_Node]) -> None:
         self.depth = max(self.depth, 1 + max((node.depth for node in inside), default=0))
@@ -332,10 +372,14 @@ class _Program:
                     memo[argument] = self._stack[-1]
                 elif opcode.name in ("BINGET", "LONG_BINGET"):
                     self._stack.append(memo[argument])
+                elif opcode.name in _PLAIN:
+                    self._stack.append(_Node((), argument))
                 else:
                     self._step(opcode, argument)
-                if self._copied > _MOST_COPIED:
+                if self._copied > _MOST_COPIED or count > _MOST_STEPS:
                     raise ValueError("more is built than the file holds")
+                if self._stack and (top := self._stack[-1]) and top.depth > _DEEPEST:
+                    raise ValueError("nested out of proportion")
         except _FAULTS as error:
             raise _damaged(path) from error
 
@@ -362,6 +406,7 @@ class _Program:
             target.take(items)
             stack.append(target)
         elif opcode.name in ("REDUCE", "NEWOBJ"):
+            _check_call(str(taken[0].value), taken[1])
             self._copied += taken[1].size
             made = _Node(taken)
             made.size *= _CALL_GROWTH
@@ -380,6 +425,18 @@ class _Program:
             inside = taken + inside
             value = argument if argument is not None else tuple(node.value for node in inside[:8])
             stack.append(_Node(inside, value))
+
+
+def _check_call(name: str, arguments: _Node) -> None:
+    """Refuse a call that would take time or memory out of proportion to its arguments."""
+    given = arguments.value if isinstance(arguments.value, tuple) else ()
+    numbers = [value for value in given if isinstance(value, int)]
+    if name.endswith("bytearray") and any(abs(value) > _LARGEST_NUMBER for value in numbers):
+        raise ValueError("room for nothing")
+    if name == "_codecs.encode" and not all(codec in _CODECS for codec in given[1:2]):
+        raise ValueError("an unusual encoding")
+    if name.startswith(("torch._utils.", "torch.Size")) and arguments.widest > _MOST_DIMENSIONS:
+        raise ValueError("too many dimensions")
 
 
 def _solid(node: _Node | None) -> _Node:
@@ -437,6 +494,11 @@ def _unsafe(names: set[str]) -> set[str]:
         archive.writestr("names/version", "3\n")
     data.seek(0)
     return set(torch.serialization.get_unsafe_globals_in_checkpoint(data))
+
+
+def _extent(tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """How many values a set of tensors holds, and how many tensors."""
+    return sum(tensor.numel() for tensor in tensors.values()), len(tensors)
 
 
 def _damaged(path: Path) -> CheckpointError:

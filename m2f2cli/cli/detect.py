@@ -54,6 +54,8 @@ def detect(options: DetectCommand, printer: Output) -> int:
     if job.remark:
         printer.note(job.remark)
     _run(job, printer, items.output)
+    if job.tally.earlier and (options.detect.heatmap or options.detect.annotate):
+        printer.note("What was recorded earlier was not drawn: --overwrite judges and draws it.")
     if job.tally.real or job.tally.fake:
         printer.note("A verdict is this model's opinion, not proof; 'real' means no forgery found.")
     return exit_code(job.tally, items.fail_on)

@@ -75,7 +75,7 @@ class Command:
             }
             given |= _settings(self.kind, settings)
             if show:
-                printer.text(self.kind.from_flat(_blanks(self.kind) | given).to_yaml())
+                printer.text(_shown(self.kind, given).to_yaml())
             elif code := self.body(self.kind.from_flat(given), printer):
                 raise typer.Exit(code)
 
@@ -249,14 +249,19 @@ def _settings(kind: type[Options], settings: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _blanks(kind: type[Options]) -> dict[str, str]:
-    """What ``--print-config`` shows for options that have no default."""
+def _shown(kind: type[Options], given: Mapping[str, Any]) -> Options:
+    """What ``--print-config`` prints: a word stands for each value that a run would miss."""
     types = kind.types()
-    return {
-        key_of(item).replace("-", "_"): item.metadata.get("metavar") or _METAVARS[types[item.name]]
-        for _, item in kind.walk()
-        if item.default is dataclasses.MISSING
-    }
+    words: dict[bool, dict[str, str]] = {False: {}, True: {}}
+    for _, item in kind.walk():
+        if item.default is dataclasses.MISSING or "blank" in item.metadata:
+            word = item.metadata.get("metavar") or _METAVARS[types[item.name]]
+            name = key_of(item).replace("-", "_")
+            words["blank" in item.metadata][name] = word.strip("[]")
+    try:
+        return kind.from_flat({**words[False], **given})
+    except UsageError:
+        return kind.from_flat({**words[False], **words[True], **given})
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -429,6 +429,13 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except _FAULTS as error:
+        if "unable to lock file" in str(error):
+            raise InputError(
+                f"'{path}' cannot be locked: another program has it open, or its file system has "
+                "no locks.",
+                "unreadable",
+                "Close that program, or set HDF5_USE_FILE_LOCKING=FALSE.",
+            ) from error
         raise InputError(
             f"'{path}' is not a readable HDF5 file: {_reason(error)}.", "unreadable", _HINT
         ) from error

@@ -19,6 +19,7 @@ import numpy as np
 from m2f2cli.data.images import read_picture
 from m2f2cli.data.samples import Sample, hold_out, identity_groups, kind_of, load_json, people_in
 from m2f2cli.errors import InputError
+from m2f2cli.files import parse_json
 
 ROLES = ("human", "gpt")
 _INSIDE = "://"
@@ -81,7 +82,15 @@ def read_conversations(file: Path) -> list[Conversation]:
             unknown or misplaced roles, a missing text, an empty answer or one with a placeholder.
     """
     hint = "Make one with: m2f2 prepare ddvqa DIR --output DIR"
-    rows = load_json(file, "conversation file", hint)
+    try:
+        rows = load_json(file, "conversation file", hint)
+    except InputError as error:
+        if not _is_json_lines(file):
+            raise
+        raise InputError(
+            f"'{file}' is JSON Lines; a conversation file is one JSON list.",
+            hint=f"jq -s . '{file}' > conversations.json",
+        ) from error
     if not isinstance(rows, list) or not rows:
         raise InputError(
             f"'{file}' is no list of conversations.",
@@ -91,11 +100,22 @@ def read_conversations(file: Path) -> list[Conversation]:
     return [_conversation(number, row, file) for number, row in enumerate(rows)]
 
 
+def _is_json_lines(file: Path) -> bool:
+    try:
+        first = file.read_text(encoding="utf-8-sig").strip().partition("\n")[0]
+        return isinstance(parse_json(first), dict)
+    except (OSError, ValueError):
+        return False
+
+
 def _conversation(number: int, row: Any, file: Path) -> Conversation:
     def refuse(why: str, hint: str | None = None) -> InputError:
         return InputError(f"Conversation {number} (from 0) of '{file}' {why}.", hint=hint)
 
     parts = row.get("conversations") if isinstance(row, dict) else None
+    if parts is None and isinstance(row, dict) and "messages" in row:
+        turn = '{"from": "human" or "gpt", "value": "…"}'
+        raise refuse("has 'messages' of a chat", f"They are 'conversations' here, of turns {turn}.")
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise refuse("has no list 'conversations' of turns")
     image, sha256 = row.get("image") or "", row.get("sha256")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import re
 import stat
 import struct
@@ -244,6 +245,10 @@ def check_file(path: Path) -> int:
         found = path.stat()
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
+    if stat.S_ISDIR(found.st_mode) and not os.access(path, os.R_OK | os.X_OK):
+        raise InputError(
+            f"The folder '{path}' may not be read.", "unreadable", "Change its permissions."
+        )
     if stat.S_ISDIR(found.st_mode):
         raise InputError(f"'{path}' is a folder, not a file.", "unreadable", "Name a file in it.")
     if not stat.S_ISREG(found.st_mode):

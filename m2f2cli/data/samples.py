@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from m2f2cli.data.images import IMAGE_SUFFIXES
-from m2f2cli.data.video import evenly
+from m2f2cli.data.video import VIDEO_SUFFIXES, evenly
 from m2f2cli.errors import ConfigError, InputError
 from m2f2cli.files import parse_json
 from m2f2cli.registry import Registry
@@ -53,7 +53,7 @@ LAYOUTS = Registry(
 
 @dataclass(frozen=True)
 class Sample:
-    """A labelled picture, or a labelled video in an HDF5 file."""
+    """A labelled picture or video file, or a labelled video in an HDF5 file."""
 
     path: Path
     name: str  # the path inside the set's folder, with slashes: its key in side files
@@ -62,6 +62,11 @@ class Sample:
     identities: tuple[str, ...]  # the people in it, at least one; a face swap has two
     clip: str | None = None  # the video's dataset in an HDF5 file; None for a picture
     frames: int = 1  # how many the video has
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it is a video file, in which faces have to be found."""
+        return self.clip is None and self.path.suffix.lower() in VIDEO_SUFFIXES
 
     def frame_name(self, index: int) -> str:
         """Names a frame uniquely within the set: ``Deepfakes/000_003/17``, ``real/000/17``."""
@@ -112,6 +117,10 @@ class SampleSet:
     def subset(self, keep: Iterable[int]) -> SampleSet:
         """The pictures at the given positions, in order."""
         return replace(self, samples=tuple(self.samples[index] for index in sorted(keep)))
+
+    def without_videos(self) -> SampleSet:
+        """The same without video files."""
+        return replace(self, samples=tuple(s for s in self.samples if not s.is_video))
 
     def with_people(self, people: Mapping[str, tuple[str, ...]]) -> SampleSet:
         """The same with other identities, by name (see ``read_people``)."""

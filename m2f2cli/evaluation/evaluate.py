@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -41,7 +42,6 @@ from m2f2cli.options.detect import DetectOptions
 from m2f2cli.options.evaluate import (
     DdvqaData,
     EvaluateOptions,
-    FfppData,
     ImagesData,
     MeasureOptions,
 )
@@ -110,18 +110,46 @@ def read_subject(options: MeasureOptions) -> Subject:
         from m2f2cli.evaluation import page  # noqa: F401 - tells now that matplotlib is missing
 
         reports.check_folder(options.report)
+    samples = _to_judge(options) if options.predictions is None else None
     detect = DetectOptions(
         faces=options.faces,
         batch_size=options.batch_size,
-        frames=options.data.frames if isinstance(options.data, FfppData) else 1,
+        frames=_frames(options, samples),
         device=options.device,
         dtype=options.dtype,
     )
-    if options.predictions is not None:
+    if samples is None:
         return Subject(options, detect, expectation, None, None)
-    samples = read_set(options)
     truth = read_truth(options, detect, samples, None)
     return Subject(options, detect, expectation, samples, truth)
+
+
+def _to_judge(options: MeasureOptions) -> SampleSet:
+    """The pictures or videos that a model is to judge: no videos where no faces are looked for.
+
+    Raises:
+        UsageError: Then nothing would be left.
+    """
+    samples = read_set(options)
+    pictures = samples.without_videos()
+    if options.faces != "none" or len(pictures) == len(samples):
+        return samples
+    if {sample.label for sample in pictures.samples} == {0, 1}:
+        left_out = f"{len(samples) - len(pictures)} videos in '{samples.root}'"
+        return replace(pictures, remark="; ".join(filter(None, [pictures.remark, left_out])))
+    raise UsageError(
+        f"'{samples.root}' holds videos, in which faces have to be found.",
+        "Add --faces auto; or cut the faces out first, with m2f2 prepare faces.",
+    )
+
+
+def _frames(options: MeasureOptions, samples: SampleSet | None) -> int:
+    """How many frames of a video are judged; 1 where there are none."""
+    if isinstance(options.data, DdvqaData):
+        return 1
+    if samples is None or any(sample.is_video or sample.clip for sample in samples.samples):
+        return options.data.frames
+    return 1
 
 
 def read_set(options: MeasureOptions) -> SampleSet:
@@ -243,8 +271,9 @@ def score_set(
     record with its status, and the run goes on.
 
     Args:
-        samples: Pictures, or videos in HDF5 files; of each video ``options.frames`` frames are read
-            one by one, evenly spaced, each an item of its own (``Deepfakes/000_003/17``).
+        samples: Pictures, video files, or videos in HDF5 files; of each of the latter
+            ``options.frames`` frames are read one by one, evenly spaced, each an item of its own
+            (``Deepfakes/000_003/17``).
         model: As for ``detect``.
         output: The ``.jsonl`` file.
         options: How to judge; by default every picture is a crop (``faces="none"``).
@@ -280,14 +309,18 @@ def count_items(samples: SampleSet, options: DetectOptions) -> int:
 
 def list_sources(samples: SampleSet, reader: FrameReader, *, frames: int) -> list[Source]:
     """The items of a set, ``frames`` of each video; ``reader`` must outlive their use."""
+    found: list[Source] = []
     reads: dict[str, Callable[[], Picture]] = {}
     for item in samples.samples:
-        if item.clip is None:
+        if item.is_video:
+            found.append(Source(str(item.path), "video", PurePosixPath(item.name)))
+        elif item.clip is None:
             reads[item.name] = partial(read_picture, item.path)
-            continue
-        for index in item.spread(frames):
-            reads[item.frame_name(index)] = partial(_frame, reader, item.path, item.clip, index)
-    return [Source(name, "image", PurePosixPath(name), read) for name, read in reads.items()]
+        else:
+            for index in item.spread(frames):
+                reads[item.frame_name(index)] = partial(_frame, reader, item.path, item.clip, index)
+    found += (Source(name, "image", PurePosixPath(name), read) for name, read in reads.items())
+    return found
 
 
 def _frame(reader: FrameReader, file: Path, key: str, index: int) -> Picture:
@@ -313,7 +346,8 @@ def check_same_data(log: RecordFile, sources: list[Source]) -> None:
         )
     # What follows the last line end is a cut record.
     lines = log.path.read_bytes().split(b"\n")[:-1] if log.done else []
-    digests = {row["path"]: row["sha256"] for row in map(json.loads, lines) if row.get("sha256")}
+    rows = map(json.loads, filter(bytes.strip, lines))
+    digests = {row["path"]: row["sha256"] for row in rows if row.get("sha256")}
     for name in list(digests)[:: max(1, len(digests) // _COMPARED)]:
         try:
             now = known[name].picture().sha256
@@ -357,7 +391,7 @@ def read_split(
     stage = io.read_stage(model)
     options = _options_of_cut(stage, model, split)
     people = identities or (Path(options["identities"]) if options.get("identities") else None)
-    whole = read_samples(data, people)
+    whole = read_samples(data, people).without_videos()
     parts = split_by_identity(whole, float(options["validation-share"]), int(options["split-seed"]))
     chosen = parts[("train", "validation").index(split)]
     if stage["data"][split].get("fingerprint") != chosen.fingerprint():
@@ -395,15 +429,16 @@ def truth_of(samples: SampleSet, options: DetectOptions, split: str = "all") -> 
     Reports call the split as said here, but a test set ``test`` whatever is said.
     """
     marked = "test" if is_test_set(samples, split) else split
-    if samples.layout == "ffpp":
-        frames = [
-            Item(clip.frame_name(index), clip.label, clip.kind, clip.name)
-            for clip in samples.samples
-            for index in clip.spread(options.frames)
-        ]
-        return Truth("ffpp", tuple(frames), marked)
-    pictures = [Item(s.name, s.label, s.kind, s.name, file=s.path) for s in samples.samples]
-    return Truth("ddvqa" if samples.layout == "ddvqa" else "images", tuple(pictures), marked)
+    items = []
+    for one in samples.samples:
+        if one.clip is None:
+            items.append(Item(one.name, one.label, one.kind, one.name, file=one.path))
+        else:
+            names = (one.frame_name(index) for index in one.spread(options.frames))
+            items += [Item(name, one.label, one.kind, one.name) for name in names]
+    dataset = samples.layout if samples.layout in ("ffpp", "ddvqa") else "images"
+    notes = (f"Left out: {samples.remark}.",) if samples.remark else ()
+    return Truth(dataset, tuple(items), marked, notes=notes)
 
 
 def is_test_set(samples: SampleSet, split: str = "all") -> bool:

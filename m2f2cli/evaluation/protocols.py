@@ -103,8 +103,10 @@ def standard(
     figures: dict[str, Figure] = {}
     per_kind: dict[str, dict[str, Figure]] = {}
     for name, values in seen.items():
-        ends = metrics.interval(drawn[name], level) if name in drawn else None
         kind, dot, short = name.rpartition(".")
+        # Chance alone makes this error larger in every resample: its interval is moved back.
+        around = values[0] if short == "calibration_error" else None
+        ends = metrics.interval(drawn[name], level, around=around) if name in drawn else None
         home = per_kind.setdefault(kind, {}) if dot else figures
         home[short] = _figure(values[0], subject.undefined.get(name), ends)
     for kind, own in per_kind.items():

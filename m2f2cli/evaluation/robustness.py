@@ -175,6 +175,11 @@ def sweep(
     """
     detect = detect or DetectOptions(faces="none")
     every = conditions(corruptions)
+    if any(sample.is_video for sample in samples.samples):
+        raise UsageError(
+            f"'{samples.root}' holds videos; crops of faces are what is corrupted.",
+            f"m2f2 prepare faces '{samples.root}' --output CROPS, then measure CROPS.",
+        )
     truth = truth_of(samples, detect, split)
     _claim(folder, truth)
     with FrameReader() as reader, ExitStack() as stack:

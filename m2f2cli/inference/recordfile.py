@@ -110,7 +110,8 @@ class RecordFile:
                     if len(line) == _LONGEST or (number == 1 and not self._may_begin(line)):
                         raise self._foreign(number)
                     return
-                self._take(line, number)
+                if line.strip():
+                    self._take(line, number)
                 self._size += len(line)
 
     def _take(self, line: bytes, number: int) -> None:

@@ -155,6 +155,11 @@ def _literal(path: str) -> Iterator[str]:
 
 
 def _lines(content: bytes) -> Iterator[str]:
+    if b"\0" in content:
+        raise UsageError(
+            "The list has NUL bytes in it: it is a picture, a text in UTF-16, or of find -print0.",
+            "Give a text in UTF-8 with one file a line; in PowerShell: … | Out-File -Encoding utf8",
+        )
     for line in os.fsdecode(content.removeprefix(b"\xef\xbb\xbf")).split("\n"):
         if line.strip():
             yield line.rstrip("\r")
@@ -173,7 +178,8 @@ def _files(
     for file, kind in _walk(root, recursive, left_out):
         count += 1
         parts = file.relative_to(root).parts or (root.resolve().name,)
-        yield str(file), kind, top / PurePosixPath(*parts)
+        place = os.path.join(path, *file.relative_to(root).parts)
+        yield place, kind, top / PurePosixPath(*parts)
     if not count:
         hint = f"Supported: {', '.join(sorted(_SUFFIXES))}."
         if not recursive and any(_is_folder(entry) for entry in os.scandir(path)):

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from torch import nn
@@ -21,6 +22,20 @@ from m2f2cli.errors import ConfigError
 from m2f2cli.registry import Registry
 
 BACKBONES = Registry("backbone", {}, group="m2f2cli.backbones")
+
+
+def check_backbone(name: str, side: int | None) -> None:
+    """Refuse a network that timm does not have or that does not take pictures of a side.
+
+    ``side`` is in pixels; None leaves it open. Nothing takes storage.
+
+    Raises:
+        ConfigError: See ``Backbone``.
+    """
+    with torch.device("meta"):
+        backbone = Backbone(name)
+    if side is not None:
+        backbone.check_side(side)
 
 
 class Backbone(nn.Module):
@@ -51,8 +66,16 @@ class Backbone(nn.Module):
                 f"timm has no backbone named '{name}'.",
                 f"Near names: {', '.join(near)}." if near else "See timm.list_models().",
             )
-        net: Any = timm.create_model(name, pretrained=False, num_classes=0, **(kwargs or {}))
+        kwargs = kwargs or {}
+        net: Any = timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
         self.net: Any = net
+        self._name = name
+        known = net.default_cfg if isinstance(getattr(net, "default_cfg", None), dict) else {}
+        free = kwargs.get("dynamic_img_size") or kwargs.get("strict_img_size") is False
+        self.side: int | None = None
+        """The side of the pictures it takes; None where it takes any."""
+        if known.get("fixed_input_size") and not free:
+            self.side = np.ravel(kwargs.get("img_size", known["input_size"][-1])).tolist()[-1]
         features = getattr(net, "features", None)
         if features is not None and hasattr(features, "norm5"):
             features.norm5.act = nn.Identity()
@@ -64,6 +87,18 @@ class Backbone(nn.Module):
             )
         self._stages = [stage % len(channels) for stage in stages]
         self.stage_channels: list[int] = [channels[stage] for stage in self._stages]
+
+    def check_side(self, side: int) -> None:
+        """Refuse pictures of a side that the network was not made for.
+
+        Raises:
+            ConfigError: It takes another side alone.
+        """
+        if self.side not in (None, side):
+            raise ConfigError(
+                f"The backbone '{self._name}' takes pictures of {self.side} pixels, not {side}.",
+                f"Set --image-size {self.side}, or choose another --backbone.",
+            )
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Compute pooled features and the maps of the chosen stages.

@@ -10,8 +10,6 @@ Source: transformers ``modeling_clip`` and open_clip ``transformer``.
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,8 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from m2f2cli.compat import set_attention
 from m2f2cli.errors import CheckpointError, ConfigError
-
-LIBRARIES = ("transformers", "open_clip")
+from m2f2cli.files import read_json
+from m2f2cli.models.schema import OPEN_CLIP_TOKENIZER, check_clip, refuse_code
 
 
 def blocks_needed(total: int, layer: int) -> int:
@@ -196,12 +194,10 @@ class ClipTower(nn.Module):
         self, spec: Mapping[str, Any], layer: int, *, text: bool = True, attention: str = "sdpa"
     ) -> None:
         super().__init__()
-        library = spec.get("library", "transformers")
-        if library not in LIBRARIES:
-            raise ConfigError(f"Unknown CLIP library '{library}'; use {' or '.join(LIBRARIES)}.")
+        check_clip(spec)
         self.text: TextPart | OpenClipTextPart | None = None
         self.vision: VisionPart | OpenClipVisionPart
-        if library == "transformers":
+        if spec.get("library", "transformers") == "transformers":
             vision = CLIPVisionConfig(**spec["vision"])
             set_attention(vision, attention)
             self.block = blocks_needed(vision.num_hidden_layers, layer)
@@ -239,11 +235,11 @@ class ClipTower(nn.Module):
 def _open_clip_model(spec: Mapping[str, Any]) -> Any:
     from open_clip.model import CustomTextCLIP
 
-    fields = copy.deepcopy({k: spec[k] for k in ("embed_dim", "vision", "text") if k in spec})
+    text = {k: v for k, v in spec["text"].items() if k not in OPEN_CLIP_TOKENIZER}
     return CustomTextCLIP(
-        embed_dim=fields["embed_dim"],
-        vision_cfg=fields["vision"],
-        text_cfg=fields["text"],
+        embed_dim=spec["embed_dim"],
+        vision_cfg=dict(spec["vision"]),
+        text_cfg=text,
         quick_gelu=bool(spec.get("quick_gelu", False)),
     )
 
@@ -272,7 +268,9 @@ def load_clip(source: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if folder.exists() and not (folder / "config.json").is_file():
         raise CheckpointError(f"'{source}' has no config.json, so it is no CLIP folder.")
     if folder.exists():
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        fields = read_json(folder / "config.json")
+        refuse_code(fields)
+        kind = fields.get("model_type")
         if kind not in ("clip", "clip_vision_model"):
             raise CheckpointError(f"'{source}' holds a model of type '{kind}', not CLIP.")
     if kind == "clip_vision_model":
@@ -322,9 +320,6 @@ def _load_open_clip(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
             f"open_clip has no architecture named '{architecture}'.",
             "See open_clip.list_models() for the valid names.",
         )
-    model = open_clip.create_model(
-        architecture, pretrained=pretrained or None, force_custom_text=True
-    )
     spec = {
         "library": "open_clip",
         "embed_dim": config["embed_dim"],
@@ -332,6 +327,10 @@ def _load_open_clip(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         "text": config["text_cfg"],
         "quick_gelu": bool(config.get("quick_gelu", False)) or pretrained == "openai",
     }
+    check_clip(spec)
+    model = open_clip.create_model(
+        architecture, pretrained=pretrained or None, force_custom_text=True
+    )
     tensors = {}
     for key, tensor in model.state_dict().items():
         if key.startswith("visual."):

@@ -10,7 +10,6 @@ an L2-normalized feature before the head (GenD, arXiv 2508.06248); a logit for e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from m2f2cli.models.bridge import Bridge
 from m2f2cli.models.clip import ClipTower
 from m2f2cli.models.domain import Domain
 from m2f2cli.models.forgery_prompt import ForgeryPrompt, forgery_map
+from m2f2cli.models.schema import DETECTOR, check_detector
 
 
 class DetectorConfig(PretrainedConfig):
@@ -63,9 +63,13 @@ class DetectorConfig(PretrainedConfig):
         domain: ``{"limit", "size"}`` of the domain check (``models.domain``): the largest distance
             inside, and the number of directions; ``{"mean", "basis", "limit"}`` of the check of
             textures that detectors had before (``data.domain``); or None.
+
+    Raises:
+        ConfigError: A field is unknown, of another type, out of its range, or contradicts another
+            (``models.schema``).
     """
 
-    model_type = "m2f2_detector"
+    model_type = DETECTOR
 
     def __init__(  # noqa: PLR0913 - a configuration is its fields
         self,
@@ -94,13 +98,9 @@ class DetectorConfig(PretrainedConfig):
         license: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if not _is_margin(kind_margin):
-            raise ConfigError(
-                f"The configuration's kind_margin is {kind_margin!r}, not a number of at least 0.",
-                "Set it to null to name no kind of forgery.",
-            )
-        if license is not None and not isinstance(license, str):
-            raise ConfigError(f"The configuration's license is {license!r}, not a sentence.")
+        given = locals()
+        names = DetectorConfig.__init__.__kwdefaults__ or {}
+        check_detector(kwargs | {name: given[name] for name in names})
         self.backbone = backbone
         self.backbone_kwargs = dict(backbone_kwargs or {})
         self.clip = dict(clip) if clip is not None else _tiny_clip(image_size)
@@ -124,12 +124,6 @@ class DetectorConfig(PretrainedConfig):
         self.domain = dict(domain) if domain else None
         self.license = license
         super().__init__(**kwargs)
-
-
-def _is_margin(value: object) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
 def _tiny_clip(image_size: int) -> dict[str, Any]:
@@ -193,6 +187,7 @@ class Detector(PreTrainedModel):
         if config.backbone is not None:
             stages = [-3, -2, -1] if bridge else []
             self.backbone = Backbone(config.backbone, config.backbone_kwargs, stages=stages)
+            self.backbone.check_side(config.image_size)
         elif bridge:
             raise ConfigError("A bridge needs a backbone.", "Leave out the bridge.")
         self.clip = ClipTower(

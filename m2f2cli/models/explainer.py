@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,6 +38,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from m2f2cli.errors import ConfigError, UsageError
 from m2f2cli.models.detector import Detector, DetectorConfig
 from m2f2cli.models.projector import Projector
+from m2f2cli.models.schema import EXPLAINER, check_explainer, check_llama
 
 ASPECTS = ("pad", "square")
 # What the installed transformers calls the keys and values of what was seen.
@@ -54,9 +56,12 @@ class ExplainerConfig(PretrainedConfig):
             square, ``square`` its center. The backbone always sees the center.
         image_token_id: Stands for a patch in ``input_ids``; no word of the vocabulary.
         deepfake_token_id: Stands for the detector's answer; no word of the vocabulary.
+
+    Raises:
+        ConfigError: See ``DetectorConfig``.
     """
 
-    model_type = "m2f2_explainer"
+    model_type = EXPLAINER
     sub_configs = {"detector_config": DetectorConfig, "text_config": LlamaConfig}  # noqa: RUF012
 
     def __init__(
@@ -73,11 +78,13 @@ class ExplainerConfig(PretrainedConfig):
         if not isinstance(detector_config, DetectorConfig):
             detector_config = DetectorConfig(**(detector_config or {}))
         if not isinstance(text_config, LlamaConfig):
-            text_config = LlamaConfig(**(text_config or {}))
+            text_config = _llama_config(text_config or {})
         if image_aspect not in ASPECTS:
             raise ConfigError(
                 f"Unknown image aspect '{image_aspect}'.", f"Use {' or '.join(ASPECTS)}."
             )
+        ids = {"image_token_id": image_token_id, "deepfake_token_id": deepfake_token_id}
+        check_explainer({**kwargs, **ids, "template": template}, text_config.vocab_size)
         self.detector_config = detector_config
         self.text_config: Any = text_config
         self.template = template
@@ -93,6 +100,15 @@ class ExplainerConfig(PretrainedConfig):
         size = spec.get("image_size", self.detector_config.image_size)
         grid: int = size // spec["patch_size"]
         return grid**2
+
+
+def _llama_config(fields: dict[str, Any]) -> LlamaConfig:
+    check_llama(fields, "text_config.")
+    try:
+        return LlamaConfig(**fields)
+    except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"text_config is not that of a LLaMA ({said}).") from error
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tokenizers import normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
+from m2f2cli.compat import tokenizer_faults
 from m2f2cli.errors import CheckpointError
 from m2f2cli.files import read_json
 
 _ELSEWHERE = "Take the tokenizer's files from the folder of the base LLaVA or LLaMA model."
 _SPACE = "▁"
+_FILES = {False: "tokenizer.model", True: "tokenizer.json"}
+# What transformers, tokenizers, sentencepiece and protobuf raise at a damaged file.
+_FAULTS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
+    *(RuntimeError, TypeError, ValueError, DecodeError),
+)
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -49,15 +57,19 @@ def load_tokenizer(folder: Path) -> Any:
             f"'{folder / 'tokenizer.model'}' cannot be read without sentencepiece and protobuf.",
             "pip install sentencepiece protobuf",
         )
-    # tokenizers answers damage with a bare Exception, so what it reads is looked at first.
-    if ready and "vocab" not in (read_json(folder / "tokenizer.json").get("model") or {}):
+    model = read_json(folder / "tokenizer.json").get("model") if ready else {"vocab": {}}
+    if not isinstance(model, dict) or "vocab" not in model:
         raise CheckpointError(f"'{folder / 'tokenizer.json'}' holds no vocabulary.", _ELSEWHERE)
     kind = PreTrainedTokenizerFast if ready else LlamaTokenizer
+    # Given here, since tokenizer_config.json may name another file.
+    own: dict[str, Any] = {"tokenizer_file" if ready else "vocab_file": str(folder / _FILES[ready])}
     try:
-        tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        with tokenizer_faults():
+            tokenizer = kind.from_pretrained(str(folder), local_files_only=True, **own)
+    except _FAULTS as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(
-            f"The tokenizer in '{folder}' is damaged ({type(error).__name__}: {error}).", _ELSEWHERE
+            f"The tokenizer in '{folder}' is damaged ({said}).", _ELSEWHERE
         ) from error
     for name in ("bos_token", "eos_token"):
         if getattr(tokenizer, f"{name}_id") is None:

@@ -32,6 +32,7 @@ class DemoOptions(Options):
         group="Page",
         metavar="USER:PASS",
         variable="M2F2_DEMO_AUTH",
+        secret=True,
     )
     explain: ExplainOptions = group(
         ExplainOptions,

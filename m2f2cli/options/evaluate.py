@@ -17,7 +17,7 @@ class DdvqaData(Options):
     """DD-VQA."""
 
     data: Path | None = option(
-        None, "The data set's folder, with images/c40/ and annotations/ in it."
+        None, "The data set's folder, with images/c40/ and annotations/ in it.", blank=True
     )
     truth_from_names: bool = option(
         False, "Take the labels from file names (5_012.jpg is real), where no file says them."
@@ -27,11 +27,16 @@ class DdvqaData(Options):
 
 @dataclass(frozen=True)
 class ImagesData(Options):
-    """A folder of pictures."""
+    """A folder of pictures or videos."""
 
     folder: Path | None = option(
-        None, "Folder with real/ and fake/, or of DD-VQA crops.", argument=True, metavar="[DIR]"
+        None,
+        "Folder with real/ and fake/, or of DD-VQA crops, or of what 'm2f2 prepare faces' made.",
+        argument=True,
+        metavar="[DIR]",
+        blank=True,
     )
+    frames: int = option(16, "Frames of each video, evenly spaced.", low=1, high=1000)
     split: str = option(
         "all",
         "all; train or validation: that part of what --model was trained on; test: all, and "
@@ -49,6 +54,7 @@ class FfppData(Options):
         "Folder of FF++_<manipulation>_<compression>.h5 files.",
         argument=True,
         metavar="[DIR]",
+        blank=True,
     )
     compression: str = option("c23", "Which files.", "raw", "c23", "c40")
     manipulations: tuple[str, ...] = option(
@@ -221,6 +227,7 @@ class RobustnessOptions(MeasureOptions):
         "Folder of that sweep's records, plot and table, resumable. Default: robustness in the "
         "--report folder.",
         group="Robustness",
+        blank=True,
     )
 
     def check(self) -> None:

@@ -92,10 +92,11 @@ def option(default: T, help: str, *choices: str, key: bool = False, **more: Any)
         **more: ``low``, ``high`` and ``open_low`` of ``Limits``, and what is seldom needed:
             ``group``, the heading it stands under; ``metavar``, the word for its value; ``short``,
             a short spelling; ``name``, where it is called otherwise than its field; ``variable``,
-            another environment variable than its own; ``argument``, whether it is given by place;
-            ``says_default``, whether ``help`` says the default; ``parse`` and ``spell``, functions
-            from a word to its value and back; ``below``, a function from the option's value to
-            values of other options that stand below all other sources.
+            another environment variable than its own; ``secret``, whether it is never shown;
+            ``blank``, whether a call may lack nothing but it; ``argument``, whether it is given by
+            place; ``says_default``, whether ``help`` says the default; ``parse`` and ``spell``,
+            functions from a word to its value and back; ``below``, a function from the option's
+            value to values of other options that stand below all other sources.
     """
     declared: T = field(default=default, metadata=_about(help, choices, key, more))
     return declared
@@ -277,6 +278,8 @@ class Options:
             holder = reduce(getattr, filter(None, group.split(".")), self)
             title = item.metadata["group"] or (holder.__doc__ or group).split("\n")[0]
             value = yaml.safe_dump(flat[key_of(item)], default_flow_style=True, allow_unicode=True)
+            if "secret" in item.metadata and flat[key_of(item)] is not None:
+                value = "null  # set, and not shown"
             blocks.setdefault(f"# {title}", []).append(f"{key_of(item)}: {value.splitlines()[0]}")
         return "\n\n".join("\n".join((title, *lines)) for title, lines in blocks.items()) + "\n"
 

@@ -33,7 +33,7 @@ from m2f2cli.data.video import evenly
 from m2f2cli.errors import CheckpointError, ConfigError, M2F2Error
 from m2f2cli.files import json_bytes
 from m2f2cli.metrics import average_precision, roc_auc
-from m2f2cli.models.backbone import Backbone
+from m2f2cli.models.backbone import Backbone, check_backbone
 from m2f2cli.models.clip import blocks_needed, load_clip
 from m2f2cli.models.detector import CLIP_MEAN, CLIP_STD, Detector, DetectorConfig
 from m2f2cli.models.domain import Domain
@@ -386,6 +386,8 @@ def build_detector(
     if options.model:
         return _from_detector(options.model, crop_margin)
     transformers_logging.disable_progress_bar()
+    if options.backbone != "none":
+        check_backbone(options.backbone, options.image_size)
     try:
         spec, clip_tensors = load_clip(options.clip)
     except (OSError, RuntimeError) as error:

@@ -115,10 +115,26 @@ def _read(source: str, prefix: str, data: DataOptions, split: str, notify: Notif
         except ConfigError as error:
             known = ", ".join([*LAYOUTS.names(), _FFPP.removesuffix(":")])
             raise ConfigError(error.message, f"Use one of: {known}.") from error
+        found = _without_videos(found, notify)
         if found.remark:
             notify(found.remark)
     named = (replace(s, name=f"{prefix}/{s.name}" if prefix else s.name) for s in found.samples)
     return replace(found, samples=tuple(named))
+
+
+def _without_videos(found: SampleSet, notify: Notify) -> SampleSet:
+    """The pictures of a set; its videos are named, or an error where there is nothing else."""
+    pictures = found.without_videos()
+    if {sample.label for sample in pictures.samples} != {0, 1}:
+        raise InputError(
+            f"'{found.root}' holds videos; a detector learns from crops of faces.",
+            "empty",
+            f"m2f2 prepare faces '{found.root}' --output CROPS, then --data CROPS.",
+        )
+    for sample in found.samples:
+        if sample.is_video:
+            notify(sample.name)
+    return pictures
 
 
 def _read_videos(source: str, data: DataOptions, split: str, notify: Notify) -> SampleSet:

@@ -149,8 +149,11 @@ def _same_options(noted: Mapping[str, Any], options: Any, *, where: Path) -> Non
     wanted, noted = options.to_flat(), options.recorded(noted)
     for name in wanted.keys() | noted.keys():
         if name not in options.run.incidental and noted.get(name) != wanted.get(name):
+            hint = "Resume with the same options, or begin anew with --overwrite."
+            if name == "epochs" and (where / "stage.json").exists():
+                hint = f"It is finished; to train on: --model '{where}' and another --output."
             raise ConfigError(
                 f"--{name} is {wanted.get(name)!r}, but '{where}' was begun with "
                 f"{noted.get(name)!r}.",
-                "Resume with the same options, or begin anew with --overwrite.",
+                hint,
             )

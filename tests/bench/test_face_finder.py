@@ -1,10 +1,9 @@
 """How many portraits the face finder finds, upright and turned: the row of ``docs/detect.md``.
 
-Run with: M2F2_FACES=FOLDER pytest tests/bench/test_face_finder.py -m bench -s
+Run with: FACES_DATA=FOLDER pytest tests/bench/test_face_finder.py -m bench -s
 
 The folder holds ``test/{ffhq_stylegan2,ciplab,celebahq_real,studio_real}``: portraits of one person
-each (``conftest`` puts it into ``FACES_DATA``). Figures are taken once, after every choice has been
-made on other pictures.
+each. Figures are taken once, after every choice has been made on other pictures.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ TURNED = 8  # of so many pictures one is searched turned, too
 
 pytestmark = [
     pytest.mark.bench,
-    pytest.mark.skipif("FACES_DATA" not in os.environ, reason="M2F2_FACES is not set"),
+    pytest.mark.skipif("FACES_DATA" not in os.environ, reason="FACES_DATA is not set"),
 ]
 
 

@@ -259,6 +259,15 @@ def test_an_update_that_overflows(half, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d"]
 
 
+@pytest.mark.parametrize("name", [f"{Q}.lora_B.weight", "forgery_projector.0.bias"])
+def test_a_delta_with_nan_is_said_to_hold_it(half, tmp_path, name):
+    key = f"{PREFIX}{name}"
+    spoiled = torch.full_like(merges.adapter(half)[key], float("nan"))
+    folder = merges.foreign(tmp_path / "d", half, **{key: spoiled})
+    with pytest.raises(CheckpointError, match="holds NaN or infinite values"):
+        Merge(half, [folder], tmp_path / "out").write()
+
+
 KINDS = {
     "rsLoRA": {"use_rslora": True},
     "DoRA": {"use_dora": True},

@@ -190,6 +190,35 @@ def test_several_state_dicts_are_a_question_not_a_guess(tmp_path):
     assert open_weight_file(path).where == "odd"
 
 
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        ({"epoch": 3, "auc": torch.tensor(0.9), "model_state_dict": "S"}, "model_state_dict"),
+        ({"confusion": torch.ones(2, 2), "state_dict": "S", "epoch": 1}, "state_dict"),
+        ({"checkpoint": {"model": "S"}, "args": {}}, "checkpoint.model"),
+        ({"model": "S", "ema": {"model": "S"}}, "model"),
+        ({"state_dict": "S", "callbacks": {"best": {"score": torch.tensor(1.0)}}}, "state_dict"),
+    ],
+)
+def test_a_state_dict_is_found_beside_metrics_and_below_keys(tmp_path, content, where):
+    def filled(value):
+        if isinstance(value, dict):
+            return {key: filled(inner) for key, inner in value.items()}
+        weights = {"a.weight": torch.ones(3, 4), "a.bias": torch.ones(3)}
+        return weights if isinstance(value, str) else value
+
+    found = open_weight_file(save(filled(content), tmp_path / "x.pth"))
+    assert (found.where, set(found.tensors)) == (where, {"a.weight", "a.bias"})
+    assert set(found.others) == set(content) - {where.split(".")[0]}
+
+
+def test_a_type_that_no_model_has_is_refused(tmp_path):
+    for dtype in (torch.complex64, torch.uint16):
+        path = save({"w": torch.ones(3).to(dtype)}, tmp_path / "x.pth")
+        with pytest.raises(CheckpointError, match=f"holds w of type {str(dtype)[6:]}, which no"):
+            open_weight_file(path)
+
+
 def test_the_file_is_never_changed(tmp_path):
     path = save({"a": torch.ones(4)}, tmp_path / "x.pth")
     before = path.read_bytes()
@@ -249,6 +278,25 @@ HOSTILE = {
     + b"q\x030"
     + b"h\x01h\x03h\x02\x86Rq\x030" * 60
     + b"h\x03",
+    "a text encoded in quadratic time": text("v")
+    + b"c_codecs\nencode\n"
+    + text("a\xe9" * 200_000)
+    + text("punycode")
+    + b"\x86R",
+    "room for two billion zeros": text("v") + b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R",
+    "a deeply nested value": text("v") + b")" + b"\x85" * DEEP,
+    "a device of a doubling name": text("v")
+    + b"ctorch\ndevice\nq\x010"
+    + text("x" * 200)
+    + b"q\x020"
+    + b"h\x01h\x02h\x02\x86Rq\x020" * 30
+    + b"h\x02",
+    "a type of unbalanced brackets": text("v")
+    + b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n"
+    + text("(")
+    + b"\x89\x88\x87RU\x08"
+    + bytes(8)
+    + b"\x86R",
     "a tensor larger than its storage": text("v") + tensor(b"J\xff\xff\xff\x7f\x85", b"K\x00\x85"),
 }
 

@@ -109,6 +109,18 @@ def test_a_record_is_printed_before_the_next_item_is_judged(
     assert app.run(["detect", "in", "--jsonl", "--json"]) == 2
 
 
+def test_what_was_recorded_before_is_said_not_to_be_drawn(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["detect", "in", "--output", "out.jsonl"]
+    assert app.run(command) == 0
+    assert "not drawn" not in capsys.readouterr().err
+    assert app.run([*command, "--annotate", "drawn"]) == 0
+    assert "What was recorded earlier was not drawn: --overwrite" in capsys.readouterr().err
+    assert app.run([*command, "--annotate", "drawn", "--overwrite"]) == 0
+    assert "not drawn" not in capsys.readouterr().err
+
+
 def test_json_is_one_object(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert app.run(["detect", "in", "nowhere.jpg", "--json"]) == 3
     result = json.loads(capsys.readouterr().out)
@@ -369,7 +381,7 @@ def test_bad_entries_are_records_and_the_rest_is_judged(
     ] * 2
     assert "download it first" in items["https://a.org/b.jpg"]["message"]
     assert "Too many levels" in items["in/self.jpg"]["message"]
-    assert captured.err == "Left out: 1 file of other kinds in the folders (.txt).\n"
+    assert captured.err.startswith("Left out: 1 file of other kinds in the folders (.txt).\n")
     app.run(["detect", *paths, "--output", "out.jsonl"])
     assert capsys.readouterr().err.startswith(
         "Left out: 1 file of other kinds in the folders (.txt).\n3 judged"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,40 @@ def test_printed_settings_are_a_file_that_says_the_same(
     assert len(yaml.safe_load(first)) >= 3
 
 
+@pytest.mark.parametrize(
+    ("verb", "line"),
+    [
+        ("evaluate ddvqa", "data: PATH"),
+        ("evaluate images", "folder: DIR"),
+        ("evaluate ffpp", "folder: DIR"),
+        ("calibrate images", "folder: DIR"),
+        ("robustness ddvqa", "robustness-dir: PATH"),
+        ("robustness images --min-auc 0.7", "min-auc: 0.7"),
+    ],
+)
+def test_settings_are_listed_before_there_is_anything_to_do(
+    verb: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run([*verb.split(), "--print-config"]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+    assert app.run([*verb.split(), "--print-config", "--min-auc", "7"]) == 2
+    assert "between 0 and 1" in capsys.readouterr().err
+
+
+def test_a_password_is_not_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("M2F2_DEMO_AUTH", "anna:geheim")
+    for more in ([], ["--auth", "bob:geheim"]):
+        assert app.run(["demo", "--print-config", *more]) == 0
+        shown = capsys.readouterr().out
+        assert "geheim" not in shown
+        assert yaml.safe_load(shown)["auth"] is None
+    monkeypatch.delenv("M2F2_DEMO_AUTH")
+    assert app.run(["demo", "--print-config"]) == 0
+    assert "auth: null\n" in capsys.readouterr().out
+
+
 def test_every_flag_answers_to_its_environment_variable() -> None:
     """The variable is the flag's own name; nothing is spelled twice."""
     root = typer.main.get_command(app.build())
@@ -162,6 +197,24 @@ def test_an_old_name_in_the_environment_is_an_error_that_names_the_new_one(capsy
     assert app.run(["train-detector", "--data", "faces", "--output", "out"]) == 2
     assert "'M2F2_EMA' is now 'M2F2_EMA_DECAY'" in capsys.readouterr().err
     assert app.run(["info"]) == 0  # has no such option
+
+
+def test_messages_name_flags_that_exist():
+    """Every flag in a text of the package is one of a command, of torchrun, or a placeholder."""
+    known = {"--help", "--name", "--nproc-per-node", "--no-"}
+    rest: list[Any] = [typer.main.get_command(app.build())]
+    while rest:
+        part = rest.pop()
+        rest += getattr(part, "commands", {}).values()
+        known |= {name for given in part.params for name in (*given.opts, *given.secondary_opts)}
+    unknown = []
+    for file in sorted(Path(app.__file__).parent.parent.rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", node.value)
+                unknown += [f"{file.name}:{node.lineno} {n}" for n in named if n not in known]
+    assert unknown == []
 
 
 @pytest.mark.parametrize(

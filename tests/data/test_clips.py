@@ -371,3 +371,22 @@ def test_notes_of_another_type_are_named(file, name, value):
         opened["003"].attrs[name] = value
     with pytest.raises(InputError, match="not a readable HDF5 file"):
         FrameReader().notes(file, "003")
+
+
+def test_a_locked_file_is_said_to_be_locked(tmp_path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["000"] = np.zeros((2, 8, 8, 3), np.uint8)
+    code = f"import h5py; f = h5py.File({str(path)!r}, 'a'); print(flush=True); input()"
+    held = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert held.stdout
+        held.stdout.readline()
+        with pytest.raises(InputError, match="another program has it open") as refused:
+            FrameReader().shapes(path)
+        assert "HDF5_USE_FILE_LOCKING=FALSE" in refused.value.hint
+    finally:
+        held.communicate(b"\n")
+    assert list(FrameReader().shapes(path)) == ["000"]

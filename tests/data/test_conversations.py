@@ -246,3 +246,20 @@ def test_pictures_outside_of_the_folder_are_not_read(tmp_path):
         assert list(faults) == bad
         assert all("leads out of the folder" in faults[name] for name in bad[:-1])
         assert Pictures(folder).pixels(talk("a.png")).shape == (8, 8, 3)
+
+
+def test_formats_of_others_are_named(tmp_path):
+    good = {"image": "a", "conversations": [{"from": "human", "value": "?"},
+                                            {"from": "gpt", "value": "real"}]}  # fmt: skip
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps(good) + "\n" + json.dumps(good) + "\n\n", encoding="utf-8-sig")
+    with pytest.raises(InputError, match="is JSON Lines") as refused:
+        read_conversations(file)
+    assert "jq -s" in refused.value.hint
+    chat = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}]
+    file.write_text(json.dumps(chat))
+    with pytest.raises(InputError, match="has 'messages' of a chat") as refused:
+        read_conversations(file)
+    assert '"from": "human"' in refused.value.hint
+    file.write_text(json.dumps([good]) + "\n\n", encoding="utf-8-sig")
+    assert len(read_conversations(file)) == 1

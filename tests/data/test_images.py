@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m2f2cli.data import images
-from m2f2cli.data.images import FORMATS, read_picture
+from m2f2cli.data.images import FORMATS, check_file, read_picture
 from m2f2cli.errors import InputError
 from tests.conftest import TURNS
 from tests.parity.recipe import image_for
@@ -352,3 +352,12 @@ def test_what_is_in_memory_becomes_a_picture(pixels):
     for wrong in (pixels.astype(float), pixels[None], pixels[:0], np.array("x")):
         with pytest.raises(InputError):
             images.picture_of(wrong)
+
+
+def test_a_folder_that_may_not_be_read_is_called_that(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(InputError, match=r"The folder '.*' may not be read"):
+        check_file(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="is a folder, not a file"):
+        check_file(tmp_path)

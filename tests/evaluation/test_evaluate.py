@@ -33,6 +33,7 @@ from m2f2cli.options.train_detector import TrainDetectorOptions
 from m2f2cli.records import Detection
 from m2f2cli.training.sources import read_sources
 from tests.inference.conftest import MeanJudge, noise_picture
+from tests.inference.test_video import flat, write_video
 
 CROPS = DetectOptions(faces="none", frames=3)
 
@@ -160,6 +161,55 @@ def test_frames_are_read_one_by_one_evenly_spaced(clips, tmp_path, monkeypatch):
     assert {item.group for item in scored.items} == {
         "real/000", "real/003", "FaceSwap/000_003", "FaceSwap/003_000"
     }  # fmt: skip
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """Two dark real videos and two bright forged ones, without a face."""
+    for word, level in (("Real", 40), ("Fake", 200)):
+        (tmp_path / "videos" / word).mkdir(parents=True)
+        for person in range(2):
+            write_video(tmp_path / "videos" / word / f"p{person}.mp4", [flat(level)] * 5)
+    return tmp_path / "videos"
+
+
+def test_a_folder_of_videos_is_measured_a_record_a_video(videos, tmp_path):
+    samples = read_samples(videos)
+    out, judge = tmp_path / "records.jsonl", MeanJudge()
+    for _ in range(2):  # the second run resumes
+        score_set(samples, model=judge, output=out, options=CROPS)
+    records = lines(out)
+    assert [(r.path, r.kind) for r in records] == [(str(s.path), "video") for s in samples.samples]
+    assert [len(r.frames) for r in records] == [3] * 4
+    assert count_items(samples, CROPS) == 4
+    scored = join(truth_of(samples, CROPS), read_predictions(out))
+    assert not scored.missing
+    assert [(i.fake_probability or 0) > 0.5 for i in scored.items] == [
+        i.label for i in scored.items
+    ]
+
+
+def test_faces_have_to_be_found_in_videos(videos, tiny_detector_folder):
+    options = EvaluateOptions(ImagesData(videos), model=str(tiny_detector_folder))
+    with pytest.raises(UsageError, match="holds videos") as refused:
+        evaluate(options)
+    assert "--faces auto" in refused.value.hint
+    found = evaluate(replace(options, faces="auto", resamples=0))
+    assert found.report["counts"]["failed"] == 4  # there are none
+
+
+def test_crops_of_own_videos_are_measured_frame_by_frame(tmp_path, tiny_detector_folder):
+    writer = ClipWriter(tmp_path / "crops" / "mine.h5")
+    for number, key in enumerate(("real/a.mp4", "real/b.mp4", "fake/c.mp4", "fake/d.mp4")):
+        writer.write(key, np.full((5, 40, 40, 3), 50 * number, np.uint8))
+    writer.finish()
+    data = ImagesData(tmp_path / "crops", frames=2)
+    found = evaluate(EvaluateOptions(data, model=str(tiny_detector_folder), resamples=0))
+    names = [(item.name, item.group) for item in found.scored.items]
+    assert names[:2] == [(f"mine/fake/c.mp4/{n}", "mine/fake/c.mp4") for n in (1, 3)]
+    assert len(names) == 8
+    assert found.unanswered == 0
+    assert found.report["dataset"] == "images"
 
 
 def test_a_file_that_vanished_or_shrank_is_a_status_of_its_frames(clips, tmp_path):

@@ -7,7 +7,10 @@ import time
 import numpy as np
 import pytest
 
+from m2f2cli.evaluation.protocols import standard
+from m2f2cli.evaluation.truth import Item
 from m2f2cli.metrics import Groups, difference, interval, resample
+from tests.evaluation.reports import as_set
 
 NAMES = ["a", "a", "b", "c", "c", "c", "d"]
 LABELS = [0, 0, 0, 1, 1, 1, 1]
@@ -96,3 +99,18 @@ def test_many_resamples_of_few_pictures_take_no_time():
     for _ in groups.weights(2000, seed=0):
         pass
     assert time.perf_counter() - started < 2
+
+
+def test_the_interval_of_the_calibration_error_holds_it():
+    """Resampling a set makes its bins differ more, so their errors are all larger than its own."""
+    rng = np.random.default_rng(0)
+    items = []
+    for number in range(200):
+        score = (number + 0.5) / 200
+        label = int(rng.random() < score)
+        name = f"{number:03d}.jpg"
+        items.append(Item(name, label, "fake" if label else "real", name, fake_probability=score))
+    scored = as_set(items, task="scores", threshold=0.5)
+    figure = standard(scored, resamples=300).figures["calibration_error"]
+    assert 0 <= figure.low <= figure.value <= figure.high <= 1
+    assert figure.low < figure.high

@@ -18,6 +18,7 @@ from m2f2cli.files import atomic_write
 from m2f2cli.inference.recordfile import Job, RecordFile, Tally
 from m2f2cli.inference.sources import Source
 from m2f2cli.records import Detection
+from tests.detections import EXAMPLE
 
 
 def paths_in(file: Path) -> list[str]:
@@ -263,3 +264,14 @@ def test_a_damaged_file_is_resumed_or_refused(
         for _, verdict, _ in log.done.values():
             tally.count(verdict)
         assert tally.sentence()
+
+
+def test_a_blank_line_at_the_end_is_no_fault(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with RecordFile(path) as log:
+        log.append(replace(EXAMPLE, path="a.jpg"))
+    path.write_bytes(path.read_bytes() + b"\n")
+    with RecordFile(path) as log:
+        log.append(replace(EXAMPLE, path="b.jpg"))
+    with RecordFile(path) as log:
+        assert list(log.done) == ["a.jpg", "b.jpg"]

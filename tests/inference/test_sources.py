@@ -11,6 +11,7 @@ from PIL import Image
 
 from m2f2cli.errors import InputError, UsageError
 from m2f2cli.inference.sources import expand
+from tests.inference.conftest import noise_picture
 
 
 @pytest.fixture
@@ -185,3 +186,23 @@ def test_names_pictures_and_arrays_are_items(tree: Path) -> None:
     for wrong in ([3], [None], [b"in/b.png"]):
         with pytest.raises(UsageError, match="cannot be judged"):
             expand(wrong)
+
+
+@pytest.mark.parametrize(
+    "content", ["a.png\r\nb.png\r\n".encode("utf-16"), b"a.png\0b.png\0", b"\x89PNG\r\n\0\0"]
+)
+def test_a_list_that_is_no_text_is_one_error(tmp_path, monkeypatch, content):
+    (tmp_path / "list.txt").write_bytes(content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    for item in (f"@{tmp_path / 'list.txt'}", "-"):
+        with pytest.raises(UsageError, match="NUL bytes") as refused:
+            expand([item])
+        assert "UTF-8" in refused.value.hint
+
+
+def test_items_of_a_folder_are_named_as_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    noise_picture(tmp_path / "in" / "a.png", 1)
+    for given in ("in", "./in/", "in/../in"):
+        assert [source.path for source in expand([given])] == [f"{given.rstrip('/')}/a.png"]
+    assert [source.path for source in expand(["./in//a.png"])] == ["./in//a.png"]

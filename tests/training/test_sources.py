@@ -176,6 +176,20 @@ def test_an_unknown_layout_is_told_all_that_there_are(toy_ffpp):
     assert refused.value.hint == "Use one of: folder, ddvqa, ffpp."
 
 
+def test_videos_are_to_be_cropped_first(tmp_path, toy_data):
+    for word in ("real", "fake"):
+        (tmp_path / "clips" / word).mkdir(parents=True)
+        (tmp_path / "clips" / word / "a.mp4").touch()
+    with pytest.raises(InputError, match="learns from crops of faces") as refused:
+        read_sources(options(tmp_path / "clips"))
+    assert "m2f2 prepare faces" in refused.value.hint
+    (toy_data / "real" / "a.mp4").touch()
+    named: list[str] = []
+    train, held = read_sources(options(toy_data), notify=named.append)
+    assert "real/a.mp4" in named
+    assert not any(sample.is_video for part in (train, held) for sample in part.samples)
+
+
 def test_a_source_is_named_once(toy_data):
     with pytest.raises(ConfigError, match="twice"):
         options(toy_data, toy_data)

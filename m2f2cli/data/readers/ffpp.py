@@ -85,7 +85,8 @@ def read_ffpp(
             f"{len(missing)} videos of the split '{split}' are missing in '{root}', the first is "
             f"{missing[0]}.",
             "missing",
-            "Prepare them with 'm2f2 prepare faces', or allow missing videos.",
+            "Prepare them with 'm2f2 prepare faces'; training passes over them with --unreadable "
+            "skip.",
         )
     return SampleSet(root, "ffpp", tuple(samples), split, tuple(missing))
 

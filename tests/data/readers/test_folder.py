@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m2f2cli.data.clips import ClipWriter
 from m2f2cli.data.samples import (
     Sample,
     SampleSet,
@@ -70,6 +72,51 @@ def test_sub_folders_of_fake_are_manipulations_and_deepest_ones_identities(tmp_p
     assert kinds["real/ada/2.png"] == ("real", ("ada",))
     assert kinds["fake/ada/1.png"] == ("fake", ("ada",))
     assert kinds["fake/Swap/bob/7.png"] == ("Swap", ("bob",))
+
+
+@pytest.mark.parametrize(
+    ("real", "fake"), [("Real", "Fake"), ("0_real", "1_fake"), ("Celeb-real", "Celeb-synthesis")]
+)
+def test_classes_go_by_their_usual_names(tmp_path, real, fake):
+    root = touch(tmp_path, f"{real}/ada.png", f"{fake}/Swap/bob.png", "YouTube-real/cy.png")
+    found = read_samples(root)
+    assert {s.name: (s.label, s.kind) for s in found.samples} == {
+        f"{real}/ada.png": (0, "real"),
+        f"{fake}/Swap/bob.png": (1, "Swap"),
+        "YouTube-real/cy.png": (0, "real"),
+    }
+
+
+def test_videos_are_samples_beside_pictures(tmp_path):
+    root = touch(tmp_path, "real/id0_0000.mp4", "real/ada.png", "fake/id0_id1_0000.MP4")
+    found = read_samples(root)
+    assert {s.name: s.is_video for s in found.samples} == {
+        "fake/id0_id1_0000.MP4": True,
+        "real/ada.png": False,
+        "real/id0_0000.mp4": True,
+    }
+    assert [s.name for s in found.without_videos().samples] == ["real/ada.png"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_prepare_faces_makes_of_videos_is_read(tmp_path, several):
+    """One file of a folder with both classes, or of the folders of the classes."""
+    name = "faces.h5" if several else "mine.h5"
+    writer = ClipWriter(tmp_path / name)
+    for key in ("Real/ada.mp4", "fake/Swap/bob_3.mp4", "else/x.mp4"):
+        writer.write(key, np.zeros((3, 8, 8, 3), np.uint8))
+    writer.finish()
+    found = read_samples(tmp_path)
+    stem = name.removesuffix(".h5")
+    assert [(s.name, s.clip, s.label, s.kind, s.identities, s.frames) for s in found.samples] == [
+        (f"{stem}/Real/ada.mp4", "Real/ada.mp4", 0, "real", ("ada",), 3),
+        (f"{stem}/fake/Swap/bob_3.mp4", "fake/Swap/bob_3.mp4", 1, "Swap", ("bob",), 3),
+    ]
+
+
+def test_a_strange_hdf5_file_beside_pictures_is_not_looked_at(tmp_path):
+    root = touch(tmp_path, "real/1.png", "fake/2.png", "features.h5")
+    assert len(read_samples(root)) == 2
 
 
 @pytest.mark.parametrize(
