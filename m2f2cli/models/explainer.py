@@ -38,7 +38,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from m2f2cli.errors import ConfigError, UsageError
 from m2f2cli.models.detector import Detector, DetectorConfig
 from m2f2cli.models.projector import Projector
-from m2f2cli.models.schema import EXPLAINER, check_explainer, check_llama
+from m2f2cli.models.schema import EXPLAINER, check_detector, check_explainer, check_llama
 
 ASPECTS = ("pad", "square")
 # What the installed transformers calls the keys and values of what was seen.
@@ -76,6 +76,7 @@ class ExplainerConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         if not isinstance(detector_config, DetectorConfig):
+            check_detector(detector_config or {}, "detector_config.")
             detector_config = DetectorConfig(**(detector_config or {}))
         if not isinstance(text_config, LlamaConfig):
             text_config = _llama_config(text_config or {})

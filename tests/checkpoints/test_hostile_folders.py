@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from m2f2cli.checkpoints import io
+from m2f2cli.checkpoints.inspect import inspect_checkpoint
 from m2f2cli.checkpoints.load import load_detector, load_explainer
 from m2f2cli.cli.app import run
 from m2f2cli.errors import CheckpointError
@@ -116,6 +117,7 @@ def test_a_detector_takes_only_what_its_schema_names(tmp_path, tiny_detector_fol
         ({"text_config.num_attention_heads": 5}, "5 heads do not divide hidden_size"),
         ({"text_config.rope_parameters": {"rope_type": ["x"]}}, "rope_parameters.rope_type"),
         ({"text_config": []}, "text_config is a list of 0"),
+        ({"detector_config": [1]}, "detector_config is a list of 1, not a mapping"),
         ({"detector_config.score_temperature": -1}, "detector_config.score_temperature is -1"),
         ({"detector_config.auto_map": {"AutoModel": "x.Y"}}, "'detector_config.auto_map'"),
         ({"image_token_id": 5}, "words or equal"),
@@ -127,6 +129,7 @@ def test_an_explainer_takes_only_what_its_schema_names(tmp_path, explainer_folde
     with pytest.raises(CheckpointError) as caught:
         load_explainer(str(folder))
     assert words in caught.value.message
+    assert any(words in fault for fault in inspect_checkpoint(str(folder)).missing)
 
 
 def test_reading_commands_ask_neither_the_network_nor_the_user(
