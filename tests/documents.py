@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -235,4 +236,4 @@ def runs_here(command: Command, *, patiently: bool = False) -> bool:
         return False
     if (trains or words[0] == "robustness") and not patiently:
         return False
-    return all(Path(name).exists() for name in needs(words))
+    return all(Path(name).exists() or glob(name) for name in needs(words))

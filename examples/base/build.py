@@ -20,8 +20,8 @@ cure_torchvision()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from features import BLOCKS, forgeries, to_tensor, tower  # noqa: E402
-from pictures import KINDS, SIDE, draw, draw_forgery, load, read_pictures  # noqa: E402
+from features import BLOCKS, to_tensor, tower  # noqa: E402
+from pictures import KINDS, SIDE, Picture, draw, draw_forgery, load, read_pictures  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
@@ -99,11 +99,13 @@ def train_head(data: Features, seed: int = 0) -> nn.Sequential:
     return head.eval()
 
 
-def train_map(detector: Detector, genuine: list, pairs: list, folder: Path) -> None:
+def train_map(detector: Detector, genuine: list[Picture], folder: Path) -> None:
     """Let the forgery prompt tell forged patches of pseudo-forgeries from genuine ones."""
     part, rng = tower(folder), random.Random(1)
     pixels, masks = [], []
-    for base, other, _ in pairs[:MAP_PICTURES]:
+    for _ in range(MAP_PICTURES):
+        base = rng.choice(genuine)
+        other = rng.choice([picture for picture in genuine if picture.source == base.source])
         made, mask = draw_forgery(base, other, rng)
         pixels.append(made)
         masks.append(mask)
@@ -163,7 +165,7 @@ def fit_domain(data: Features, detector: Detector) -> None:
 
     The forgery map's cells, before the features of the tower, count nothing in it.
     """
-    chosen = data.train & torch.from_numpy(data.source != "forgery")
+    chosen = data.train
     limits = []
     for source in np.unique(data.source[chosen.numpy()]):
         here = torch.from_numpy(data.source == source)
@@ -244,7 +246,7 @@ def main(
     fit_domain(data, detector)
     pictures = read_pictures(faces, ddvqa, actors)
     genuine = [p for p in pictures if p.split == "train" and p.kind == 0]
-    train_map(detector, genuine, list(forgeries(pictures)), folder)
+    train_map(detector, genuine, folder)
     linear = [n for n, m in detector.named_modules() if isinstance(m, nn.Linear)]
     packed = [f"{name}.weight" for name in linear if name.startswith("clip.vision.encoder")]
     state = {

@@ -3,16 +3,15 @@
     python examples/base/features.py FACES DDVQA ACTORS.json TOWER OUTPUT [WORKER WORKERS]
 
 Of each tower block in BLOCKS the class token and the mean of the patches, standardized each (a
-LayerNorm without weights). Draws 0 and 1 of DFDC, 0 to 5 of the smaller sources, 0 alone of what is
-held out, and pseudo-forgeries of training pictures. Goes on where it stopped; several workers
-share the work. About a tenth of a second a draw on a core that multiplies bfloat16.
+LayerNorm without weights). DRAWS says how many draws of a training picture; of what is held out
+one. Goes on where it stopped; several workers share the work. About a tenth of a second a draw on
+a core that multiplies bfloat16.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from m2f2cli.runtime import cure_torchvision
@@ -21,7 +20,7 @@ cure_torchvision()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from pictures import Picture, draw, draw_forgery, load, read_pictures  # noqa: E402
+from pictures import draw, load, read_pictures  # noqa: E402
 from torch.nn.functional import layer_norm  # noqa: E402
 
 from m2f2cli.data.transforms import normalize  # noqa: E402
@@ -29,8 +28,7 @@ from m2f2cli.models.clip import ClipTower, VisionPart, load_clip  # noqa: E402
 from m2f2cli.models.detector import CLIP_MEAN, CLIP_STD  # noqa: E402
 
 BLOCKS = (4, 6, 8, 9, 10)
-FORGERIES = 4800
-DRAWS = {"dfdc": 2, "faces140k": 6, "ddvqa": 6}
+DRAWS = {"dfdc": 3, "faces140k": 6, "ddvqa": 6}
 _PART, _BATCH = 256, 16
 
 
@@ -57,27 +55,15 @@ def read_blocks(part: VisionPart, pixels: torch.Tensor) -> torch.Tensor:
     return layer_norm(found, found.shape[-1:])
 
 
-def forgeries(pictures: list[Picture]) -> Iterator[tuple[Picture, Picture, int]]:
-    """Pairs of genuine training pictures of one source, half of them of DFDC, and a number."""
-    rng = random.Random(0)
-    real = [p for p in pictures if p.split == "train" and p.kind == 0]
-    of = {source: [p for p in real if p.source == source] for source in DRAWS}
-    for number in range(FORGERIES):
-        some = of[rng.choice(("dfdc", "dfdc", "faces140k", "ddvqa"))]
-        yield rng.choice(some), rng.choice(some), number
-
-
 def main(faces: Path, ddvqa: Path, actors: Path, folder: Path, output: Path, *share: str) -> None:
     """Write one file for every 256 draws: ``features`` float16, and who they are of."""
     worker, workers = map(int, share or ("0", "1"))
     torch.set_num_threads(1 if workers > 1 else torch.get_num_threads())
     pictures = [p for p in read_pictures(faces, ddvqa, actors) if p.split != "drop"]
-    jobs: list[tuple[int, int]] = []  # number of the picture, number of the draw; -1 a forgery
+    jobs: list[tuple[int, int]] = []  # number of the picture, number of the draw
     for number, picture in enumerate(pictures):
         draws = DRAWS[picture.source] if picture.split == "train" else 1
         jobs += [(number, count) for count in range(draws)]
-    made = list(forgeries(pictures))
-    jobs += [(-1, number) for number in range(len(made))]
     random.Random(0).shuffle(jobs)
     part = tower(folder)
     output.mkdir(parents=True, exist_ok=True)
@@ -89,14 +75,10 @@ def main(faces: Path, ddvqa: Path, actors: Path, folder: Path, output: Path, *sh
         for start in range(0, len(some), _BATCH):
             batch = []
             for number, count in some[start : start + _BATCH]:
-                rng = random.Random(f"{number} {count}")
-                if number < 0:
-                    batch.append(draw_forgery(*made[count][:2], rng)[0])
-                else:
-                    picture = pictures[number]
-                    batch.append(draw(load(picture.path), picture.source, rng))
+                picture, rng = pictures[number], random.Random(f"{number} {count}")
+                batch.append(draw(load(picture.path), picture.source, rng))
             found.append(read_blocks(part, to_tensor(batch)).half().numpy())
-        of = [pictures[n] if n >= 0 else Picture(Path(), "forgery", 1, "train") for n, _ in some]
+        of = [pictures[number] for number, _ in some]
         temporary = path.with_suffix(".partial.npz")
         np.savez(
             temporary,

@@ -89,7 +89,9 @@ def test_a_zip_called_png_gives_the_sentence(client, tmp_path):
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("a", "b")
     record = client.predict(handle_file(str(file)), api_name="/detect")
-    assert record["message"] == "'photo.png' is not a JPEG, PNG, WEBP, BMP or TIFF picture."
+    assert (
+        record["message"] == "'photo.png' is not a JPEG, PNG, WEBP, BMP, TIFF, GIF or AVIF picture."
+    )
 
 
 def test_a_detector_says_that_it_has_no_words(client, tmp_path):

@@ -183,9 +183,10 @@ def test_videos_are_to_be_cropped_first(tmp_path, toy_data):
     with pytest.raises(InputError, match="learns from crops of faces") as refused:
         read_sources(options(tmp_path / "clips"))
     assert "m2f2 prepare faces" in refused.value.hint
-    (toy_data / "real" / "a.mp4").touch()
+    mixed = shutil.copytree(toy_data, tmp_path / "mixed")
+    (mixed / "real" / "a.mp4").touch()
     named: list[str] = []
-    train, held = read_sources(options(toy_data), notify=named.append)
+    train, held = read_sources(options(mixed), notify=named.append)
     assert "real/a.mp4" in named
     assert not any(sample.is_video for part in (train, held) for sample in part.samples)
 
