@@ -11,6 +11,7 @@ unexpected errors, hangs, crashes and the peak memory of a child; before it, one
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -127,20 +128,20 @@ def change_json(value: Any, dice: random.Random) -> Any:
             if isinstance(part[key], dict | list) and len(places) < 20_000:
                 rest.append(part[key])
     if not places:
-        return dice.choice(ODD)
+        return copy.deepcopy(dice.choice(ODD))
     part, key = dice.choice(places)
     way = dice.random()
     if way < 0.6:
-        part[key] = dice.choice(ODD)
+        part[key] = copy.deepcopy(dice.choice(ODD))
     elif way < 0.7:
         del part[key]
     elif way < 0.85 and isinstance(part, dict):
-        part[dice.choice(NAMES)] = dice.choice(ODD)
+        part[dice.choice(NAMES)] = copy.deepcopy(dice.choice(ODD))
     elif way < 0.95:
         for _ in range(dice.choice((1, 5, 200))):
             part[key] = [part[key]] if dice.random() < 0.5 else {"a": part[key]}
     else:
-        return dice.choice(ODD)
+        return copy.deepcopy(dice.choice(ODD))
     return value
 
 
@@ -219,8 +220,10 @@ def run(home: Path, jobs: list[tuple[str, str]], readers: dict[str, Any]) -> Cou
         pid = os.fork()
         if not pid:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            batch(home, chunk, readers, end)
-            os._exit(0)
+            try:
+                batch(home, chunk, readers, end)
+            finally:
+                os._exit(0)  # the parent removes the folder
         os.close(end)
         done, text = 0, b""
         while done < len(chunk):
