@@ -28,6 +28,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+@pytest.mark.slow
 def test_freed_memory_is_kept_for_the_next_step():
     """Each step takes 64 MB, 16,384 pages; giving them back makes each of them fault again."""
     faults = {

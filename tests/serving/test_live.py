@@ -229,6 +229,7 @@ def test_half_sent_heads_keep_nobody_out(url):
             connection.close()
 
 
+@pytest.mark.slow
 def test_unfinished_uploads_hold_little_and_keep_nobody_out(url, uploads, tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "MAX_COMING", 3 * 2**20)
     monkeypatch.setattr(gate, "PAUSE", 2.0)
