@@ -1,4 +1,4 @@
-"""Train the bundled detector's head and forgery map on a fixed tower, calibrate, and write it.
+"""Train a detector's head and forgery map on a fixed tower, calibrate, and write it.
 
     python examples/base/build.py FACES DDVQA ACTORS.json TOWER FEATURES OUTPUT
 

@@ -1,4 +1,4 @@
-"""The pictures that the bundled detectors learn from: labels, hold-outs, random draws.
+"""The pictures that the detector learns from: labels, hold-outs, random draws.
 
 FACES is a folder with ``manifest.csv`` (file, label, dataset, identity) and the pictures of DFDC
 and of FFHQ and StyleGAN; DDVQA the folder of DD-VQA. Who is held out: of DFDC whole actors

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rebuild the bundled base detector: examples/base/rebuild.sh FACES DDVQA OUTPUT
+# Make a detector on CLIP ViT-B/16: examples/base/rebuild.sh FACES DDVQA OUTPUT
 # Needs: pip install . onnx scipy
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

@@ -106,7 +106,7 @@ def test_no_picture_gets_the_sentence(page, tmp_path):
     page.drop(file)
     assert page.text("#m2-verdict h2") == "No verdict"
     words = page.text("#m2-verdict .m2-card")
-    assert "'photo.png' is not a JPEG, PNG, WEBP, BMP or TIFF picture." in words
+    assert "'photo.png' is not a JPEG, PNG, WEBP, BMP, TIFF, GIF or AVIF picture." in words
     assert not page.all("#m2-stage .m2-box")
 
 
