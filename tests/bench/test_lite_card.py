@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from m2f2cli.data.domain import Domain
 
 from m2f2cli.checkpoints.load import load_detector
 from m2f2cli.data.augment import add_noise, compress_jpeg, gaussian_blur, rescale
+from m2f2cli.data.domain import Domain
 from m2f2cli.data.images import read_picture
 from m2f2cli.data.samples import REAL, read_samples
 from m2f2cli.data.transforms import resize_and_crop
