@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from m2f2cli.data.synthesis import compress_h264, forge
+from m2f2cli.data.augment import compress_h264
+from m2f2cli.data.synthesis import forge
 
 KINDS = ("swapped or edited", "generated")
 SIDE = 224

@@ -24,7 +24,6 @@ from m2f2cli.data.augment import (
     resized,
     to_uint8,
 )
-from m2f2cli.data.augment import compress_h264 as compress_h264
 from m2f2cli.errors import ConfigError
 
 KINDS = ("self_blend", "swap_blend", "mouth_warp", "expression_warp")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m2f2cli.data.augment import compress_h264
 from m2f2cli.data.synthesis import (
     FACE,
     KINDS,
     MOUTH,
     blend,
-    compress_h264,
     forge,
     match_color,
     soft_blob,
