@@ -327,7 +327,10 @@ class Detector(PreTrainedModel):
             logits: (B, 2), order (real, fake).
             kind_logits: (B, K), or None without kinds.
         """
-        scores = self.head(self.hidden(features))
+        return self.to_logits(self.head(self.hidden(features)))
+
+    def to_logits(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What ``head`` gives, as ``classify`` returns it."""
         if not self.config.kinds:
             return scores, None
         largest = scores.max(dim=1).values

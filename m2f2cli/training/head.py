@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from m2f2cli.models.detector import Detector
@@ -61,35 +60,38 @@ def fit_head(
     was_training = detector.training
     seen, other = collect(detector, batches), collect(detector, held)
     head, device = detector.head, detector.device
-    layers = nn.ModuleList([detector.hidden, head]).cpu()
+    with torch.no_grad():
+        inputs, held_inputs = (
+            detector.hidden(found["features"].to(device)).cpu() for found in (seen, other)
+        )
+    head.cpu()
     start = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     tried: list[tuple[float, float, dict[str, torch.Tensor]]] = []
     for ridge in RIDGES:
         head.load_state_dict(start)
-        _solve(detector, seen["features"], seen["target"], seen.get("kind"), ridge)
+        _solve(detector, inputs, seen["target"], seen.get("kind"), ridge)
         with torch.no_grad():
-            logits, _ = detector.classify(other["features"])
+            logits, _ = detector.to_logits(head(held_inputs))
         weights = 1 / torch.bincount(other["labels"], minlength=2).clamp_min(1).float()
         loss = float(functional.cross_entropy(logits, other["labels"], weights))
         tried.append((loss, ridge, {n: t.clone() for n, t in head.state_dict().items()}))
     _, chosen, fitted = min(tried, key=lambda entry: entry[:2])
     head.load_state_dict(fitted)
-    layers.to(device)
+    head.to(device)
     detector.train(was_training)
     return chosen
 
 
 def _solve(
     detector: Detector,
-    features: torch.Tensor,
+    inputs: torch.Tensor,
     target: torch.Tensor,
     kinds: torch.Tensor | None,
     ridge: float,
 ) -> None:
     head = detector.head
     start = head.weight.detach().clone()
-    with torch.no_grad():
-        spread = detector.hidden(features).var(0)
+    spread = inputs.var(0)
     share = target.mean().clamp(1e-3, 1 - 1e-3)
     weight = target / share + (1 - target) / (1 - share)
     weight = weight / weight.sum()
@@ -101,7 +103,7 @@ def _solve(
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        logits, kind_logits = detector.classify(features)
+        logits, kind_logits = detector.to_logits(head(inputs))
         both = torch.stack([1 - target, target], dim=1)
         value = -(weight[:, None] * both * logits.log_softmax(1)).sum()
         if kind_logits is not None and kinds is not None:
