@@ -434,7 +434,9 @@ def build_detector(
 def _from_detector(name: str, crop_margin: float) -> Detector:
     parent = load_detector(name, device="cpu", dtype="float32")
     crop = {**parent.config.crop, "margin": crop_margin}
-    changed = {"domain": None, "kind_margin": None, "crop": crop}
+    fresh = DetectorConfig()
+    calibrated = ("domain", "kind_margin", "score_temperature", "threshold", "uncertain")
+    changed = {name: getattr(fresh, name) for name in calibrated} | {"crop": crop}
     detector = Detector(DetectorConfig.from_dict(parent.config.to_dict() | changed))
     kept = detector.state_dict().keys()  # all but the domain check
     detector.load_state_dict({name: parent.state_dict()[name] for name in kept})

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import m2f2cli.models  # noqa: F401 - makes torchvision importable, which transformers asks for
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.utils import send_to_device
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -55,6 +57,11 @@ Batch = dict[str, torch.Tensor]
 WEIGHTS = "model.safetensors"
 _OPTIMIZER = "optimizer.pt"
 _PROGRESS = "progress.json"
+# What reading a saved state raises whose files are cut, changed or gone.
+_DAMAGED = (
+    *(OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError),
+    *(UnpicklingError, SafetensorError),
+)
 _LOG_STEPS = 10
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -363,7 +370,20 @@ class Trainer(ABC):
             complete_state(folder, keep={self.step, self.best[0]} if self.best else {self.step})
 
     def _load(self, folder: Path) -> None:
-        """Stand where a saved state was."""
+        """Stand where a saved state was.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        try:
+            self._stand_at(folder)
+        except _DAMAGED as error:
+            raise CheckpointError(
+                f"The saved state '{folder}' is damaged: {type(error).__name__}.",
+                "Remove it to go on from an earlier one, or begin again with --overwrite.",
+            ) from error
+
+    def _stand_at(self, folder: Path) -> None:
         progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
         self.step = self._logged = progress["step"]
         self.history = progress["history"]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -135,7 +137,11 @@ def test_init_starts_from_a_detector_and_names_its_parent(options, tmp_path):
     from m2f2cli.checkpoints.load import load_detector
 
     first = train_detector(options(output=tmp_path / "first", epochs=1))
+    calibrated = {"threshold": 0.7, "uncertain": [0.4, 0.7], "score_temperature": 2.0}
+    fields = json.loads((first / "config.json").read_text()) | calibrated
+    (first / "config.json").write_text(json.dumps(fields))
     parent = load_detector(str(first))
+    assert parent.config.threshold == 0.7
     shape = ("clip", "backbone", "backbone_weights", "hidden_size", "prompt_tokens", "image_size")
     plain = dict.fromkeys(shape)
     from m2f2cli.options.train_detector import TrainDetectorOptions
@@ -147,6 +153,8 @@ def test_init_starts_from_a_detector_and_names_its_parent(options, tmp_path):
     )
     assert io.read_stage(second)["parent"] == parent.fingerprint
     child = load_detector(str(second))
+    config = child.config  # other weights than the calibration's
+    assert (config.threshold, config.uncertain, config.score_temperature) == (0.5, None, 1.0)
     ours, theirs = child.state_dict(), parent.state_dict()
     learned = [key for key in ours if not key.startswith("domain.")]  # fitted anew
     moved = {key for key in learned if not torch.equal(ours[key], theirs[key])}

@@ -102,6 +102,20 @@ def test_sigkill_then_the_same_command_with_resume(options, tmp_path):
     assert weights(killed.run.output) == weights(whole)
 
 
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "progress.json", "model.safetensors"])
+def test_a_damaged_state_is_said(options, tmp_path, name, damage):
+    run = prepare(options(save_steps=1, epochs=2))
+    with pytest.raises(KeyboardInterrupt):
+        run.run(advance=Crash(1))
+    (file,) = state_folder(run.options.run.output).glob(f"checkpoint-*/{name}")
+    content = file.read_bytes()
+    damaged = {"cut": content[: len(content) // 2], "changed": b"[1]" + content[3:]}
+    file.unlink() if damage == "gone" else file.write_bytes(damaged[damage])
+    with pytest.raises(CheckpointError, match=r"The saved state '.*checkpoint-1' is damaged"):
+        train_detector(options(save_steps=1, epochs=2, resume=True))
+
+
 @pytest.mark.slow
 def test_half_written_state_is_ignored(options, tmp_path):
     run = prepare(options(save_steps=1))
