@@ -1,10 +1,9 @@
-"""Train a detector's head and forgery map on a fixed tower, calibrate, and write it.
+"""Train a detector's head, forgery map and domain check on a fixed tower.
 
     python examples/base/build.py FACES DDVQA ACTORS.json TOWER FEATURES OUTPUT
 
 A hidden layer and a logit for each kind of forgery: one kind need not look like the other.
-Threshold, temperature, uncertain band and the margin of kinds are set on people whom nothing was
-learned from.
+``calibrate.py`` is the next step.
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ cure_torchvision()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from features import BLOCKS, to_tensor, tower  # noqa: E402
-from pictures import KINDS, SIDE, Picture, draw, draw_forgery, load, read_pictures  # noqa: E402
+from pictures import KINDS, SIDE, Draw, Picture, draw, draw_forgery, load, read_pictures  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from m2f2cli.checkpoints import io  # noqa: E402
-from m2f2cli.evaluation.calibrate import find_threshold, fit  # noqa: E402
 from m2f2cli.files import json_bytes  # noqa: E402
 from m2f2cli.metrics import roc_auc  # noqa: E402
 from m2f2cli.models.clip import load_clip  # noqa: E402
@@ -37,26 +35,34 @@ from m2f2cli.models.forgery_prompt import forgery_map  # noqa: E402
 LICENSE = (
     "Research and non-commercial use only: learned from DFDC, FFHQ and FaceForensics++ pictures."
 )
-HIDDEN, EPOCHS, BATCH, RATE, DECAY = 256, 12, 128, 5e-4, 1e-2
+HIDDEN, EPOCHS, BATCH, RATE, DECAY = 256, 12, 256, 5e-4, 1e-2
 DROPOUT = (0.25, 0.5)  # of the features and of the hidden layer
 OTHERS = 0.2  # what a source counts against the generated pictures
+FORGED = 0.3  # what pseudo-forgeries count beside a source of forgeries
 MAP_PICTURES, MAP_WIDTH = 1200, 256
 DOMAIN_PICTURES = 2048
-DRAWN = 500  # calibration pictures of a source and class, drawn with replacement
+
+
+def read_draws(folder: Path, pictures: list[Picture]) -> tuple[list[Draw], torch.Tensor]:
+    """What features.py wrote: draws, and float16 (N, blocks, 2, width)."""
+    of = {str(picture.path): picture for picture in pictures}
+    files = [np.load(path) for path in sorted(folder.glob("[0-9]*[0-9].npz"))]
+    columns = ("path", "seed", "other")
+    path, seed, other = (np.concatenate([f[name] for f in files]).tolist() for name in columns)
+    draws = [Draw(of[p], s, of.get(o)) for p, s, o in zip(path, seed, other, strict=True)]
+    return draws, torch.from_numpy(np.concatenate([file["features"] for file in files]))
 
 
 class Features:
-    """All draws: ``x`` float32 (N, F), ``kind`` and ``split`` (N,), ``source`` (N,)."""
+    """Draws: ``x`` float32 (N, F), standardized; ``kind`` and ``split`` (N,), ``source`` (N,)."""
 
-    def __init__(self, folder: Path) -> None:
-        files = [np.load(path) for path in sorted(folder.glob("[0-9]*[0-9].npz"))]
-        parts = {key: np.concatenate([f[key] for f in files]) for key in files[0].files}
-        self.x = torch.from_numpy(parts["features"]).flatten(1).float()
-        self.kind = torch.from_numpy(parts["kind"])
-        self.source, self.split, self.path = parts["source"], parts["split"], parts["path"]
+    def __init__(self, x: torch.Tensor, draws: list[Draw]) -> None:
+        self.kind = torch.tensor([one.kind for one in draws])
+        self.source = np.array([one.source for one in draws])
+        self.split = np.array([one.picture.split for one in draws])
         self.train = torch.from_numpy(self.split == "train")
-        self.mean, self.spread = self.x[self.train].mean(0), self.x[self.train].std(0) + 1e-3
-        self.x = (self.x - self.mean) / self.spread
+        self.mean, self.spread = x[self.train].mean(0), x[self.train].std(0) + 1e-3
+        self.x = (x - self.mean) / self.spread
 
     def weights(self, kind: int) -> torch.Tensor:
         """(N,) float32: sources and classes count alike, against generated pictures less."""
@@ -67,7 +73,8 @@ class Features:
                 if kind == 1 and label == 2:  # a generated face may or may not look edited
                     continue
                 if here.any():
-                    found[here] = (1.0 if kind == 1 or label == kind else OTHERS) / here.sum()
+                    counts = 1.0 if kind == 1 or label == kind else OTHERS
+                    found[here] = counts * (FORGED if source == "forged" else 1) / here.sum()
         return found / found.sum()
 
 
@@ -89,8 +96,10 @@ def train_head(data: Features, seed: int = 0) -> nn.Sequential:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(EPOCHS):
         for batch in rows[torch.randperm(len(rows))].split(BATCH)[: len(rows) // BATCH]:
+            with torch.autocast("cpu", torch.bfloat16):
+                scores = head(data.x[batch])
             each = functional.binary_cross_entropy_with_logits(
-                head(data.x[batch]), target[batch], reduction="none"
+                scores.float(), target[batch], reduction="none"
             )
             optimizer.zero_grad()
             (weight[batch] * each).mean().backward()
@@ -160,12 +169,21 @@ def assemble(data: Features, head: nn.Sequential, folder: Path) -> Detector:
     return detector
 
 
+def show(data: Features, scores: torch.Tensor) -> None:
+    """Print the AUC of each source's draws of people whom nothing was learned from."""
+    held, largest = data.split == "select", scores.amax(1).numpy()
+    labels = (data.kind > 0).int().numpy()
+    for source in np.unique(data.source):
+        here = held & ((data.source == source) | ((source == "forged") & (labels == 0)))
+        print(source, round(roc_auc(labels[here], largest[here]), 4))
+
+
 def fit_domain(data: Features, detector: Detector) -> None:
     """Store a domain check whose limit keeps 95 % of every source when it was held out.
 
     The forgery map's cells, before the features of the tower, count nothing in it.
     """
-    chosen = data.train
+    chosen = data.train & torch.from_numpy(data.source != "forged")
     limits = []
     for source in np.unique(data.source[chosen.numpy()]):
         here = torch.from_numpy(data.source == source)
@@ -187,79 +205,41 @@ def fit_domain(data: Features, detector: Detector) -> None:
     print("domain limits with a source held out:", [round(x, 3) for x in limits])
 
 
-def calibrate(data: Features, scores: torch.Tensor, detector: Detector) -> None:
-    """Set temperature, threshold, uncertain band and the margin of kinds on ``select`` pictures.
-
-    Every source counts alike. From the threshold on at most 5 % of the genuine pictures of any
-    source are called fake; below the band at most 15 % of what is called real is fake.
-    """
-    chosen = torch.from_numpy(data.split == "select")
-    largest, kind = scores[chosen].max(1).values.double().numpy(), data.kind[chosen].numpy()
-    source = data.source[chosen.numpy()]
-    rng = np.random.default_rng(0)
-    mixed = np.concatenate(
-        [
-            rng.choice(np.flatnonzero((source == s) & ((kind > 0) == fake)), DRAWN)
-            for s in np.unique(source)
-            for fake in (False, True)
-        ]
-    )
-    labels = (kind > 0).astype(int)
-    found = fit(labels[mixed], 1 / (1 + np.exp(-largest[mixed])), band_level=0)
-    chance = 1 / (1 + np.exp(-largest / found.temperature))
-    real = kind == 0
-    threshold = max(
-        find_threshold(chance[source == s], real[source == s], 0.05) for s in np.unique(source)
-    )
-    order = mixed[np.argsort(chance[mixed])]
-    wrong = np.cumsum(labels[order]) / np.arange(1, len(order) + 1)
-    low = float(chance[order[np.flatnonzero(wrong <= 0.15)[-1]]])
-    config = detector.config
-    config.score_temperature, config.threshold = found.temperature, threshold
-    config.uncertain = [round(low, 6), round(threshold - 1e-6, 6)] if low < threshold else None
-    fake = (chance >= threshold) & (kind > 0)
-    lead = np.abs(np.diff(scores[chosen].numpy(), axis=1)[:, 0])
-    right = scores[chosen].argmax(1).numpy() + 1 == kind
-    margins = [m for m in (0.0, 0.5, 1.0, 2.0, 3.0) if right[fake & (lead >= m)].mean() >= 0.95]
-    config.kind_margin = margins[0] if margins else None
-    for s in np.unique(source):
-        here = source == s
-        auc = roc_auc(labels[here], largest[here])
-        called = (chance[here & real] >= threshold).mean()
-        band = ((chance >= low) & (chance < threshold))[here].mean()
-        hit = (chance[here & (kind > 0)] >= threshold).mean()
-        figures = {"AUC": auc, "real called fake": called, "found": hit, "uncertain": band}
-        print(s, {word: round(float(value), 4) for word, value in figures.items()})
-    print(found.temperature, threshold, config.uncertain, config.kind_margin)
-
-
 def main(
     faces: Path, ddvqa: Path, actors: Path, folder: Path, features: Path, output: Path
 ) -> None:
-    """Train, calibrate, write."""
-    data = Features(features)
+    """Train, write."""
+    pictures = read_pictures(faces, ddvqa, actors)
+    draws, x = read_draws(features, pictures)
+    data = Features(x.flatten(1).float(), draws)
     head = train_head(data)
     detector = assemble(data, head, folder)
     with torch.no_grad():
-        scores = head(data.x)
-    calibrate(data, scores, detector)
+        show(data, head(data.x))
     fit_domain(data, detector)
-    pictures = read_pictures(faces, ddvqa, actors)
     genuine = [p for p in pictures if p.split == "train" and p.kind == 0]
     train_map(detector, genuine, folder)
-    linear = [n for n, m in detector.named_modules() if isinstance(m, nn.Linear)]
-    packed = [f"{name}.weight" for name in linear if name.startswith("clip.vision.encoder")]
+    write(detector, output, recipe="examples/base")
+
+
+def write(detector: Detector, output: Path, recipe: str) -> None:
+    """Write the checkpoint: tower linear layers int8 where they came so, other matrices float16."""
+    config = detector.config
+    packed, dtype = [], "float16"
+    if config.clip_blocks:
+        dtype = "bfloat16"
+        linear = [n for n, m in detector.named_modules() if isinstance(m, nn.Linear)]
+        packed = [f"{name}.weight" for name in linear if name.startswith("clip.vision.encoder")]
     state = {
         name: t.half() if t.ndim > 1 and name not in packed else t
         for name, t in detector.state_dict().items()
     }
-    config = detector.config
     processor = io.preprocessor_config(SIDE, config.image_mean, config.image_std)
     io.write_checkpoint(
         output,
-        config=config.to_dict() | {"architectures": ["Detector"], "dtype": "bfloat16"},
+        config=config.to_dict() | {"architectures": ["Detector"], "dtype": dtype},
         tensors=state,
-        stage={"stage": "train-detector", "recipe": "examples/base"},
+        stage={"stage": "train-detector", "recipe": recipe},
         extra_files={"preprocessor_config.json": json_bytes(processor)},
         int8=packed,
     )

@@ -3,14 +3,12 @@
     python examples/base/features.py FACES DDVQA ACTORS.json TOWER OUTPUT [WORKER WORKERS]
 
 Of each tower block in BLOCKS the class token and the mean of the patches, standardized each (a
-LayerNorm without weights). DRAWS says how many draws of a training picture; of what is held out
-one. Goes on where it stopped; several workers share the work. About a tenth of a second a draw on
-a core that multiplies bfloat16.
+LayerNorm without weights). Goes on where it stopped; several workers share the work. About a tenth
+of a second a draw on a core that multiplies bfloat16.
 """
 
 from __future__ import annotations
 
-import random
 import sys
 from pathlib import Path
 
@@ -20,7 +18,7 @@ cure_torchvision()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from pictures import draw, load, read_pictures  # noqa: E402
+from pictures import list_draws, read_pictures  # noqa: E402
 from torch.nn.functional import layer_norm  # noqa: E402
 
 from m2f2cli.data.transforms import normalize  # noqa: E402
@@ -28,7 +26,6 @@ from m2f2cli.models.clip import ClipTower, VisionPart, load_clip  # noqa: E402
 from m2f2cli.models.detector import CLIP_MEAN, CLIP_STD  # noqa: E402
 
 BLOCKS = (4, 6, 8, 9, 10)
-DRAWS = {"dfdc": 3, "faces140k": 6, "ddvqa": 6}
 _PART, _BATCH = 256, 16
 
 
@@ -56,40 +53,30 @@ def read_blocks(part: VisionPart, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def main(faces: Path, ddvqa: Path, actors: Path, folder: Path, output: Path, *share: str) -> None:
-    """Write one file for every 256 draws: ``features`` float16, and who they are of."""
+    """Write one file for every 256 draws: ``features`` float16, and what they are of."""
     worker, workers = map(int, share or ("0", "1"))
     torch.set_num_threads(1 if workers > 1 else torch.get_num_threads())
-    pictures = [p for p in read_pictures(faces, ddvqa, actors) if p.split != "drop"]
-    jobs: list[tuple[int, int]] = []  # number of the picture, number of the draw
-    for number, picture in enumerate(pictures):
-        draws = DRAWS[picture.source] if picture.split == "train" else 1
-        jobs += [(number, count) for count in range(draws)]
-    random.Random(0).shuffle(jobs)
+    draws = list_draws(read_pictures(faces, ddvqa, actors))
     part = tower(folder)
     output.mkdir(parents=True, exist_ok=True)
-    for first in range(worker * _PART, len(jobs), workers * _PART):
+    for first in range(worker * _PART, len(draws), workers * _PART):
         path = output / f"{first:06d}.npz"
         if path.exists():
             continue
-        some, found = jobs[first : first + _PART], []
+        some, found = draws[first : first + _PART], []
         for start in range(0, len(some), _BATCH):
-            batch = []
-            for number, count in some[start : start + _BATCH]:
-                picture, rng = pictures[number], random.Random(f"{number} {count}")
-                batch.append(draw(load(picture.path), picture.source, rng))
+            batch = [one.pixels() for one in some[start : start + _BATCH]]
             found.append(read_blocks(part, to_tensor(batch)).half().numpy())
-        of = [pictures[number] for number, _ in some]
         temporary = path.with_suffix(".partial.npz")
         np.savez(
             temporary,
             features=np.concatenate(found),
-            source=[p.source for p in of],
-            kind=[p.kind for p in of],
-            split=[p.split for p in of],
-            path=[str(p.path) for p in of],
+            path=[str(one.picture.path) for one in some],
+            seed=[one.seed for one in some],
+            other=[str(one.other.path) if one.other else "" for one in some],
         )
         temporary.rename(path)
-        print(f"{first + len(some)} of {len(jobs)}", flush=True)
+        print(f"{first + len(some)} of {len(draws)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,14 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from m2f2cli.data.augment import compress_h264
-from m2f2cli.data.synthesis import forge
+from m2f2cli.data.synthesis import Forgery, forge
 
 KINDS = ("swapped or edited", "generated")
 SIDE = 224
-_FORGERIES = ("self_blend", "self_blend", "swap_blend", "mouth_warp", "expression_warp")
+DRAWS = {"dfdc": 3, "faces140k": 6, "ddvqa": 6}  # of a training picture
+FORGERIES = {"train": 6000, "select": 600}  # pseudo-forgeries of genuine pictures
+FORGED_OF = ("dfdc", "faces140k", "faces140k", "ddvqa")  # drawn from
+_FORGERIES = ("self_blend", "swap_blend", "swap_blend", "mouth_warp", "expression_warp")
 _FILTERS = [Image.Resampling[n] for n in ("BILINEAR", "BICUBIC", "LANCZOS", "BOX")]
 
 
@@ -48,9 +51,65 @@ def read_pictures(faces: Path, ddvqa: Path, actors: Path) -> list[Picture]:
             split = by_actor[name] if source == "dfdc" else _by_hash(row["identity"], 12)
             kind = 2 if source == "faces140k" else 1
             found.append(Picture(faces / name, source, kind * (row["label"] == "fake"), split))
-    for path in sorted((ddvqa / "images" / "c40" / "train").glob("*.jpg")):
-        manipulation, person = path.stem.split("_")[:2]
-        found.append(Picture(path, "ddvqa", int(manipulation != "5"), _by_hash(person, 15)))
+    return found + read_crops(ddvqa)
+
+
+def read_crops(ddvqa: Path) -> list[Picture]:
+    """DD-VQA's training crops. Two people swap faces with each other, so a pair stays together."""
+    found = []
+    crops = sorted((ddvqa / "images" / "c40" / "train").glob("*.jpg"))
+    names = [path.stem.split("_") for path in crops]
+    pairs = {person: min(people) for _, *people in names if people[1:] for person in people}
+    for path, (manipulation, person, *_) in zip(crops, names, strict=True):
+        split = _by_hash(pairs.get(person, person), 15)
+        found.append(Picture(path, "ddvqa", int(manipulation != "5"), split))
+    return found
+
+
+class Draw(NamedTuple):
+    """One random draw of a picture, or of a pseudo-forgery made of it and another genuine one.
+
+    The seed makes it the same again.
+    """
+
+    picture: Picture
+    seed: str
+    other: Picture | None = None
+
+    @property
+    def kind(self) -> int:
+        """As a picture's."""
+        return 1 if self.other else self.picture.kind
+
+    @property
+    def source(self) -> str:
+        """As a picture's, or "forged"."""
+        return "forged" if self.other else self.picture.source
+
+    def pixels(self) -> np.ndarray:
+        """uint8 (224, 224, 3)."""
+        rng, picture = random.Random(self.seed), load(self.picture.path)
+        if self.other:
+            picture = Image.fromarray(_forged(self.picture, self.other, rng).pixels)
+        return draw(picture, self.picture.source, rng)
+
+
+def list_draws(pictures: list[Picture]) -> list[Draw]:
+    """DRAWS of every training picture, one of what is held out, shuffled; then FORGERIES."""
+    found = []
+    for number, picture in enumerate(p for p in pictures if p.split != "drop"):
+        draws = DRAWS[picture.source] if picture.split == "train" else 1
+        found += [Draw(picture, f"{number} {count}") for count in range(draws)]
+    rng = random.Random(0)
+    rng.shuffle(found)
+    for split, count in FORGERIES.items():
+        genuine = {
+            source: [p for p in pictures if (p.source, p.split, p.kind) == (source, split, 0)]
+            for source in set(FORGED_OF)
+        }
+        for number in range(count):
+            first, second = rng.sample(genuine[rng.choice(FORGED_OF)], 2)
+            found.append(Draw(first, f"{split} {number}", second))
     return found
 
 
@@ -108,10 +167,7 @@ def draw_forgery(
 
     The mask is float32 in [0, 1]; nothing is cropped, so it stays where it was.
     """
-    edge = (256, 256)
-    first, second = (np.asarray(load(p.path).resize(edge, _FILTERS[2])) for p in (base, other))
-    numbers = np.random.default_rng(rng.randint(0, 2**31))
-    made = forge(first, numbers, kind=rng.choice(_FORGERIES), other=second)
+    made = _forged(base, other, rng)
     picture = Image.fromarray(made.pixels)
     if rng.random() < 0.85:
         picture = _jpeg(picture, rng.randint(30, 95), rng.choice((0, 2, 2)))
@@ -121,6 +177,13 @@ def draw_forgery(
     pixels = np.asarray(picture.resize((SIDE, SIDE), rng.choice(_FILTERS[:3])))
     mask = Image.fromarray(made.mask.astype(np.float32)).resize((SIDE, SIDE))
     return pixels, np.asarray(mask)
+
+
+def _forged(base: Picture, other: Picture, rng: random.Random) -> Forgery:
+    edge = (256, 256)
+    first, second = (np.asarray(load(p.path).resize(edge, _FILTERS[2])) for p in (base, other))
+    numbers = np.random.default_rng(rng.randint(0, 2**31))
+    return forge(first, numbers, kind=rng.choice(_FORGERIES), other=second)
 
 
 def _jpeg(picture: Image.Image, quality: int, subsampling: int) -> Image.Image:

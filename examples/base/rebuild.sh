@@ -16,3 +16,4 @@ for worker in 0 1; do
 done
 wait
 python "$here/build.py" "$faces" "$ddvqa" "$work/actors.json" "$work/tower" "$work/features" "$output"
+python "$here/calibrate.py" "$faces" "$ddvqa" "$work/actors.json" "$output"

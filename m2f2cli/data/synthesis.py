@@ -125,7 +125,10 @@ def self_blend(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
 def swap_blend(
     pixels: np.ndarray, other: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put the inner face of ``other``, a crop of any size, on this head, colors partly matched."""
+    """Put the face of ``other``, a crop of any size, or a part of it on this head.
+
+    Its colors are partly matched.
+    """
     height, width = pixels.shape[:2]
     other = resized(other, (width, height))
     if rng.random() < 0.5:
@@ -136,7 +139,8 @@ def swap_blend(
         scale=rng.uniform(0.94, 1.06),
         shift=(rng.uniform(-0.02, 0.02), rng.uniform(-0.02, 0.02)),
     )
-    region = (FACE, INNER_FACE)[int(rng.integers(2))]
+    regions = (FACE, FACE, INNER_FACE, INNER_FACE, LOWER_FACE, UPPER_FACE, MOUTH, NOSE)
+    region = regions[int(rng.integers(len(regions)))]
     mask = soft_blob((height, width), region, rng)
     other = match_color(other, pixels, mask, rng.uniform(0.4, 1.0))
     # Most often as if decoded by a network of few pixels.
