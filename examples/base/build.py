@@ -141,13 +141,13 @@ def train_map(detector: Detector, genuine: list[Picture], folder: Path) -> None:
 def assemble(data: Features, head: nn.Sequential, folder: Path) -> Detector:
     """A detector whose block norms standardize what the head was trained on."""
     spec, tensors = load_clip(str(folder))
-    spec["vision"]["num_hidden_layers"] = max(BLOCKS)
+    # The last block that runs is the one before the last, as LLaVA reads it.
+    spec["vision"]["num_hidden_layers"] = max(BLOCKS) + 1
     config = DetectorConfig(
         backbone=None,
         clip=spec,
         hidden_size=MAP_WIDTH,
         prompt_tokens=4,
-        vision_layer=-1,
         clip_blocks=BLOCKS,
         head_hidden=HIDDEN,
         kinds=KINDS,
