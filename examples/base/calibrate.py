@@ -21,7 +21,7 @@ from pictures import KINDS, read_pictures  # noqa: E402
 from m2f2cli import detect  # noqa: E402
 from m2f2cli.evaluation.calibrate import find_threshold, fit  # noqa: E402
 from m2f2cli.files import json_bytes  # noqa: E402
-from m2f2cli.metrics import roc_auc  # noqa: E402
+from m2f2cli.metrics import log_odds, roc_auc  # noqa: E402
 
 GENUINE_CALLED_FAKE = 0.05  # of any source, at most
 UNDECIDED = 0.2  # of pictures of which every source and class is as many as another
@@ -55,8 +55,7 @@ def main(faces: Path, ddvqa: Path, actors: Path, folder: Path) -> None:
     ]
     mixed = np.concatenate([rng.choice(part, DRAWN) for part in parts])
     temperature = fit(fake[mixed].astype(int), score[mixed], band_level=0).temperature
-    odds = np.log(np.clip(score, 1e-6, 1 - 1e-6) / np.clip(1 - score, 1e-6, 1 - 1e-6))
-    score = np.round(1 / (1 + np.exp(-odds / temperature)), 6)
+    score = np.round(1 / (1 + np.exp(-log_odds(score) / temperature)), 6)
     threshold = max(
         find_threshold(score[source == s], ~fake[source == s], GENUINE_CALLED_FAKE)
         for s in np.unique(source)
@@ -72,10 +71,10 @@ def main(faces: Path, ddvqa: Path, actors: Path, folder: Path) -> None:
     }
     update(folder, fields)
     print(fields, f"{named[found].mean():.3f} of the forged pictures found are named rightly")
+    undecided = (score >= low) & (score < threshold)
+    wrong = (fake & (score < low)) | (~fake & (score >= threshold))
     for s in np.unique(source):
         here = source == s
-        undecided = (score >= low) & (score < threshold)
-        wrong = (fake & (score < low)) | (~fake & (score >= threshold))
         figures = {
             "AUC": roc_auc(fake[here].astype(int), score[here]),
             "genuine called fake": (score[here & ~fake] >= threshold).mean(),

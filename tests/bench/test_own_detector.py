@@ -5,7 +5,7 @@ Run with: M2F2_DDVQA=FOLDER M2F2_FACES=FOLDER pytest tests/bench/test_own_detect
 500 pictures each of DFDC and of FFHQ and StyleGAN, half of them forged; measured on 2,000 DFDC
 pictures of other videos and on DD-VQA's training crops, a source that is not in the thousand.
 BEFORE=FOLDER is a checkout of an earlier version, whose ``--init lite`` is run for EPOCHS (2)
-epochs after each of ours, for seconds an epoch and what its whole run would take.
+epochs of its 200 at the end. MODELS names what ours starts from.
 """
 
 from __future__ import annotations
